@@ -1,0 +1,63 @@
+"""From a trained RepMLP checkpoint to a deployable artifact, proved equal to the trained network.
+
+Public names are loaded on first use, so that importing the package loads no framework.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Bundle": "repmlp_deploy.bundle",
+    "ModelCard": "repmlp_deploy.card",
+    "Prediction": "repmlp_deploy.runtime.predictor",
+    "Predictor": "repmlp_deploy.runtime.predictor",
+    "RepMLPError": "repmlp_deploy.errors",
+    "VerificationError": "repmlp_deploy.errors",
+    "export": "repmlp_deploy.convert.pipeline",
+    "get_model": "repmlp_deploy.zoo",
+    "inference_model": "repmlp_deploy.zoo",
+    "list_cards": "repmlp_deploy.card",
+    "load_card": "repmlp_deploy.card",
+    "merge_branches": "repmlp_deploy.convert.merging",
+}
+
+__all__ = [
+    "Bundle",
+    "ModelCard",
+    "Prediction",
+    "Predictor",
+    "RepMLPError",
+    "VerificationError",
+    "__version__",
+    "export",
+    "get_model",
+    "inference_model",
+    "list_cards",
+    "load_card",
+    "merge_branches",
+]
+
+if TYPE_CHECKING:
+    from repmlp_deploy.bundle import Bundle
+    from repmlp_deploy.card import ModelCard, list_cards, load_card
+    from repmlp_deploy.convert.merging import merge_branches
+    from repmlp_deploy.convert.pipeline import export
+    from repmlp_deploy.errors import RepMLPError, VerificationError
+    from repmlp_deploy.runtime.predictor import Prediction, Predictor
+    from repmlp_deploy.zoo import get_model, inference_model
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOMES))

@@ -1,0 +1,1 @@
+"""What is trained: blocks, networks and the heads of tasks (torch)."""
