@@ -1,0 +1,213 @@
+"""Model cards: what `models/*.toml` say of a network, parsed strictly.
+
+A card names a family of `nets`, its hyper-parameters, the preprocessing its weights were trained with, the labels of
+its classes, where its weights are, and what was published about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from repmlp_deploy.errors import CardError
+
+__all__ = [
+    "ModelCard",
+    "Preprocessing",
+    "Published",
+    "Resize",
+    "Weights",
+    "data_root",
+    "list_cards",
+    "load_card",
+    "load_labels",
+]
+
+Size = tuple[Annotated[int, Field(gt=0, le=16384)], Annotated[int, Field(gt=0, le=16384)]]
+Triple = tuple[float, float, float]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Resize(_Strict):
+    """How an image is resized.
+
+    Attributes:
+        mode: `exact` to `size`, ignoring the aspect ratio; `short-edge` until the shorter edge has `size[0]` pixels,
+            the longer one truncated to a whole number.
+        size: (height, width) in pixels.
+    """
+
+    mode: Literal["exact", "short-edge"]
+    size: Size
+
+    @model_validator(mode="after")
+    def _square_for_short_edge(self) -> Resize:
+        if self.mode == "short-edge" and self.size[0] != self.size[1]:
+            raise ValueError(f"a short edge is one length; got {self.size[0]}x{self.size[1]}")
+        return self
+
+
+class Preprocessing(_Strict):
+    """From a decoded image to the network's input.
+
+    Attributes:
+        resize: None leaves the size alone.
+        crop: (height, width) of the centre crop; None for none.
+        mean: per channel, in levels 0 to 255.
+        std: per channel, in levels 0 to 255.
+        colour_order: order of the network's input channels.
+        interpolation: Pillow's filter, on 8-bit levels.
+    """
+
+    resize: Resize | None = None
+    crop: Size | None = None
+    mean: Triple
+    std: Triple
+    colour_order: Literal["RGB", "BGR"] = "RGB"
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+
+    @model_validator(mode="after")
+    def _positive_std(self) -> Preprocessing:
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive; got {self.std}")
+        return self
+
+
+class Published(_Strict):
+    """What was published about a model.
+
+    Attributes:
+        parameters: of the training-time network.
+        macs: multiply-adds an image; papers call them FLOPs.
+        top1: ImageNet-1k, percent.
+        top5: ImageNet-1k, percent.
+        source: where this is said.
+    """
+
+    parameters: float | None = None
+    macs: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+    source: str
+
+
+class Weights(_Strict):
+    """Where trained weights are: a file beside the cards, or a download with the first hex digits of its SHA-256."""
+
+    file: str | None = None
+    url: str | None = None
+    sha256_prefix: Annotated[str, Field(pattern="^[0-9a-f]{8,64}$")] | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Weights:
+        if (self.file is None) == (self.url is None):
+            raise ValueError("weights need exactly one of file and url")
+        if self.url is not None and self.sha256_prefix is None:
+            raise ValueError("a url needs sha256_prefix")
+        return self
+
+
+class ModelCard(_Strict):
+    """Everything about a model that its weights do not say.
+
+    Attributes:
+        name: unique; the bundle's default name.
+        family: an entry of `nets.families.FAMILIES`.
+        task: what the outputs mean.
+        input_size: (H, W) of the network's input.
+        network: hyper-parameters, checked by the family.
+        layout: the checkpoint layout these weights are published in, where several cards share an architecture.
+        labels: name of a list in `models/labels`, or the names themselves; None when unknown.
+        preprocessing: how the weights expect their images.
+        published: figures with their source.
+        weights: where trained weights are.
+        description: one line for people.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
+    family: str
+    task: Literal["classify"] = "classify"
+    input_size: Size
+    network: dict[str, Any]
+    layout: str | None = None
+    labels: str | tuple[str, ...] | None = None
+    preprocessing: Preprocessing
+    published: Published | None = None
+    weights: Weights | None = None
+    description: str = ""
+
+    @model_validator(mode="after")
+    def _preprocessing_gives_the_input(self) -> ModelCard:
+        resize, crop = self.preprocessing.resize, self.preprocessing.crop
+        result = crop if crop is not None else resize.size if resize is not None and resize.mode == "exact" else None
+        if result is not None and result != self.input_size:
+            raise ValueError(f"preprocessing gives {result[0]}x{result[1]}; input_size is {self.input_size}")
+        if resize is not None and crop is not None and (crop[0] > resize.size[0] or crop[1] > resize.size[1]):
+            raise ValueError(f"cannot crop {crop[0]}x{crop[1]} from {resize.size[0]}x{resize.size[1]}")
+        return self
+
+
+def data_root() -> Path:
+    """The folder of cards, labels and small weights: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for root in (package / "models", package.parent / "models"):
+        if (root / "labels").is_dir():
+            return root
+    raise CardError(f"no models folder in {package} or beside it; reinstall repmlp-deploy")
+
+
+def list_cards() -> list[str]:
+    """The names of the cards that ship with the package, sorted."""
+    return sorted(path.stem for path in data_root().glob("*.toml"))
+
+
+def load_card(name_or_path: str | Path) -> ModelCard:
+    """The card called `name_or_path` in `models/`, or in the TOML file of that path.
+
+    Raises:
+        CardError: there is none, or it says something wrong.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml" or not path.is_file():
+        shipped = data_root() / f"{name_or_path}.toml"
+        if path.suffix == ".toml" or path.name != str(name_or_path) or not shipped.is_file():
+            near = difflib.get_close_matches(str(name_or_path), list_cards(), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(list_cards())}"
+            raise CardError(f"no card {str(name_or_path)!r}; {hint}")
+        path = shipped
+    return _read_card(path)
+
+
+@cache
+def _read_card(path: Path) -> ModelCard:
+    try:
+        return ModelCard.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CardError(f"{path}: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "card"
+        raise CardError(f"{path}: {where}: {first['msg']}") from None
+
+
+def load_labels(card: ModelCard) -> tuple[str, ...] | None:
+    """The class names of a card, in the order of the logits, or None.
+
+    Raises:
+        CardError: the list that the card names is not there.
+    """
+    if not isinstance(card.labels, str):
+        return card.labels
+    path = data_root() / "labels" / f"{card.labels}.txt"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
+        raise CardError(f"{card.name}: no label list {card.labels!r}; known: {known}")
+    return tuple(path.read_text(encoding="utf-8").splitlines())

@@ -1,0 +1,134 @@
+"""How far one output is from another, and how far it may be.
+
+The reference is always the trained network in float64. Its own float32 run differs from that by rounding alone:
+the *noise floor*. An exact transformation run in float32 can only be expected to stay near that floor, and has
+no excuse to be far from it, so float32 tolerances are a multiple of the floor and not a guessed constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmlp_deploy.errors import VerificationError
+
+__all__ = ["TOLERANCES", "Comparison", "Tolerance", "allowed_error", "compare", "noise_floor", "require_close"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a precision may cost: the largest absolute error, as a multiple of the noise floor.
+
+    Attributes:
+        floor_ratio: allowed error over the noise floor.
+        reason: why this much and no more.
+    """
+
+    floor_ratio: float
+    reason: str
+
+
+TOLERANCES = {
+    "fp32": Tolerance(
+        floor_ratio=12.0,
+        reason="the same arithmetic in another order: networks measured stay within 3 floors, "
+        "while one weight changed by a thousandth or one forgotten bias is beyond 100",
+    ),
+}
+"""One row a precision. A comparison that no row fails would prove nothing: each has a test in which it must fail."""
+
+_FLOOR_EPS = 4.0  # a floor below 4 units in the last place of the largest output was luck, not precision
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The distance of an output (N, …) from its reference.
+
+    Attributes:
+        max_abs: largest absolute error.
+        mean_abs: mean absolute error.
+        max_rel: `max_abs` over the largest absolute reference.
+        between: largest error of the differences between samples, over the largest such difference; an output that
+            ignores its input scores 1 here however close its values are. NaN for a single sample.
+        cosine: smallest cosine of a sample with its reference.
+        top1: share of samples with the reference's largest class; None without classes.
+    """
+
+    max_abs: float
+    mean_abs: float
+    max_rel: float
+    between: float
+    cosine: float
+    top1: float | None
+
+    def as_dict(self) -> dict[str, float | None]:
+        """The figures under their names, with None for what is not defined."""
+        return {k: None if v is None or np.isnan(v) else float(v) for k, v in asdict(self).items()}
+
+
+def compare(output: Array, reference: Array, *, classes: bool = True) -> Comparison:
+    """The distance of `output` from `reference`, both (N, …), measured in float64.
+
+    Args:
+        output: what is to be judged.
+        reference: what it should be.
+        classes: whether the second axis is classes, so that a top-1 exists.
+
+    Raises:
+        VerificationError: the shapes differ, or the output is not finite.
+    """
+    if output.shape != reference.shape:
+        raise VerificationError(f"output has shape {output.shape}; the reference has {reference.shape}")
+    y, r = output.astype(np.float64), reference.astype(np.float64)
+    if not np.isfinite(y).all():
+        raise VerificationError(f"output has {np.count_nonzero(~np.isfinite(y))} values that are not finite")
+    error = np.abs(y - r)
+    n = len(r)
+    flat_y, flat_r = y.reshape(n, -1), r.reshape(n, -1)
+    norms = np.linalg.norm(flat_y, axis=1) * np.linalg.norm(flat_r, axis=1)
+    cosine = np.divide(np.sum(flat_y * flat_r, axis=1), norms, out=np.ones(n), where=norms > 0)
+    spread = np.abs(flat_r - flat_r.mean(axis=0)).max()
+    drift = np.abs((flat_y - flat_r) - (flat_y - flat_r).mean(axis=0)).max()
+    return Comparison(
+        max_abs=float(error.max()),
+        mean_abs=float(error.mean()),
+        max_rel=float(error.max() / max(np.abs(r).max(), np.finfo(np.float64).tiny)),
+        between=float(drift / spread) if n > 1 and spread > 0 else float("nan"),
+        cosine=float(cosine.min()),
+        top1=float(np.mean(y.argmax(axis=1) == r.argmax(axis=1))) if classes else None,
+    )
+
+
+def noise_floor(float32_output: Array, reference: Array) -> float:
+    """The largest absolute error that float32 alone gives the trained network, never below a few units in the last place."""  # noqa: E501
+    measured = compare(float32_output, reference, classes=False).max_abs
+    return max(measured, _FLOOR_EPS * float(np.finfo(np.float32).eps) * float(np.abs(reference).max()))
+
+
+def allowed_error(precision: str, floor: float) -> float:
+    """The largest absolute error that `precision` may have over a noise floor of `floor`."""
+    return TOLERANCES[precision].floor_ratio * floor
+
+
+def require_close(what: str, output: Array, reference: Array, *, floor: float, precision: str = "fp32") -> Comparison:
+    """The comparison of two outputs that are close enough.
+
+    Raises:
+        VerificationError: they are not; the message names `what`.
+    """
+    try:
+        result = compare(output, reference)
+    except VerificationError as error:
+        raise VerificationError(f"{what}: {error}") from None
+    allowed = allowed_error(precision, floor)
+    if not result.max_abs <= allowed:
+        raise VerificationError(
+            f"{what} differs from the trained network by {result.max_abs:.2e}; {precision} allows {allowed:.2e} "
+            f"({TOLERANCES[precision].floor_ratio:g} times the noise floor)"
+        )
+    return result

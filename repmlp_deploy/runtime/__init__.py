@@ -1,0 +1,1 @@
+"""Running a bundle: numpy, Pillow and one inference runtime."""

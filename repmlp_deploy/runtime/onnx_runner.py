@@ -1,0 +1,82 @@
+"""ONNX Runtime: one session, safe to share between threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmlp_deploy.bundle import Bundle
+from repmlp_deploy.errors import BundleError, InputError, MissingDependency, MissingDevice
+from repmlp_deploy.runtime.runner import RunnerOptions
+
+try:
+    import onnxruntime as ort
+except ImportError:
+    raise MissingDependency("onnxruntime", "cpu") from None
+
+__all__ = ["OnnxRunner", "open_session"]
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSession, str]:
+    """A session on a serialized model, and the device it really runs on.
+
+    A device that was asked for is had or refused: ONNX Runtime itself falls back to the CPU and only logs it.
+
+    Raises:
+        InputError: there is no such device name.
+        MissingDevice: the device is not there.
+        BundleError: ONNX Runtime refuses the model.
+    """
+    if options.device is not None and options.device not in PROVIDERS:
+        raise InputError(f"device is {options.device!r}; expected one of {', '.join(PROVIDERS)}")
+    if options.threads is not None and options.threads < 1:
+        raise InputError(f"threads is {options.threads}; it must be at least 1")
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3  # errors; what matters of the rest is checked below
+    if options.threads is not None:
+        settings.intra_op_num_threads = options.threads
+    available = ort.get_available_providers()
+    wanted = options.device or ("cuda" if PROVIDERS["cuda"] in available else "cpu")
+    if PROVIDERS[wanted] not in available:
+        raise MissingDevice(
+            f"ONNX Runtime here has no {PROVIDERS[wanted]}, only {', '.join(available)}: "
+            'pip uninstall onnxruntime && pip install "repmlp-deploy[gpu]"'
+        )
+    providers = [PROVIDERS[wanted]] if wanted == "cpu" else [PROVIDERS[wanted], PROVIDERS["cpu"]]
+    try:
+        session = ort.InferenceSession(model, settings, providers=providers)
+    except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base
+        raise BundleError(f"ONNX Runtime refuses the model: {str(error).splitlines()[0]}") from None
+    device = wanted if session.get_providers()[0] == PROVIDERS[wanted] else "cpu"
+    if options.device is not None and device != options.device:
+        raise MissingDevice(f"ONNX Runtime could not start {PROVIDERS[wanted]}; it offers {session.get_providers()}")
+    return session, device
+
+
+class OnnxRunner:
+    """The bundle's ONNX artifact in ONNX Runtime."""
+
+    format = "onnx"
+
+    def __init__(self, bundle: Bundle, options: RunnerOptions) -> None:
+        model = bundle.read(bundle.artifact(self.format))
+        self._session, self.device = open_session(model, options)
+        self._input = self._session.get_inputs()[0].name
+        self.details: dict[str, Any] = {
+            "runtime": f"onnxruntime {ort.__version__}",
+            "providers": self._session.get_providers(),
+            "threads": options.threads,
+        }
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, C, H, W) float32 -> (N, …) float32."""
+        output: NDArray[np.float32] = self._session.run(None, {self._input: batch})[0]
+        return output
+
+    def close(self) -> None:
+        """Give back the session's memory."""
+        del self._session

@@ -1,0 +1,218 @@
+"""`Predictor`: a bundle as a function from images to predictions, for use in services."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmlp_deploy.bundle import Bundle
+from repmlp_deploy.errors import InputError
+from repmlp_deploy.numerics import Comparison, noise_floor, require_close
+from repmlp_deploy.runtime.images import ImageLike, preprocess, to_image
+from repmlp_deploy.runtime.runner import RunnerOptions, open_runner
+
+__all__ = ["Prediction", "Predictor", "predictions_from_logits", "softmax"]
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the network says of one image; also reads like a mapping, `prediction["pred_class"]`.
+
+    Attributes:
+        pred_label: index of the most likely class.
+        pred_class: its name, or None where the labels are unknown.
+        pred_score: its probability.
+        pred_scores: (classes,) float32, every probability.
+    """
+
+    pred_label: int
+    pred_class: str | None
+    pred_score: float
+    pred_scores: F32
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.keys():
+            raise KeyError(key)
+        return getattr(self, key)
+
+    @classmethod
+    def keys(cls) -> tuple[str, ...]:
+        """The names of the fields."""
+        return tuple(f.name for f in fields(cls))
+
+    def top(self, k: int = 5) -> list[tuple[int, float]]:
+        """The k most likely classes and their probabilities, best first."""
+        order = np.argsort(-self.pred_scores, kind="stable")[:k]
+        return [(int(i), float(self.pred_scores[i])) for i in order]
+
+
+def softmax(logits: F32) -> F32:
+    """Probabilities along the last axis, in float32."""
+    raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return raised / raised.sum(axis=-1, keepdims=True)
+
+
+def predictions_from_logits(logits: F32, labels: Sequence[str] | None) -> list[Prediction]:
+    """One prediction a row of (N, classes) logits."""
+    scores = softmax(logits)
+    best = scores.argmax(axis=1)
+    return [
+        Prediction(int(i), None if labels is None else labels[i], float(row[i]), row.copy())
+        for i, row in zip(best, scores, strict=True)
+    ]
+
+
+class Predictor:
+    """Runs a bundle. One instance serves any number of threads.
+
+    Args:
+        bundle: the folder that `repmlp-export` wrote.
+        format: which artifact; by default the first that can be run here.
+        device: `cpu` or `cuda`; by default the best that is there. One that was asked for is had or refused.
+        threads: of one inference; by default the runtime's choice.
+        array_order: channel order of image arrays, `RGB` or `BGR`.
+
+    Raises:
+        BundleError: the folder is damaged.
+        MissingDependency: the artifact's runtime is not installed.
+        MissingDevice: the device is not there.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path | Bundle,
+        *,
+        format: str | None = None,  # noqa: A002 - the word of the command line
+        device: str | None = None,
+        threads: int | None = None,
+        array_order: str = "RGB",
+    ) -> None:
+        if array_order not in ("RGB", "BGR"):
+            raise InputError(f"array_order is {array_order!r}; expected RGB or BGR")
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        self.manifest = self.bundle.manifest
+        self._array_order = array_order
+        self._runner = open_runner(self.bundle, format, RunnerOptions(device, threads))
+
+    @property
+    def format(self) -> str:
+        """The artifact that runs."""
+        return self._runner.format
+
+    @property
+    def device(self) -> str:
+        """The device it runs on."""
+        return self._runner.device
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Class names in the order of the logits, or None."""
+        return self.manifest.labels
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What the runtime says of itself: version, providers, threads."""
+        return dict(self._runner.details)
+
+    @overload
+    def __call__(self, images: ImageLike) -> Prediction: ...
+    @overload
+    def __call__(self, images: Sequence[ImageLike]) -> list[Prediction]: ...
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Prediction | list[Prediction]:
+        """The prediction for an image, or the predictions for a list of them.
+
+        An image is a path, the bytes of a file, a Pillow image, or an (H, W, 3) or (H, W) uint8 array.
+
+        Raises:
+            ImageError: one of them is no image.
+        """
+        if isinstance(images, list | tuple):
+            return [p for chunk in self._chunks(images) for p in self._predict(chunk)]
+        return self._predict([images])[0]  # type: ignore[list-item]
+
+    def logits(self, batch: F32) -> F32:
+        """Raw outputs for a normalised batch.
+
+        Args:
+            batch: (N, C, H, W) float32, as `preprocess` makes it; it is not modified.
+
+        Returns:
+            (N, classes) float32, an array the caller owns. Batches larger than the artifact's maximum are split,
+            smaller ones than its minimum are padded.
+
+        Raises:
+            InputError: the shape or type is not the network's.
+        """
+        expected = self.manifest.input.shape[1:]
+        if not isinstance(batch, np.ndarray) or batch.ndim != len(expected) + 1 or batch.shape[1:] != expected:
+            got = tuple(batch.shape) if isinstance(batch, np.ndarray) else type(batch).__name__
+            takes = ", ".join(str(edge) for edge in expected)
+            raise InputError(f"input is {got}; {self.manifest.name} takes (N, {takes})")
+        if batch.dtype != np.float32:
+            raise InputError(f"input is {batch.dtype}; {self.manifest.name} takes float32")
+        if not len(batch):
+            raise InputError("input is an empty batch; give at least one sample")
+        limit = self.manifest.batch.max
+        parts = [self._run(batch[i : i + limit]) for i in range(0, len(batch), limit)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def preprocess(self, image: ImageLike) -> F32:
+        """The network's input for one image: (3, H, W) float32."""
+        return preprocess(to_image(image, array_order=self._array_order), self.manifest.preprocessing)
+
+    def self_check(self) -> list[tuple[int, Comparison]]:
+        """Run the probe on this machine: (batch size, distance from the trained network), for several batch sizes.
+
+        Raises:
+            VerificationError: an output is further from the trained network's than the artifact's precision allows.
+        """
+        probe = self.bundle.probe()
+        floor = noise_floor(probe.float32, probe.reference)
+        precision = self.bundle.artifact(self.format).precision
+        results = []
+        for size in sorted({self.manifest.batch.min, self.manifest.batch.opt}):
+            inputs, reference = probe.batch(size)
+            what = f"{self.format} on {self.device} at batch {size}"
+            results.append((size, require_close(what, self.logits(inputs), reference, floor=floor, precision=precision)))
+        return results
+
+    def close(self) -> None:
+        """Give back memory and devices; the predictor cannot be used afterwards."""
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _predict(self, images: Sequence[ImageLike]) -> list[Prediction]:
+        if not images:
+            return []
+        batch = np.stack([self.preprocess(image) for image in images])
+        return predictions_from_logits(self.logits(batch), self.labels)
+
+    def _chunks(self, images: Sequence[ImageLike]) -> Iterator[Sequence[ImageLike]]:
+        """Lists of at most the largest batch, so that a long list is never decoded all at once."""
+        limit = self.manifest.batch.max
+        for start in range(0, len(images), limit):
+            yield images[start : start + limit]
+
+    def _run(self, batch: F32) -> F32:
+        """Outputs for at most the largest batch, padded to the smallest by repeating the last sample."""
+        missing = self.manifest.batch.min - len(batch)
+        if missing > 0:
+            batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
+        output = self._runner.run(np.ascontiguousarray(batch))
+        return output[: len(output) - missing] if missing > 0 else output

@@ -1,0 +1,72 @@
+"""What every runtime offers, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmlp_deploy.bundle import Bundle
+from repmlp_deploy.errors import InputError
+
+__all__ = ["RUNNERS", "Runner", "RunnerOptions", "open_runner"]
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """How an artifact is to be run.
+
+    Attributes:
+        device: `cpu`, `cuda`, or None for the best that is there.
+        threads: of one inference; None leaves the choice to the runtime.
+    """
+
+    device: str | None = None
+    threads: int | None = None
+
+
+class Runner(Protocol):
+    """One loaded artifact; `run` may be called from any number of threads."""
+
+    format: str
+    device: str
+    details: dict[str, Any]
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, C, H, W) float32 -> (N, …) float32, an array the caller owns; N within the artifact's range."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and devices."""
+        ...
+
+
+RUNNERS = {
+    "onnx": "repmlp_deploy.runtime.onnx_runner:OnnxRunner",
+}
+"""Artifact format to the class that runs it, the preferred one first."""
+
+
+def open_runner(bundle: Bundle, artifact_format: str | None, options: RunnerOptions) -> Runner:
+    """The runner of one artifact, by default of the first in `RUNNERS` that the bundle has.
+
+    Raises:
+        InputError: the bundle has nothing that can be run.
+        MissingDependency: the runtime is not installed.
+    """
+    if artifact_format is None:
+        runnable = [name for name in RUNNERS if name in bundle.manifest.artifacts]
+        if not runnable:
+            have, can = ", ".join(bundle.manifest.artifacts), ", ".join(RUNNERS)
+            raise InputError(f"{bundle.manifest.name} holds {have}; Predictor runs {can}: export one of these too")
+        artifact_format = runnable[0]
+    bundle.artifact(artifact_format)
+    if artifact_format not in RUNNERS:
+        raise InputError(f"Predictor cannot run {artifact_format}; it runs {', '.join(RUNNERS)}")
+    module, name = RUNNERS[artifact_format].split(":")
+    build: Callable[[Bundle, RunnerOptions], Runner] = getattr(import_module(module), name)
+    return build(bundle, options)
