@@ -62,8 +62,9 @@ class RepMLPBlock(nn.Module):
     in which shareset s has its own (h·w × h·w) matrix; depthwise convolutions over the same rows run beside it
     while training. The sum is gated per channel by the global perceptron.
 
-    With several partitions and S < C the rows run across partitions: the flattening below is the official
-    network's, and trained weights depend on it.
+    With several partitions and S < C, channels and partitions change places on the way out: cutting orders rows as
+    (partition, channel // S), reassembling reads them as (channel // S, partition). That is the official network's
+    order, and trained weights depend on it.
 
     Args:
         channels: C, in and out.
@@ -122,7 +123,7 @@ class RepMLPBlock(nn.Module):
             windows = partitions.reshape(-1, S, h, w)
             for branch in self.branches():
                 y = y + branch(windows)
-        y = y.reshape(-1, rows, columns, C, h, w).permute(0, 3, 1, 4, 2, 5)  # (N, C, rows, h, columns, w)
+        y = y.reshape(-1, rows, columns, S, h, w).permute(0, 3, 1, 4, 2, 5)  # (N·C/S, S, rows, h, columns, w)
         gate: Tensor = self.gp(x)
         return y.reshape(x.shape) * gate
 

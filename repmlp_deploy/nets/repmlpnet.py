@@ -2,67 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from repmlp_deploy.nets.blocks import ConvBN, RepMLPBlock, RepMLPUnit
 
-__all__ = ["RepMLPNet"]
+__all__ = ["RepMLPNet", "RepMLPNetSpec", "infer_repmlpnet"]
+
+Count = Annotated[int, Field(gt=0)]
 
 
-class RepMLPNet(nn.Module):
-    """RepMLPNet: (N, in_channels, H, W) float -> (N, classes) logits.
+class RepMLPNetSpec(BaseModel):
+    """Hyper-parameters of a RepMLPNet; sequences have one entry a stage.
 
-    The state dict has the keys of the official release. Stage i works on maps of (H, W) / (patch · 2^i).
-
-    Args:
+    Attributes:
         input_size: (H, W) of the images; part of the model, as FC3 is tied to positions.
-        channels: C of every stage.
-        depths: units in every stage.
-        sharesets: S of every stage.
-        kernels: branch kernels of every block.
-        partitions: (h, w) of every stage; by default the whole map, one partition.
+        channels: C.
+        depths: units.
+        sharesets: S; divides C.
+        kernels: branch kernels k of every block, odd.
+        partitions: (h, w); None for the whole map, one partition.
         reduction: C over the width of the global perceptron.
         expansion: width of the FFN over C.
         patch: edge and stride of the patch embedding.
         in_channels: 3 for RGB.
         classes: width of the head.
-        deploy: build every block in its merged form.
     """
 
-    def __init__(  # noqa: PLR0913 - the paper's hyper-parameters
-        self,
-        *,
-        input_size: tuple[int, int],
-        channels: Sequence[int],
-        depths: Sequence[int],
-        sharesets: Sequence[int],
-        kernels: Sequence[int] = (1, 3),
-        partitions: Sequence[tuple[int, int]] | None = None,
-        reduction: int = 4,
-        expansion: int = 4,
-        patch: int = 4,
-        in_channels: int = 3,
-        classes: int = 1000,
-        deploy: bool = False,
-    ) -> None:
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input_size: tuple[Count, Count]
+    channels: tuple[Count, ...]
+    depths: tuple[Count, ...]
+    sharesets: tuple[Count, ...]
+    kernels: tuple[Count, ...] = (1, 3)
+    partitions: tuple[tuple[Count, Count], ...] | None = None
+    reduction: Count = 4
+    expansion: Count = 4
+    patch: Count = 4
+    in_channels: Count = 3
+    classes: Count = 1000
+
+    def maps(self) -> list[tuple[int, int]]:
+        """(H, W) of the map that every stage works on."""
+        strides = [self.patch * 2**i for i in range(len(self.channels))]
+        return [(self.input_size[0] // stride, self.input_size[1] // stride) for stride in strides]
+
+
+class RepMLPNet(nn.Module):
+    """RepMLPNet: (N, in_channels, H, W) float -> (N, classes) logits.
+
+    The state dict has the keys of the official release.
+
+    Args:
+        spec: the hyper-parameters.
+        deploy: build every block in its merged form.
+
+    Raises:
+        ValueError: sizes that do not fit one another.
+    """
+
+    def __init__(self, spec: RepMLPNetSpec, *, deploy: bool = False) -> None:
         super().__init__()
-        self.input_size = (input_size[0], input_size[1])
-        self.in_channels = in_channels
-        self.conv_embedding = ConvBN(in_channels, channels[0], patch, stride=patch, relu=True)
+        self.spec = spec
+        channels, maps = spec.channels, spec.maps()
+        self.conv_embedding = ConvBN(spec.in_channels, channels[0], spec.patch, stride=spec.patch, relu=True)
         self.stages = nn.ModuleList()
         self.embeds = nn.ModuleList()
-        maps = [(input_size[0] // (patch * 2**i), input_size[1] // (patch * 2**i)) for i in range(len(channels))]
-        for i, (C, depth, S) in enumerate(zip(channels, depths, sharesets, strict=True)):
-            h, w = maps[i] if partitions is None else partitions[i]
-            if not h or not w or maps[i][0] % h or maps[i][1] % w:
+        for i, (C, depth, S) in enumerate(zip(channels, spec.depths, spec.sharesets, strict=True)):
+            h, w = maps[i] if spec.partitions is None else spec.partitions[i]
+            if not all(maps[i]) or maps[i][0] % h or maps[i][1] % w:
                 raise ValueError(f"stage {i} has a {maps[i][0]}x{maps[i][1]} map; {h}x{w} partitions do not divide it")
             units = [
                 RepMLPUnit(
-                    RepMLPBlock(C, h, w, sharesets=S, kernels=kernels, hidden=C // reduction, deploy=deploy),
-                    ffn_hidden=C * expansion,
+                    RepMLPBlock(C, h, w, sharesets=S, kernels=spec.kernels, hidden=C // spec.reduction, deploy=deploy),
+                    ffn_hidden=C * spec.expansion,
                 )
                 for _ in range(depth)
             ]
@@ -70,12 +89,13 @@ class RepMLPNet(nn.Module):
             if i + 1 < len(channels):
                 self.embeds.append(ConvBN(C, channels[i + 1], 2, stride=2, relu=True))
         self.head_norm = nn.BatchNorm2d(channels[-1])
-        self.head = nn.Linear(channels[-1], classes)
+        self.head = nn.Linear(channels[-1], spec.classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[1:]) != (self.in_channels, *self.input_size):
-            expected = f"(N, {self.in_channels}, {self.input_size[0]}, {self.input_size[1]})"
-            raise ValueError(f"input is {tuple(x.shape)}; this network takes {expected}")
+        expected = (self.spec.in_channels, *self.spec.input_size)
+        if tuple(x.shape[1:]) != expected:
+            takes = ", ".join(str(edge) for edge in expected)
+            raise ValueError(f"input is {tuple(x.shape)}; this network takes (N, {takes})")
         x = self.conv_embedding(x)
         for i, stage in enumerate(self.stages):
             for unit in stage:  # type: ignore[attr-defined]
@@ -97,3 +117,70 @@ class RepMLPNet(nn.Module):
         for module in list(self.modules()):
             if isinstance(module, RepMLPBlock):
                 module.switch_to_deploy()
+
+
+def infer_repmlpnet(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> RepMLPNetSpec:
+    """The hyper-parameters of the RepMLPNet whose state dict has these keys and shapes.
+
+    Args:
+        shapes: state-dict key to shape, trained or merged.
+        input_size: (H, W), where shapes cannot tell it: FC3 holds h·w, which is taken for a square otherwise.
+
+    Raises:
+        KeyError: a key that every RepMLPNet has is missing.
+        ValueError: the shapes fit no RepMLPNet, or only with an `input_size`.
+    """
+    stages = 1 + max((int(key.split(".")[1]) for key in shapes if key.startswith("stages.")), default=-1)
+    if not stages:
+        raise KeyError("stages.0.0.repmlp_block.fc3.weight")
+    depths = []
+    for i in range(stages):
+        units = {int(key.split(".")[2]) for key in shapes if key.startswith(f"stages.{i}.")}
+        depths.append(1 + max(units, default=-1))
+    firsts = [f"stages.{i}.0." for i in range(stages)]
+    fc3 = [shapes[f"{first}repmlp_block.fc3.weight"] for first in firsts]  # (S·h·w, h·w, 1, 1)
+    ffn = [shapes[f"{first}ffn_block.ffn_fc1.conv.weight"] for first in firsts]  # (C·expansion, C, 1, 1)
+    channels = [shape[1] for shape in ffn]
+    kernels = sorted(
+        int(key.removeprefix(f"{firsts[0]}repmlp_block.repconv").split(".")[0])
+        for key in shapes
+        if key.startswith(f"{firsts[0]}repmlp_block.repconv") and key.endswith(".conv.weight")
+    )
+    embedding = shapes["conv_embedding.conv.weight"]  # (C, in_channels, patch, patch)
+    patch, areas = embedding[2], [shape[1] for shape in fc3]
+    if input_size is None:
+        input_size = _square_input(areas, patch)
+    spec = RepMLPNetSpec(
+        input_size=input_size,
+        channels=tuple(channels),
+        depths=tuple(depths),
+        sharesets=tuple(shape[0] // shape[1] for shape in fc3),
+        kernels=tuple(kernels),
+        reduction=max(1, channels[0] // shapes[f"{firsts[0]}repmlp_block.gp.fc1.weight"][0]),
+        expansion=max(1, ffn[0][0] // channels[0]),
+        patch=patch,
+        in_channels=embedding[1],
+        classes=shapes["head.weight"][0],
+    )
+    partitions = tuple(_partition(area, map_) for area, map_ in zip(areas, spec.maps(), strict=True))
+    return spec if list(partitions) == spec.maps() else spec.model_copy(update={"partitions": partitions})
+
+
+def _square_input(areas: Sequence[int], patch: int) -> tuple[int, int]:
+    """The (H, W) of the only square input that makes every stage's map one partition."""
+    edges = {math.isqrt(area) * patch * 2**i for i, area in enumerate(areas)}
+    if any(math.isqrt(area) ** 2 != area for area in areas) or len(edges) != 1:
+        said = ", ".join(str(area) for area in areas)
+        raise ValueError(f"FC3 covers {said} positions a stage, no square input's maps: pass --input-size HxW")
+    edge = edges.pop()
+    return edge, edge
+
+
+def _partition(area: int, map_: tuple[int, int]) -> tuple[int, int]:
+    """The (h, w) of `area` positions: the whole map, or the square that divides it."""
+    if map_[0] * map_[1] == area:
+        return map_
+    edge = math.isqrt(area)
+    if not edge or edge * edge != area or map_[0] % edge or map_[1] % edge:
+        raise ValueError(f"FC3 covers {area} positions; a {map_[0]}x{map_[1]} map does not divide into squares of them")
+    return edge, edge

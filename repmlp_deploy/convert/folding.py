@@ -1,0 +1,202 @@
+"""Folding: every BatchNorm that merging leaves goes into a neighbour, and FC3 becomes a batched product. Exact.
+
+**prebn1 and the block.** With prebn1 as x_c ↦ a_c x_c + b_c per channel c and FC3 linear over the positions of one
+channel, W_s its matrix and β_s its bias (s the shareset of c),
+
+    FC3(a_c x_c + b_c) = a_c (W_s x_c) + m_c,      m_c = b_c · rowsum(W_s) + β_s.
+
+The global perceptron absorbs prebn1 as well, because the mean of an affine map is the affine map of the mean:
+FC1(mean(a x + b)) = (FC1·a) mean(x) + (FC1·b + c₁). The unit's first half becomes
+
+    y = x + g ⊙ (a ⊙ W x + m)  =  x + (g·a) ⊙ (W x + m/a),
+
+the second form, one pass over the map cheaper, wherever m/a stays in the range of every precision.
+
+**prebn2** goes into the first convolution of the FFN, which is 1×1 without padding: W(a x + b) = (W·a) x + W b.
+**A BatchNorm behind a convolution** scales its rows. **The head's BatchNorm** goes through the mean into the head.
+
+**FC3 as a product.** A grouped 1×1 convolution on a 1×1 map is executed by most runtimes as one matrix-vector product a
+row. With channel c = j·S + s the same arithmetic is (S, N·parts·C/S, h·w) × (S, h·w, h·w), one batched product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own custom
+
+from repmlp_deploy.nets.blocks import FFN, ConvBN, GlobalPerceptron, RepMLPUnit
+from repmlp_deploy.nets.reparam import affine_of_batch_norm
+from repmlp_deploy.nets.repmlpnet import RepMLPNet
+from repmlp_deploy.nets.surgery import with_replaced
+
+__all__ = ["FoldedConv", "FoldedUnit", "fold_affine"]
+
+_LARGEST_OFFSET = 1e3  # of m/a: far inside float16's 65504, whatever W x adds to it
+
+
+@torch.no_grad()
+def fold_affine(merged: nn.Module) -> nn.Module:
+    """A copy of `merged` without any BatchNorm and with FC3 as a batched product; `merged` is left alone.
+
+    Raises:
+        ValueError: a block is not merged yet, or a BatchNorm is left that no rule knows.
+    """
+    folded = with_replaced(merged, _replacements(merged))
+    left = [name for name, module in folded.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001
+    if left:
+        raise ValueError(f"no rule folds the BatchNorm {left[0]}")
+    return folded.eval()
+
+
+def _replacements(module: nn.Module) -> dict[nn.Module, nn.Module]:
+    """What replaces `module` or, where no rule replaces it whole, what is inside it."""
+    rule = RULES.get(type(module))
+    found = {} if rule is None else rule(module)
+    for child in module.children():
+        if module not in found and child not in found:
+            found |= _replacements(child)
+    return found
+
+
+class FoldedConv(nn.Module):
+    """A convolution with a bias, optionally a ReLU behind it."""
+
+    def __init__(self, conv: nn.Conv2d, *, relu: bool) -> None:
+        super().__init__()
+        self.conv = conv
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return F.relu(y) if self.relu else y
+
+
+class FoldedUnit(nn.Module):
+    """A RepMLP unit without BatchNorms: (N, C, H, W) -> (N, C, H, W); letters as in the module's text, J = C/S.
+
+    Holds `fc3`, every W_s transposed, (S, h·w, h·w); `scale`, a, (J, S, 1); `offset`, (J, S, h·w), m/a where `divided`
+    and m otherwise.
+    """
+
+    def __init__(self, unit: RepMLPUnit) -> None:
+        super().__init__()
+        block = unit.repmlp_block
+        bias = block.fc3.bias
+        if bias is None:
+            raise ValueError("a RepMLP block still has its branches: merge before folding")
+        self.S, self.J, self.h, self.w = block.S, block.C // block.S, block.h, block.w
+        S, J, area = self.S, self.J, block.h * block.w
+        a, b = affine_of_batch_norm(unit.prebn1)
+        matrix = block.fc3.weight.detach().view(S, area, area)
+        row_sum = matrix.sum(dim=2, dtype=torch.float64)  # (S, h·w)
+        scale, shift = a.view(J, S, 1), b.view(J, S, 1)
+        offset = shift * row_sum + bias.detach().double().view(S, area)  # m, (J, S, h·w)
+        self.divided = bool((offset.abs() <= _LARGEST_OFFSET * scale.abs()).all()) and bool((a != 0).all())
+        self.fc3 = _constant(matrix.transpose(1, 2).contiguous())
+        self.scale = _constant(scale.to(matrix.dtype))
+        self.offset = _constant((offset / scale if self.divided else offset).to(matrix.dtype))
+        self.gp = _gate_of_affine(block.gp, a, b)
+        self.ffn = _ffn_of_affine(unit.ffn_block, unit.prebn2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        J, S, h, w = self.J, self.S, self.h, self.w
+        rows, columns = x.shape[2] // h, x.shape[3] // w
+        gate: Tensor = self.gp(x)  # (N, C, 1, 1)
+        if rows == columns == 1:
+            y = self._product(x.reshape(-1, S, h * w)).reshape(-1, J, S, h * w)
+            gate = gate.reshape(-1, J, S, 1)
+            y = (y + self.offset) * (gate * self.scale) if self.divided else (y * self.scale + self.offset) * gate
+            z = x + y.reshape(x.shape)
+        else:
+            cut = x.reshape(-1, J * S, rows, h, columns, w).permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, C, h, w)
+            y = self._product(cut.reshape(-1, S, h * w)).reshape(-1, J, S, h * w)
+            y = (y + self.offset) * self.scale if self.divided else y * self.scale + self.offset
+            y = y.reshape(-1, rows, columns, S, h, w).permute(0, 3, 1, 4, 2, 5)  # (N·J, S, rows, h, columns, w)
+            z = x + y.reshape(x.shape) * gate
+        out: Tensor = z + self.ffn(z)
+        return out
+
+    def _product(self, x: Tensor) -> Tensor:
+        """W of every shareset times its rows: (M, S, h·w) -> (M, S, h·w)."""
+        if self.S == 1:
+            return x @ self.fc3[0]
+        return (x.transpose(0, 1) @ self.fc3).transpose(0, 1)  # (S, M, h·w) × (S, h·w, h·w)
+
+
+def _constant(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
+
+
+def _with_weights(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """A convolution of the same geometry with other weights, stored in its dtype."""
+    result = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        stride=conv.stride,  # type: ignore[arg-type]
+        padding=conv.padding,  # type: ignore[arg-type]
+        dilation=conv.dilation,  # type: ignore[arg-type]
+        groups=conv.groups,
+        device="meta",
+    )
+    result.weight = _constant(weight.to(conv.weight.dtype))
+    result.bias = _constant(bias.to(conv.weight.dtype))
+    return result
+
+
+def _conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
+    """BN(conv(x)) as one convolution."""
+    a, b = affine_of_batch_norm(bn)
+    bias = b if conv.bias is None else a * conv.bias.detach().double() + b
+    return _with_weights(conv, conv.weight.detach() * a[:, None, None, None], bias)
+
+
+def _conv_of_affine(conv: nn.Conv2d, a: Tensor, b: Tensor) -> nn.Conv2d:
+    """conv(a·x + b) as one convolution, for a 1×1 kernel without padding or groups."""
+    weight = conv.weight.detach().double()
+    bias = weight[:, :, 0, 0] @ b
+    return _with_weights(conv, weight * a[:, None, None], bias if conv.bias is None else bias + conv.bias.detach())
+
+
+def _gate_of_affine(gp: GlobalPerceptron, a: Tensor, b: Tensor) -> GlobalPerceptron:
+    """The global perceptron of a·x + b, as one of x."""
+    result = GlobalPerceptron.__new__(GlobalPerceptron)
+    nn.Module.__init__(result)
+    result.fc1, result.fc2 = _conv_of_affine(gp.fc1, a, b), gp.fc2
+    return result
+
+
+def _ffn_of_affine(ffn: FFN, bn: nn.BatchNorm2d) -> nn.Module:
+    """FFN(BN(x)) as two convolutions with GELU between."""
+    first = _conv_bn(ffn.ffn_fc1.conv, ffn.ffn_fc1.bn)
+    return nn.Sequential(
+        _conv_of_affine(first, *affine_of_batch_norm(bn)), nn.GELU(), _conv_bn(ffn.ffn_fc2.conv, ffn.ffn_fc2.bn)
+    )
+
+
+def _fold_conv_bn(module: ConvBN) -> dict[nn.Module, nn.Module]:
+    return {module: FoldedConv(_conv_bn(module.conv, module.bn), relu=module.relu)}
+
+
+def _fold_unit(module: RepMLPUnit) -> dict[nn.Module, nn.Module]:
+    return {module: FoldedUnit(module)}
+
+
+def _fold_head(module: RepMLPNet) -> dict[nn.Module, nn.Module]:
+    a, b = affine_of_batch_norm(module.head_norm)
+    weight = module.head.weight.detach().double()
+    head = nn.Linear(module.head.in_features, module.head.out_features, device="meta")
+    head.weight = _constant((weight * a).to(module.head.weight.dtype))
+    head.bias = _constant((module.head.bias.detach() + weight @ b).to(module.head.weight.dtype))
+    return {module.head_norm: nn.Identity(), module.head: head}
+
+
+RULES: dict[type[nn.Module], Callable[..., dict[nn.Module, nn.Module]]] = {
+    ConvBN: _fold_conv_bn,
+    RepMLPUnit: _fold_unit,
+    RepMLPNet: _fold_head,
+}
+"""Module type to what replaces it or its children; looked at from the outside in."""

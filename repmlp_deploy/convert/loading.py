@@ -1,0 +1,117 @@
+"""From a state dict to a network: infer what it is, build it, fill it strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from repmlp_deploy.card import ModelCard, Preprocessing, Resize, list_cards, load_card
+from repmlp_deploy.errors import CardError, CheckpointError
+from repmlp_deploy.nets.families import FAMILIES, build_network, card_spec
+
+__all__ = ["infer_card", "load_network"]
+
+_IMAGENET_MEAN = (123.675, 116.28, 103.53)
+_IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+def infer_card(  # noqa: PLR0913 - each says something that shapes cannot
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    family: str,
+    layout: str,
+    merged: bool,
+    input_size: tuple[int, int] | None = None,
+    name: str = "checkpoint",
+) -> tuple[ModelCard, str]:
+    """The card of the network that a state dict belongs to, and a remark on how it was found.
+
+    A card of `models/` with this architecture is taken, one of this layout before others. Where there is none, the
+    card is made from the shapes, with the preprocessing of the card that differs in its classes alone, or else the
+    usual one for ImageNet.
+
+    Args:
+        shapes: our key to shape.
+        family: the layout's family.
+        layout: the layout's name.
+        merged: whether the branches are gone, so that kernels cannot be told.
+        input_size: (H, W), where shapes cannot tell it.
+        name: what to call a network that no card describes, and the file in messages.
+
+    Raises:
+        CheckpointError: the shapes fit no network of the family.
+    """
+    try:
+        spec = FAMILIES[family].infer(shapes, input_size)
+    except KeyError as error:
+        raise CheckpointError(f"{name} lacks the key {error.args[0]}, which every {family} has") from None
+    except (ValidationError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from None
+    cards = [card for card in map(load_card, list_cards()) if card.family == family]
+    cards.sort(key=lambda card: card.layout != layout)
+    loose = {"kernels"} if merged else set()
+    described = spec.model_dump(exclude=loose)
+    for card in cards:
+        if card_spec(card).model_dump(exclude=loose) == described:
+            return card, f"recognised as {card.name}"
+    for card in cards:
+        if card_spec(card).model_dump(exclude={*loose, "classes"}) == spec.model_dump(exclude={*loose, "classes"}):
+            own = _own_card(name, family, spec.model_dump(), card.preprocessing)
+            return own, f"recognised as {card.name} with other classes; its preprocessing is assumed, labels are unknown"
+    size = spec.model_dump()["input_size"]
+    usual = Preprocessing(
+        resize=Resize(mode="exact", size=size), mean=_IMAGENET_MEAN, std=_IMAGENET_STD
+    )
+    own = _own_card(name, family, spec.model_dump(), usual)
+    return own, "no card has this architecture; ImageNet's mean and std are assumed and labels unknown: see --card"
+
+
+def load_network(tensors: Mapping[str, Tensor], card: ModelCard, *, merged: bool, name: str = "checkpoint") -> nn.Module:
+    """The card's network with these weights: evaluation mode, float32, over the tensors' own memory.
+
+    Raises:
+        CheckpointError: a key is missing, unexpected or of another shape; the first few are named.
+    """
+    with torch.device("meta"):
+        network = build_network(card, deploy=merged)
+    expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    given = dict(tensors)
+    for key in expected:
+        if key.endswith("num_batches_tracked") and key not in given:  # a counter that evaluation never reads
+            given[key] = torch.zeros((), dtype=torch.long)
+    where = f"{name} does not fit {card.name}"
+    missing = [key for key in expected if key not in given]
+    if missing:
+        raise CheckpointError(f"{where}: {_some(missing)} missing")
+    unexpected = [key for key in given if key not in expected]
+    if unexpected:
+        raise CheckpointError(f"{where}: {_some(unexpected)} unexpected")
+    for key, shape in expected.items():
+        if tuple(given[key].shape) != shape:
+            raise CheckpointError(f"{where}: {key} has shape {tuple(given[key].shape)}; expected {shape}")
+    network.load_state_dict(given, strict=True, assign=True)
+    return network.requires_grad_(requires_grad=False).eval()
+
+
+def _own_card(name: str, family: str, spec: dict[str, object], preprocessing: Preprocessing) -> ModelCard:
+    allowed = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).strip("._-")
+    try:
+        return ModelCard.model_validate(
+            {
+                "name": allowed or family,
+                "family": family,
+                "input_size": spec.pop("input_size"),
+                "network": spec,
+                "preprocessing": preprocessing,
+            }
+        )
+    except ValidationError as error:
+        raise CardError(f"{name}: {error.errors()[0]['msg']}") from None
+
+
+def _some(keys: Sequence[str], show: int = 3) -> str:
+    rest = f" and {len(keys) - show} more are" if len(keys) > show else " is" if len(keys) == 1 else " are"
+    return ", ".join(keys[:show]) + rest

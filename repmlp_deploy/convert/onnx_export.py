@@ -1,0 +1,110 @@
+"""From a torch module to an ONNX graph: symbolic batch, fixed H and W, metadata embedded."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from repmlp_deploy.errors import MissingDependency, RepMLPError
+
+try:
+    import onnx
+    import onnxscript  # noqa: F401 - torch.onnx.export needs it, and says so only in passing
+except ImportError as error:
+    raise MissingDependency(error.name or "onnx", "export") from None
+
+__all__ = ["OPSET", "Traced", "export_graph", "trace_network", "with_metadata"]
+
+OPSET = 20  # the first with Gelu
+
+_TRACED_BATCH = 2  # 0 and 1 would be specialised
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A torch.export program and what the exporter said while making it.
+
+    Attributes:
+        program: the program, with a symbolic batch unless `batch` is fixed.
+        chatter: captured output, for --debug.
+    """
+
+    program: torch.export.ExportedProgram
+    chatter: str
+
+
+def trace_network(network: nn.Module, shape: Sequence[int], *, fixed_batch: int | None = None) -> Traced:
+    """The torch.export program of a network of one (N, C, H, W) float32 input.
+
+    Args:
+        shape: (C, H, W).
+        fixed_batch: N, where it is not to be symbolic.
+    """
+    example = torch.zeros((fixed_batch or _TRACED_BATCH, *shape))
+    dynamic = None if fixed_batch else ({0: torch.export.Dim("batch", min=1)},)
+    with _captured() as chatter:
+        program = torch.export.export(network, (example,), dynamic_shapes=dynamic, strict=False)
+    return Traced(program, chatter.getvalue())
+
+
+def export_graph(traced: Traced, *, input_name: str, output_names: Sequence[str]) -> onnx.ModelProto:
+    """The ONNX graph of a traced network.
+
+    Raises:
+        RepMLPError: the exporter failed; the message is its own first line.
+    """
+    with _captured() as chatter:
+        try:
+            exported = torch.onnx.export(
+                traced.program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[input_name],
+                output_names=list(output_names),
+                external_data=False,
+                verbose=False,
+            )
+        except Exception as error:
+            said = (str(error).splitlines() or [""])[0]
+            raise RepMLPError(f"torch.onnx.export failed: {said}; run again with --debug") from error
+    if exported is None:
+        raise RepMLPError(f"torch.onnx.export returned nothing: {chatter.getvalue()[-200:]}")
+    return exported.model_proto
+
+
+def with_metadata(graph: onnx.ModelProto, metadata: Mapping[str, object]) -> onnx.ModelProto:
+    """`graph` with `metadata` as its own properties, values that are no strings as JSON; the weights are not copied."""
+    del graph.metadata_props[:]
+    for key, value in metadata.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        graph.metadata_props.add(key=key, value=text)
+    graph.producer_name = "repmlp-deploy"
+    return graph
+
+
+@contextlib.contextmanager
+def _captured() -> Iterator[io.StringIO]:
+    """Everything that Python code prints, warns or logs inside, kept from the terminal."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    before = [(logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
+    try:
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield text
+    finally:
+        for logger, (propagate, level) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate, logger.level = propagate, level

@@ -1,0 +1,483 @@
+"""The pipeline: the only place that knows the order of the steps. Files are written once, at the end.
+
+    checkpoint → trained → probe → merged → folded → traced → graph → simplified → engine → bundle
+
+Every value is compared with the probe, that is with the trained network, before the next step uses it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import hashlib
+import importlib.metadata
+import io
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import repmlp_deploy
+from repmlp_deploy.bundle import (
+    PROBE,
+    ArtifactEntry,
+    BatchRange,
+    Bundle,
+    FileEntry,
+    Manifest,
+    TensorSpec,
+    check_output_folder,
+)
+from repmlp_deploy.card import ModelCard, load_card, load_labels
+from repmlp_deploy.convert.certifying import Certifier
+from repmlp_deploy.convert.checkpoint import Checkpoint, read_checkpoint
+from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
+from repmlp_deploy.convert.folding import fold_affine
+from repmlp_deploy.convert.layouts import StateDict, find_state_dict, to_layout
+from repmlp_deploy.convert.loading import infer_card, load_network
+from repmlp_deploy.convert.merging import merge_branches
+from repmlp_deploy.convert.onnx_export import Traced, export_graph, trace_network, with_metadata
+from repmlp_deploy.convert.probing import SAMPLES, SEED, batch_sizes, record_probe, run_network
+from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
+from repmlp_deploy.errors import CheckpointError, InputError, VerificationError
+from repmlp_deploy.nets.families import card_spec
+from repmlp_deploy.numerics import TOLERANCES
+from repmlp_deploy.runtime.onnx_runner import open_session
+from repmlp_deploy.runtime.runner import RunnerOptions
+
+__all__ = ["ALIASES", "FORMATS", "GRAPHS", "Trained", "export", "load_trained", "parse_batch", "parse_formats"]
+
+FORMATS = ("onnx", "trt", "trt-rtx", "torch", "checkpoint")
+ALIASES = {"tensorrt": "trt", "engine": "trt"}
+GRAPHS = ("folded", "merged")
+
+INPUT, OUTPUT = "images", "logits"
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with its weights, and where they came from.
+
+    Attributes:
+        network: evaluation mode, float32.
+        card: what it is.
+        checkpoint: the file; None for a network that was handed over in memory.
+        state: the file's state dict and its layout; None likewise.
+        merged: whether its branches are merged already.
+        notes: what a reader of the report should know.
+    """
+
+    network: nn.Module
+    card: ModelCard
+    checkpoint: Checkpoint | None = None
+    state: StateDict | None = None
+    merged: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def load_trained(
+    path: str | Path,
+    card: str | Path | ModelCard | None = None,
+    *,
+    weights: str | None = None,
+    input_size: tuple[int, int] | None = None,
+    allow_merged: bool = False,
+) -> Trained:
+    """The trained network in a checkpoint of any layout.
+
+    Args:
+        path: `.pth`, `.pt` or `.safetensors`.
+        card: a card, or the name or path of one; by default it is inferred from keys and shapes.
+        weights: `model` or `ema`, where a file holds both; by default `model`.
+        input_size: (H, W), where keys and shapes cannot tell it.
+        allow_merged: accept a checkpoint whose branches are merged already. Nothing can be proved about the trained
+            network then; the merged one takes its place.
+
+    Raises:
+        CheckpointError: the file is damaged, unsafe, of no network we know, or does not fit the card.
+        CardError: the card is wrong.
+    """
+    given = card if card is None or isinstance(card, ModelCard) else load_card(card)
+    checkpoint = read_checkpoint(path)
+    name = str(path)
+    state = find_state_dict(checkpoint.content, weights=weights, name=name)
+    notes = []
+    if state.merged:
+        if not allow_merged:
+            raise CheckpointError(
+                f"{name} is merged already, so its equality with the trained network cannot be proved: give the "
+                "training-time checkpoint, or pass --allow-merged to prove equality with the merged one"
+            )
+        notes.append("the checkpoint is merged already: the reference is the merged network, not the trained one")
+    if given is None:
+        given, remark = infer_card(
+            state.shapes(),
+            family=state.layout.family,
+            layout=state.layout.name,
+            merged=state.merged,
+            input_size=input_size,
+            name=Path(path).stem,
+        )
+        notes.append(remark)
+    elif given.family != state.layout.family:
+        raise CheckpointError(f"{name} is a {state.layout.family}; the card {given.name} describes a {given.family}")
+    if input_size is not None and input_size != given.input_size:
+        raise InputError(
+            f"--input-size {input_size[0]}x{input_size[1]} contradicts {given.name}, "
+            f"which takes {given.input_size[0]}x{given.input_size[1]}"
+        )
+    if state.others:
+        notes.append(f"the file also holds {', '.join(state.others)}; used: {state.container or 'its top level'}")
+    network = load_network(state.tensors, given, merged=state.merged, name=name)
+    return Trained(network, given, checkpoint, state, state.merged, tuple(notes))
+
+
+def export(  # noqa: PLR0913 - one a command-line option
+    model_or_checkpoint: nn.Module | str | Path,
+    *,
+    card: str | Path | ModelCard | None = None,
+    formats: str | Sequence[str] = ("onnx",),
+    graph: str = "folded",
+    precision: str = "fp32",
+    batch: str | int | BatchRange = "1:8:64",
+    weights: str | None = None,
+    input_size: tuple[int, int] | None = None,
+    out: str | Path | None = None,
+    allow_merged: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Merge, prove, export: a bundle on disk whose every artifact was compared with the trained network.
+
+    Args:
+        model_or_checkpoint: a weights file, or a network of `get_model`.
+        card: see `load_trained`.
+        formats: of `FORMATS`, as a sequence or comma-separated.
+        graph: `folded`, or `merged` for what upstream's own merge leaves.
+        precision: of the graph; a row of `numerics.TOLERANCES`.
+        batch: sizes to serve, `MIN:OPT:MAX`, or one that is fixed.
+        weights: see `load_trained`.
+        input_size: see `load_trained`.
+        out: the bundle's folder, default `artifacts/<name>-<precision>`.
+        allow_merged: see `load_trained`.
+        progress: called with the name of every step as it begins.
+
+    Returns:
+        The bundle in `out`.
+
+    Raises:
+        InputError: unusable arguments or input (CheckpointError, CardError among them).
+        VerificationError: a step strays from the trained network; nothing is written.
+        MissingDependency, MissingDevice, BuildError: a format cannot be made here.
+        OutputError: `out` could not be written; an earlier bundle is untouched.
+    """
+    wanted = parse_formats(formats)
+    sizes = batch if isinstance(batch, BatchRange) else parse_batch(batch)
+    _require_choice("--graph", graph, GRAPHS)
+    _require_choice("--precision", precision, tuple(TOLERANCES))
+    for name in wanted:  # before minutes are spent
+        if name in FLAVOURS:
+            check_flavour(name)
+    if out is not None:
+        check_output_folder(Path(out))
+    clock = _Clock(progress)
+
+    with clock.step("load"):
+        trained = _trained(model_or_checkpoint, card, weights, input_size, allow_merged=allow_merged)
+    out = Path("artifacts", f"{trained.card.name}-{precision}") if out is None else Path(out)
+    check_output_folder(out)
+    shape = (card_spec(trained.card).in_channels, *trained.card.input_size)
+
+    with clock.step("probe"):
+        probe = record_probe(trained.network, shape)
+    certifier = Certifier(probe, batch_sizes(sizes))
+    with clock.step("merge"):
+        merged = trained.network if trained.merged else merge_branches(trained.network)
+    with clock.step("verify merged"):
+        certifier.require("merged", lambda x: run_network(merged, x))
+    network = merged
+    if graph == "folded":
+        with clock.step("fold"):
+            network = fold_affine(merged)
+        with clock.step("verify folded"):
+            certifier.require("folded", lambda x: run_network(network, x))
+
+    made = _Artifacts(precision)
+    notes = list(trained.notes)
+    if "checkpoint" in wanted:
+        with clock.step("checkpoint"):
+            made.add("checkpoint", *_checkpoint_file(trained, merged))
+    if set(wanted) - {"checkpoint"}:
+        with clock.step("trace"):
+            traced = trace_network(network, shape, fixed_batch=sizes.min if sizes.min == sizes.max else None)
+        if "torch" in wanted:
+            with clock.step("torch program"):
+                certifier.require("torch.export program", lambda x: run_network(traced.program.module(), x))
+                made.add("torch", "model.pt2", _program_file(traced))
+    if set(wanted) & {"onnx", *FLAVOURS}:
+        with clock.step("export"):
+            model = export_graph(traced, input_name=INPUT, output_names=[OUTPUT])
+            model = with_metadata(model, _metadata(trained, sizes))
+            del traced
+            data = model.SerializeToString()
+        with clock.step("verify exported"):
+            certifier.require("exported ONNX", _onnx_run(data), precision)
+        with clock.step("simplify"):
+            try:
+                model, data = _simplified(model, certifier, precision)
+            except SimplificationFailed as error:
+                notes.append(f"not simplified: {error}")
+        about = {"opset": model.opset_import[0].version, "nodes": len(model.graph.node)}
+        del model
+        if "onnx" in wanted:
+            made.add("onnx", "model.onnx", data, about)
+        for name in (name for name in wanted if name in FLAVOURS):
+            with clock.step(name):
+                engine = build_engine(name, data, input_name=INPUT, shape=shape, batch=sizes)
+            made.add(name, f"model.{name}.engine", engine.plan, engine.details)
+            notes.append(f"the {name} engine was built from the verified graph and has not run here")
+    made.add_file(PROBE, probe.to_bytes())
+
+    with clock.step("save"):
+        bundle = Bundle(
+            Manifest(
+                name=trained.card.name,
+                family=trained.card.family,
+                task=trained.card.task,
+                graph=graph,
+                input=TensorSpec(name=INPUT, dtype="float32", shape=(_static(sizes), *shape)),
+                output=TensorSpec(name=OUTPUT, dtype="float32", shape=(_static(sizes), *probe.reference.shape[1:])),
+                preprocessing=trained.card.preprocessing,
+                labels=load_labels(trained.card),
+                batch=sizes,
+                artifacts=made.entries,
+                probe=made.files[PROBE],
+                certificate=tuple(certifier.hops),
+                provenance=_provenance(trained, clock.seconds),
+                notes=tuple(notes),
+            ),
+            contents=made.contents,
+        ).save(out)
+    return bundle
+
+
+def parse_formats(formats: str | Sequence[str]) -> tuple[str, ...]:
+    """Format names without aliases and repetition, in the order given.
+
+    Raises:
+        InputError: one of them is unknown; the nearest is suggested.
+    """
+    words = formats.split(",") if isinstance(formats, str) else list(formats)
+    names = [ALIASES.get(word.strip().lower(), word.strip().lower()) for word in words]
+    for name in names:
+        _require_choice("--format", name, FORMATS)
+    return tuple(dict.fromkeys(names))
+
+
+def parse_batch(text: str | int) -> BatchRange:
+    """`MIN:OPT:MAX`, or one size that is fixed.
+
+    Raises:
+        InputError: it is neither, or the three do not rise.
+    """
+    parts = str(text).split(":")
+    if len(parts) not in (1, 3) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise InputError(f"--batch is {str(text)!r}; expected MIN:OPT:MAX, such as 1:8:64, or one positive number")
+    low, best, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
+    if not low <= best <= high:
+        raise InputError(f"--batch is {text}; MIN, OPT and MAX must not fall")
+    return BatchRange(min=low, opt=best, max=high)
+
+
+def _require_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(value, [*choices, *ALIASES], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(choices)}"
+        raise InputError(f"{option} {value}: unknown; {hint}")
+
+
+def _trained(
+    source: nn.Module | str | Path,
+    card: str | Path | ModelCard | None,
+    weights: str | None,
+    input_size: tuple[int, int] | None,
+    *,
+    allow_merged: bool,
+) -> Trained:
+    if not isinstance(source, nn.Module):
+        return load_trained(source, card, weights=weights, input_size=input_size, allow_merged=allow_merged)
+    own = card if card is not None else getattr(source, "card", None)
+    if own is None:
+        raise InputError(f"{type(source).__name__} carries no card: pass card=, a name in models/ or a ModelCard")
+    if source.training:
+        raise InputError(f"{type(source).__name__} is in training mode: call .eval() first")
+    found = own if isinstance(own, ModelCard) else load_card(own)
+    merged = not any(key.endswith("fc3_bn.weight") for key in source.state_dict())
+    if merged and not allow_merged:
+        raise InputError(
+            f"{type(source).__name__} is merged already, so nothing can be proved about the trained network: "
+            "export it before switch_to_deploy(), or pass allow_merged=True"
+        )
+    return Trained(source, found, merged=merged)
+
+
+class _Clock:
+    """Seconds of every step, told to a progress display as it begins."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        if self._progress is not None:
+            self._progress(name)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 3)
+
+
+@dataclass
+class _Artifacts:
+    """Files for the bundle, collected in memory."""
+
+    precision: str
+    entries: dict[str, ArtifactEntry] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    contents: dict[str, bytes] = field(default_factory=dict)
+
+    def add_file(self, name: str, data: bytes) -> None:
+        self.contents[name] = data
+        self.files[name] = FileEntry(path=name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+
+    def add(self, artifact_format: str, name: str, data: bytes, details: Mapping[str, Any] | None = None) -> None:
+        self.add_file(name, data)
+        described = {**self.files[name].model_dump(), "precision": self.precision, **(details or {})}
+        self.entries[artifact_format] = ArtifactEntry.model_validate(described)
+
+
+def _onnx_run(data: bytes) -> Callable[[NDArray[np.float32]], NDArray[np.floating]]:
+    session, _ = open_session(data, RunnerOptions(device="cpu"))
+    return lambda x: session.run(None, {INPUT: x})[0]
+
+
+def _simplified(graph: onnx.ModelProto, certifier: Certifier, precision: str) -> tuple[onnx.ModelProto, bytes]:
+    """The simplified graph, verified, and its bytes.
+
+    Raises:
+        SimplificationFailed: onnxsim failed, or changed the output.
+    """
+    simplified = simplify_graph(graph)
+    data = simplified.SerializeToString()
+    try:
+        hops = certifier.measure("simplified ONNX", _onnx_run(data), precision)
+    except (VerificationError, InputError) as error:
+        raise SimplificationFailed(str(error)) from error
+    failed = [hop for hop in hops if not hop.passed]
+    if failed:
+        raise SimplificationFailed(f"onnxsim changed the output by {failed[0].max_abs:.2e}")
+    certifier.hops += hops
+    return simplified, data
+
+
+def _checkpoint_file(trained: Trained, merged: nn.Module) -> tuple[str, bytes]:
+    """The merged state dict in the layout it came in."""
+    state = {key: value.contiguous() for key, value in merged.state_dict().items()}
+    suffix = ".pth" if trained.checkpoint is None else trained.checkpoint.path.suffix
+    named = state if trained.state is None else to_layout(state, trained.state)
+    if suffix == ".safetensors":
+        return "model.safetensors", safetensors.torch.save(named)
+    buffer = io.BytesIO()
+    torch.save(named, buffer)
+    return "model.pth", buffer.getvalue()
+
+
+def _program_file(traced: Traced) -> bytes:
+    buffer = io.BytesIO()
+    torch.export.save(traced.program, buffer)
+    return buffer.getvalue()
+
+
+def _metadata(trained: Trained, batch: BatchRange) -> dict[str, object]:
+    """What the graph says of itself, for tools that see it alone."""
+    labels = load_labels(trained.card)
+    return {
+        "name": trained.card.name,
+        "family": trained.card.family,
+        "task": trained.card.task,
+        "preprocessing": trained.card.preprocessing.model_dump(mode="json"),
+        "labels": list(labels) if labels is not None else [],
+        "batch": batch.model_dump(),
+        "checkpoint_sha256": trained.checkpoint.sha256 if trained.checkpoint is not None else "",
+        "repmlp_deploy": repmlp_deploy.__version__,
+    }
+
+
+def _static(batch: BatchRange) -> int | None:
+    return batch.min if batch.min == batch.max else None
+
+
+def _provenance(trained: Trained, seconds: Mapping[str, float]) -> dict[str, Any]:
+    source: dict[str, Any] = {"checkpoint": None}
+    if trained.checkpoint is not None and trained.state is not None:
+        source["checkpoint"] = {
+            "file": trained.checkpoint.path.name,
+            "sha256": trained.checkpoint.sha256,
+            "layout": trained.state.layout.name,
+            "container": trained.state.container,
+            "prefix": trained.state.prefix,
+            "merged": trained.state.merged,
+        }
+    packages = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "onnxruntime-gpu", "numpy")
+    return {
+        **source,
+        "parameters": sum(parameter.numel() for parameter in trained.network.parameters()),
+        "probe": {"seed": SEED, "samples": SAMPLES},
+        "versions": {"repmlp-deploy": repmlp_deploy.__version__, "python": platform.python_version()}
+        | {name: version for name in packages if (version := _version(name))},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": dict(seconds),
+        "peak_bytes": _peak_bytes(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _peak_bytes() -> int | None:
+    """The largest resident size this process has had; None where the system does not say."""
+    if sys.platform == "win32":
+        return None
+    import resource  # noqa: PLC0415 - not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+

@@ -1,0 +1,68 @@
+"""The families of networks: one entry each. Adding a family is adding its file here and its entry to the table."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from torch import nn
+
+from repmlp_deploy.card import ModelCard
+from repmlp_deploy.errors import CardError
+from repmlp_deploy.nets.repmlpnet import RepMLPNet, RepMLPNetSpec, infer_repmlpnet
+
+__all__ = ["FAMILIES", "Family", "build_network", "card_spec"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How networks of a family are described, built and recognised.
+
+    Attributes:
+        spec: hyper-parameters, `input_size` among them.
+        build: (spec, deploy=…) -> the network.
+        infer: (state-dict shapes, input size or None) -> the hyper-parameters; raises KeyError or ValueError.
+    """
+
+    spec: type[BaseModel]
+    build: Callable[..., nn.Module]
+    infer: Callable[[Mapping[str, Sequence[int]], tuple[int, int] | None], BaseModel]
+
+
+FAMILIES: dict[str, Family] = {
+    "repmlpnet": Family(RepMLPNetSpec, RepMLPNet, infer_repmlpnet),
+}
+
+
+def card_spec(card: ModelCard) -> Any:
+    """The hyper-parameters that a card gives, checked by its family.
+
+    Raises:
+        CardError: the family is unknown, or a hyper-parameter is wrong.
+    """
+    if card.family not in FAMILIES:
+        near = difflib.get_close_matches(card.family, FAMILIES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(FAMILIES)}"
+        raise CardError(f"{card.name}: no family {card.family!r}; {hint}")
+    try:
+        return FAMILIES[card.family].spec.model_validate({**card.network, "input_size": card.input_size})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CardError(f"{card.name}: network.{where}: {first['msg']}") from None
+
+
+def build_network(card: ModelCard, *, deploy: bool = False) -> nn.Module:
+    """The card's network, in evaluation mode, with fresh weights.
+
+    Raises:
+        CardError: the card's hyper-parameters do not fit one another.
+    """
+    spec = card_spec(card)
+    try:
+        return FAMILIES[card.family].build(spec, deploy=deploy).eval()
+    except ValueError as error:
+        raise CardError(f"{card.name}: {error}") from None

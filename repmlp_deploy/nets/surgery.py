@@ -1,0 +1,25 @@
+"""Copies of module trees with some modules replaced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = ["with_replaced"]
+
+
+def with_replaced(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """A copy of `root` in which every module of `replacements` is its replacement, wherever it is used.
+
+    The copy has parameters and buffers of its own, over the same memory where nothing changed: hundreds of megabytes
+    are not copied, and `copy.half()` leaves `root` alone, but training one in place would change the other.
+    """
+    memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
+    for parameter in root.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for buffer in root.buffers():
+        memo[id(buffer)] = buffer.detach()
+    return copy.deepcopy(root, memo)
