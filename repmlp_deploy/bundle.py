@@ -252,6 +252,10 @@ class Bundle:
             raise BundleError(f"{self.folder / entry.path} was changed: its sha256 is not the manifest's; export again")
         return data
 
+    def files(self) -> list[FileEntry]:
+        """Every file but the manifest."""
+        return _files(self.manifest)
+
     def artifact(self, artifact_format: str) -> ArtifactEntry:
         """The entry of one format.
 

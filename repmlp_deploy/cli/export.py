@@ -1,0 +1,118 @@
+"""`repmlp-export` and `export.py`: a trained checkpoint to a verified bundle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from repmlp_deploy.bundle import Bundle
+from repmlp_deploy.cli.console import print_json, print_table, progress, run_command, typer
+from repmlp_deploy.errors import InputError
+
+__all__ = ["main", "parse_size", "print_report"]
+
+
+def main() -> None:
+    """Entry point."""
+    # Weights are hundreds of megabytes: torch then asks for huge pages, and faults a thousand times less.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary folders are removed
+    run_command(export_command)
+
+
+def export_command(  # noqa: PLR0913 - one an option
+    ckpt: Annotated[Path, typer.Option(help="Training-time checkpoint: .pth, .pt or .safetensors.")],
+    card: Annotated[str | None, typer.Option(help="Card in models/ or path of one; default: inferred.")] = None,
+    input_size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Input size, where keys and shapes cannot tell it.")
+    ] = None,
+    formats: Annotated[
+        str, typer.Option("--format", help="Comma-separated: onnx, trt, trt-rtx, torch, checkpoint.")
+    ] = "onnx",
+    graph: Annotated[str, typer.Option(help="folded, or merged for what upstream's own merge leaves.")] = "folded",
+    precision: Annotated[str, typer.Option(help="fp32.")] = "fp32",
+    batch: Annotated[str, typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes to serve, or one.")] = "1:8:64",
+    weights: Annotated[str | None, typer.Option(help="model or ema, where the file holds both.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The bundle; default artifacts/<name>-<precision>.")] = None,
+    allow_merged: Annotated[
+        bool, typer.Option("--allow-merged", help="Accept a merged checkpoint; proof starts there.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="The report as one JSON object on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
+) -> None:
+    """Merge a trained RepMLP, prove the result equal to it, and export it."""
+    size = parse_size(input_size)
+    with progress() as show:
+        show("loading PyTorch")
+        from repmlp_deploy.convert.pipeline import export  # noqa: PLC0415 - seconds: not for --help or a bad option
+
+        bundle = export(
+            ckpt,
+            card=card,
+            formats=formats,
+            graph=graph,
+            precision=precision,
+            batch=batch,
+            weights=weights,
+            input_size=size,
+            out=out,
+            allow_merged=allow_merged,
+            progress=show,
+        )
+    if json:
+        print_json({"out": str(bundle.folder), **bundle.manifest.model_dump(mode="json", by_alias=True)})
+    else:
+        print_report(bundle)
+
+
+def print_report(bundle: Bundle) -> None:
+    """The tables of hops and artifacts, and the notes."""
+    manifest = bundle.manifest
+    print_table(
+        f"{manifest.name}: distance from the trained network in float64",
+        ("step", "verdict", "batch", "max error", "mean error", "between samples", "allowed", "top-1"),
+        [
+            (
+                hop.name,
+                hop.note or ("equal" if hop.passed else "FAILED"),
+                str(hop.batch),
+                f"{hop.max_abs:.2e}",
+                f"{hop.mean_abs:.2e}",
+                "" if hop.between is None else f"{hop.between:.1e}",
+                f"{hop.allowed:.2e}",
+                "" if hop.top1 is None else f"{100 * hop.top1:g} %",
+            )
+            for hop in manifest.certificate
+        ],
+        left=2,
+    )
+    print_table(
+        f"written to {bundle.folder}",
+        ("format", "file", "precision", "MB"),
+        [
+            (name, entry.path, entry.precision, f"{entry.bytes / 1e6:.1f}")
+            for name, entry in manifest.artifacts.items()
+        ],
+        left=3,
+    )
+    for note in manifest.notes:
+        sys.stdout.write(f"note: {note}\n")
+    seconds = sum(manifest.provenance["seconds"].values())
+    sys.stdout.write(f"{seconds:.1f} s\n")
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """(H, W) of `HxW`.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):  # noqa: PLR2004
+        raise InputError(f"--input-size is {text!r}; expected HxW, such as 224x224")
+    return int(parts[0]), int(parts[1])
