@@ -130,7 +130,7 @@ class Manifest(_Frozen):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    schema_: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    schema_: Annotated[Literal[1], Field(alias="schema")] = 1
     name: str
     family: str
     task: str
@@ -294,7 +294,9 @@ class Bundle:
             _take_place(partial, target)
             _flush_folder(target.parent)
         except OSError as error:
-            raise OutputError(f"could not write {out}: {error.strerror or error}; what was there is untouched") from None
+            raise OutputError(
+                f"could not write {out}: {error.strerror or error}; what was there is untouched"
+            ) from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return Bundle(self.manifest, out)

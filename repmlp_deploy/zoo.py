@@ -1,8 +1,8 @@
 """`get_model` and `inference_model`, with the names and behaviour that mmpretrain's users know.
 
-    model = get_model("repmlp-base_3rdparty_8xb64_in1k", pretrained=True)
-    model.switch_to_deploy()
-    inference_model(model, "bird.jpg")["pred_class"]
+model = get_model("repmlp-base_3rdparty_8xb64_in1k", pretrained=True)
+model.switch_to_deploy()
+inference_model(model, "bird.jpg")["pred_class"]
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ def train(network: nn.Module, inputs: Tensor, labels: Tensor, background: float)
             optimizer.step()
             schedule.step()
             total += loss.item() * len(chosen)
-        if epoch % 10 == 9:
-            print(f"epoch {epoch + 1}: loss {total / len(inputs):.4f}")
+        print(f"epoch {epoch + 1}: loss {total / len(inputs):.4f}", end="\r")
+    print()
     network.eval()
 
 

@@ -48,7 +48,7 @@ def _run(app: typer.Typer, arguments: list[str]) -> int:
         return 0
     except RepMLPError as error:
         return _fail(str(error), error.exit_code, error)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last line of defence: a traceback is no message
         return _unexpected(error)
     return outcome if isinstance(outcome, int) else 0
 
@@ -86,7 +86,7 @@ def progress(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
         yield lambda _step: None
     elif console.is_terminal:
         with console.status("starting") as status:
-            yield lambda step: status.update(step)
+            yield status.update
     else:
         yield lambda step: console.print(f"... {step}", highlight=False, markup=False)
 
@@ -107,5 +107,3 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def print_json(report: Any) -> None:
     """One JSON object on stdout."""
     sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n")
-
-

@@ -10,9 +10,10 @@ from typing import Annotated
 
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.cli.console import print_json, print_table, progress, run_command, typer
-from repmlp_deploy.errors import InputError
+from repmlp_deploy.convert.options import GRAPHS, parse_batch, parse_formats, parse_size, require_choice
+from repmlp_deploy.numerics import TOLERANCES
 
-__all__ = ["main", "parse_size", "print_report"]
+__all__ = ["main", "print_report"]
 
 
 def main() -> None:
@@ -44,7 +45,10 @@ def export_command(  # noqa: PLR0913 - one an option
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Merge a trained RepMLP, prove the result equal to it, and export it."""
-    size = parse_size(input_size)
+    wanted, sizes = parse_formats(formats), parse_batch(batch)
+    size = None if input_size is None else parse_size(input_size)
+    require_choice("--graph", graph, GRAPHS)
+    require_choice("--precision", precision, tuple(TOLERANCES))
     with progress() as show:
         show("loading PyTorch")
         from repmlp_deploy.convert.pipeline import export  # noqa: PLC0415 - seconds: not for --help or a bad option
@@ -52,10 +56,10 @@ def export_command(  # noqa: PLR0913 - one an option
         bundle = export(
             ckpt,
             card=card,
-            formats=formats,
+            formats=wanted,
             graph=graph,
             precision=precision,
-            batch=batch,
+            batch=sizes,
             weights=weights,
             input_size=size,
             out=out,
@@ -92,27 +96,10 @@ def print_report(bundle: Bundle) -> None:
     print_table(
         f"written to {bundle.folder}",
         ("format", "file", "precision", "MB"),
-        [
-            (name, entry.path, entry.precision, f"{entry.bytes / 1e6:.1f}")
-            for name, entry in manifest.artifacts.items()
-        ],
+        [(name, entry.path, entry.precision, f"{entry.bytes / 1e6:.1f}") for name, entry in manifest.artifacts.items()],
         left=3,
     )
     for note in manifest.notes:
         sys.stdout.write(f"note: {note}\n")
     seconds = sum(manifest.provenance["seconds"].values())
     sys.stdout.write(f"{seconds:.1f} s\n")
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(H, W) of `HxW`.
-
-    Raises:
-        InputError: it is something else.
-    """
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):  # noqa: PLR2004
-        raise InputError(f"--input-size is {text!r}; expected HxW, such as 224x224")
-    return int(parts[0]), int(parts[1])

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.cli.console import print_json, print_table, run_command, typer
-from repmlp_deploy.cli.export import parse_size, print_report
+from repmlp_deploy.cli.export import print_report
+from repmlp_deploy.convert.options import parse_size
 
 __all__ = ["main"]
 
@@ -34,7 +35,7 @@ def inspect_command(
         else:
             print_report(bundle)
         return
-    report = _describe(path, weights, parse_size(input_size))
+    report = _describe(path, weights, None if input_size is None else parse_size(input_size))
     if json:
         print_json(report)
         return

@@ -37,13 +37,23 @@ def predict_command(  # noqa: PLR0913 - one an option
         predictions = predictor(images)
         labels = predictor.labels
         title = f"{predictor.manifest.name}, {predictor.format} on {predictor.device}"
-    name = (lambda i: str(i)) if labels is None else (lambda i: labels[i])
-    found = [
-        {"image": str(path), "top": [{"label": i, "class": name(i), "score": score} for i, score in p.top(top)]}
-        for path, p in zip(images, predictions, strict=True)
+    tops = [
+        [(str(label) if labels is None else labels[label], label, score) for label, score in prediction.top(top)]
+        for prediction in predictions
     ]
     if json:
-        print_json({"bundle": str(bundle), "format": predictor.format, "device": predictor.device, "predictions": found})
+        found = [
+            {
+                "image": str(path),
+                "top": [{"label": label, "class": name, "score": score} for name, label, score in best],
+            }
+            for path, best in zip(images, tops, strict=True)
+        ]
+        print_json(
+            {"bundle": str(bundle), "format": predictor.format, "device": predictor.device, "predictions": found}
+        )
         return
-    rows = [(row["image"], best["class"], f"{best['score']:.4f}") for row in found for best in row["top"]]
+    rows = [
+        (str(path), name, f"{score:.4f}") for path, best in zip(images, tops, strict=True) for name, _, score in best
+    ]
     print_table(title, ("image", "class", "score"), rows, left=2)

@@ -100,7 +100,9 @@ def _read_pickle(path: Path, *, zipped: bool) -> Any:
         raise CheckpointError(f"{path} is no PyTorch checkpoint, or is damaged or unsafe: {said[:200]}") from None
     except Exception as error:  # noqa: BLE001 - a damaged pickle makes the reader raise anything
         said = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(f"{path} is no PyTorch checkpoint, or is damaged: {said[:200] or type(error).__name__}") from None
+        raise CheckpointError(
+            f"{path} is no PyTorch checkpoint, or is damaged: {said[:200] or type(error).__name__}"
+        ) from None
 
 
 def _blocked(path: Path, name: str) -> str:
@@ -128,4 +130,3 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"{path} is truncated or damaged: {error}; download or save it again") from None
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong; download or save it again")
-

@@ -128,7 +128,7 @@ def _creation_flags(trt: Any) -> int:
 def _logger(trt: Any) -> Any:
     """A logger that keeps warnings and errors instead of printing them."""
 
-    class Kept(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Kept(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.warnings: list[str] = []

@@ -156,7 +156,7 @@ def select_weights(content: Any, weights: str | None, name: str) -> tuple[dict[s
     if not places:
         keys = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
         raise CheckpointError(f"{name} holds no state dict; its keys are {keys}")
-    kinds = {kind: path for kind, path in reversed(places)}
+    kinds = dict(reversed(places))
     if weights is not None and weights not in kinds:
         raise CheckpointError(f"{name} holds no {weights} weights, only {', '.join(kinds)}: drop --weights {weights}")
     chosen = kinds[weights or ("model" if "model" in kinds else "ema")]

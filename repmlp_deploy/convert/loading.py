@@ -60,16 +60,19 @@ def infer_card(  # noqa: PLR0913 - each says something that shapes cannot
     for card in cards:
         if card_spec(card).model_dump(exclude={*loose, "classes"}) == spec.model_dump(exclude={*loose, "classes"}):
             own = _own_card(name, family, spec.model_dump(), card.preprocessing)
-            return own, f"recognised as {card.name} with other classes; its preprocessing is assumed, labels are unknown"
+            return (
+                own,
+                f"recognised as {card.name} with other classes; its preprocessing is assumed, labels are unknown",
+            )
     size = spec.model_dump()["input_size"]
-    usual = Preprocessing(
-        resize=Resize(mode="exact", size=size), mean=_IMAGENET_MEAN, std=_IMAGENET_STD
-    )
+    usual = Preprocessing(resize=Resize(mode="exact", size=size), mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
     own = _own_card(name, family, spec.model_dump(), usual)
     return own, "no card has this architecture; ImageNet's mean and std are assumed and labels unknown: see --card"
 
 
-def load_network(tensors: Mapping[str, Tensor], card: ModelCard, *, merged: bool, name: str = "checkpoint") -> nn.Module:
+def load_network(
+    tensors: Mapping[str, Tensor], card: ModelCard, *, merged: bool, name: str = "checkpoint"
+) -> nn.Module:
     """The card's network with these weights: evaluation mode, float32, over the tensors' own memory.
 
     Raises:

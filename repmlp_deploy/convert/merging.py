@@ -15,7 +15,7 @@ from torch import nn
 from repmlp_deploy.nets.blocks import RepMLPBlock
 from repmlp_deploy.nets.surgery import with_replaced
 
-__all__ = ["merge_branches"]
+__all__ = ["merge_branches", "upstream_form"]
 
 
 @torch.no_grad()
@@ -40,10 +40,20 @@ def merge_branches(trained: nn.Module) -> nn.Module:
     return with_replaced(trained, {block: _merged(block) for block in blocks if not block.deploy})
 
 
+def upstream_form(merged: nn.Module) -> nn.Module:
+    """A copy of `merged` that computes FC3 as upstream's deploy mode does, a grouped 1×1 convolution: the baseline."""
+    copy = with_replaced(merged, {})
+    for module in copy.modules():
+        if isinstance(module, RepMLPBlock):
+            module.as_convolution = True
+    return copy
+
+
 def _merged(block: RepMLPBlock) -> RepMLPBlock:
     merged = RepMLPBlock.__new__(RepMLPBlock)
     nn.Module.__init__(merged)
     merged.C, merged.S, merged.h, merged.w, merged.kernels = block.C, block.S, block.h, block.w, ()
+    merged.as_convolution = block.as_convolution
     merged.gp = block.gp
     merged.fc3 = block.merged_fc3()
     merged.fc3_bn = None

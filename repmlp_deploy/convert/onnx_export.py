@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.errors import MissingDependency, RepMLPError
 
 try:
@@ -33,7 +34,7 @@ class Traced:
     """A torch.export program and what the exporter said while making it.
 
     Attributes:
-        program: the program, with a symbolic batch unless `batch` is fixed.
+        program: the program.
         chatter: captured output, for --debug.
     """
 
@@ -41,15 +42,17 @@ class Traced:
     chatter: str
 
 
-def trace_network(network: nn.Module, shape: Sequence[int], *, fixed_batch: int | None = None) -> Traced:
+def trace_network(network: nn.Module, shape: Sequence[int], batch: BatchRange) -> Traced:
     """The torch.export program of a network of one (N, C, H, W) float32 input.
 
     Args:
+        network: in evaluation mode.
         shape: (C, H, W).
-        fixed_batch: N, where it is not to be symbolic.
+        batch: sizes to serve; N is symbolic unless there is only one.
     """
-    example = torch.zeros((fixed_batch or _TRACED_BATCH, *shape))
-    dynamic = None if fixed_batch else ({0: torch.export.Dim("batch", min=1)},)
+    fixed = batch.min == batch.max
+    example = torch.zeros((batch.min if fixed else max(batch.min, _TRACED_BATCH), *shape))
+    dynamic = None if fixed else ({0: torch.export.Dim("batch", min=batch.min, max=batch.max)},)
     with _captured() as chatter:
         program = torch.export.export(network, (example,), dynamic_shapes=dynamic, strict=False)
     return Traced(program, chatter.getvalue())
@@ -94,17 +97,18 @@ def with_metadata(graph: onnx.ModelProto, metadata: Mapping[str, object]) -> onn
 def _captured() -> Iterator[io.StringIO]:
     """Everything that Python code prints, warns or logs inside, kept from the terminal."""
     text = io.StringIO()
-    handler = logging.StreamHandler(text)
-    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
-    before = [(logger.propagate, logger.level) for logger in loggers]
+    names = [
+        None,
+        *(n for n in logging.root.manager.loggerDict if n.split(".")[0] in ("torch", "onnxscript", "onnx_ir")),
+    ]
+    loggers = [logger for logger in map(logging.getLogger, names) if logger.handlers or logger is logging.root]
+    before = [logger.handlers for logger in loggers]
     for logger in loggers:
-        logger.addHandler(handler)
-        logger.propagate = False
+        logger.handlers = [logging.StreamHandler(text)]
     try:
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield text
     finally:
-        for logger, (propagate, level) in zip(loggers, before, strict=True):
-            logger.removeHandler(handler)
-            logger.propagate, logger.level = propagate, level
+        for logger, handlers in zip(loggers, before, strict=True):
+            logger.handlers = handlers

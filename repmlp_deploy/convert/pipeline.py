@@ -7,8 +7,7 @@ Every value is compared with the probe, that is with the trained network, before
 
 from __future__ import annotations
 
-import datetime
-import difflib
+import datetime as dt
 import hashlib
 import importlib.metadata
 import io
@@ -36,6 +35,7 @@ from repmlp_deploy.bundle import (
     Bundle,
     FileEntry,
     Manifest,
+    Probe,
     TensorSpec,
     check_output_folder,
 )
@@ -46,8 +46,10 @@ from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.layouts import StateDict, find_state_dict, to_layout
 from repmlp_deploy.convert.loading import infer_card, load_network
-from repmlp_deploy.convert.merging import merge_branches
+from repmlp_deploy.convert.merging import merge_branches, upstream_form
 from repmlp_deploy.convert.onnx_export import Traced, export_graph, trace_network, with_metadata
+from repmlp_deploy.convert.onnx_proto import serialize_model
+from repmlp_deploy.convert.options import GRAPHS, parse_batch, parse_formats, require_choice
 from repmlp_deploy.convert.probing import SAMPLES, SEED, batch_sizes, record_probe, run_network
 from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
 from repmlp_deploy.errors import CheckpointError, InputError, VerificationError
@@ -56,11 +58,7 @@ from repmlp_deploy.numerics import TOLERANCES
 from repmlp_deploy.runtime.onnx_runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 
-__all__ = ["ALIASES", "FORMATS", "GRAPHS", "Trained", "describe_checkpoint", "export", "load_trained", "parse_batch", "parse_formats"]
-
-FORMATS = ("onnx", "trt", "trt-rtx", "torch", "checkpoint")
-ALIASES = {"tensorrt": "trt", "engine": "trt"}
-GRAPHS = ("folded", "merged")
+__all__ = ["Trained", "describe_checkpoint", "export", "load_trained"]
 
 INPUT, OUTPUT = "images", "logits"
 
@@ -183,156 +181,138 @@ def export(  # noqa: PLR0913 - one a command-line option
         MissingDependency, MissingDevice, BuildError: a format cannot be made here.
         OutputError: `out` could not be written; an earlier bundle is untouched.
     """
-    wanted = parse_formats(formats)
-    sizes = batch if isinstance(batch, BatchRange) else parse_batch(batch)
-    _require_choice("--graph", graph, GRAPHS)
-    _require_choice("--precision", precision, tuple(TOLERANCES))
-    for name in wanted:  # before minutes are spent
-        if name in FLAVOURS:
-            check_flavour(name)
+    request = _Request(
+        formats=parse_formats(formats),
+        graph=graph,
+        precision=precision,
+        batch=batch if isinstance(batch, BatchRange) else parse_batch(batch),
+    )
+    request.check()
     if out is not None:
         check_output_folder(Path(out))
     clock = _Clock(progress)
-
     with clock.step("load"):
         trained = _trained(model_or_checkpoint, card, weights, input_size, allow_merged=allow_merged)
     out = Path("artifacts", f"{trained.card.name}-{precision}") if out is None else Path(out)
     check_output_folder(out)
-    shape = (card_spec(trained.card).in_channels, *trained.card.input_size)
 
     with clock.step("probe"):
-        probe = record_probe(trained.network, shape)
-    certifier = Certifier(probe, batch_sizes(sizes))
+        probe = record_probe(trained.network, _input_shape(trained))
+    certifier = Certifier(probe, batch_sizes(request.batch))
+    merged, network = _reparameterize(trained, request, certifier, clock)
+    made = _Artifacts(request.precision, notes=list(trained.notes))
+    if "checkpoint" in request.formats:
+        with clock.step("checkpoint"):
+            made.add("checkpoint", *_checkpoint_file(trained, merged))
+    if request.needs_trace:
+        with clock.step("trace"):
+            traced = trace_network(network, _input_shape(trained), request.batch)
+        if "torch" in request.formats:
+            with clock.step("torch program"):
+                certifier.require("torch.export program", lambda x: run_network(traced.program.module(), x))
+                made.add("torch", "model.pt2", _program_file(traced))
+        if request.needs_onnx:
+            _make_onnx(traced, trained, request, certifier, made, clock)
+    made.add_file(PROBE, probe.to_bytes())
+    manifest = _manifest(trained, request, probe, certifier, made, clock)
+    with clock.step("save"):
+        return Bundle(manifest, contents=made.contents).save(out)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, in the pipeline's own types."""
+
+    formats: tuple[str, ...]
+    graph: str
+    precision: str
+    batch: BatchRange
+
+    @property
+    def needs_trace(self) -> bool:
+        return bool(set(self.formats) - {"checkpoint"})
+
+    @property
+    def needs_onnx(self) -> bool:
+        return bool(set(self.formats) & {"onnx", *FLAVOURS})
+
+    def check(self) -> None:
+        """Raise, before minutes are spent, if it cannot be had here."""
+        require_choice("--graph", self.graph, GRAPHS)
+        require_choice("--precision", self.precision, tuple(TOLERANCES))
+        for name in self.formats:
+            if name in FLAVOURS:
+                check_flavour(name)
+
+
+def _reparameterize(
+    trained: Trained, request: _Request, certifier: Certifier, clock: _Clock
+) -> tuple[nn.Module, nn.Module]:
+    """The merged network, and the one to be traced; both verified."""
     with clock.step("merge"):
         merged = trained.network if trained.merged else merge_branches(trained.network)
     with clock.step("verify merged"):
         certifier.require("merged", lambda x: run_network(merged, x))
-    network = merged
-    if graph == "folded":
-        with clock.step("fold"):
-            network = fold_affine(merged)
-        with clock.step("verify folded"):
-            certifier.require("folded", lambda x: run_network(network, x))
-
-    made = _Artifacts(precision)
-    notes = list(trained.notes)
-    if "checkpoint" in wanted:
-        with clock.step("checkpoint"):
-            made.add("checkpoint", *_checkpoint_file(trained, merged))
-    if set(wanted) - {"checkpoint"}:
-        with clock.step("trace"):
-            traced = trace_network(network, shape, fixed_batch=sizes.min if sizes.min == sizes.max else None)
-        if "torch" in wanted:
-            with clock.step("torch program"):
-                certifier.require("torch.export program", lambda x: run_network(traced.program.module(), x))
-                made.add("torch", "model.pt2", _program_file(traced))
-    if set(wanted) & {"onnx", *FLAVOURS}:
-        with clock.step("export"):
-            model = export_graph(traced, input_name=INPUT, output_names=[OUTPUT])
-            model = with_metadata(model, _metadata(trained, sizes))
-            del traced
-            data = model.SerializeToString()
-        with clock.step("verify exported"):
-            certifier.require("exported ONNX", _onnx_run(data), precision)
-        with clock.step("simplify"):
-            try:
-                model, data = _simplified(model, certifier, precision)
-            except SimplificationFailed as error:
-                notes.append(f"not simplified: {error}")
-        about = {"opset": model.opset_import[0].version, "nodes": len(model.graph.node)}
-        del model
-        if "onnx" in wanted:
-            made.add("onnx", "model.onnx", data, about)
-        for name in (name for name in wanted if name in FLAVOURS):
-            with clock.step(name):
-                engine = build_engine(name, data, input_name=INPUT, shape=shape, batch=sizes)
-            made.add(name, f"model.{name}.engine", engine.plan, engine.details)
-            notes.append(f"the {name} engine was built from the verified graph and has not run here")
-    made.add_file(PROBE, probe.to_bytes())
-
-    with clock.step("save"):
-        bundle = Bundle(
-            Manifest(
-                name=trained.card.name,
-                family=trained.card.family,
-                task=trained.card.task,
-                graph=graph,
-                input=TensorSpec(name=INPUT, dtype="float32", shape=(_static(sizes), *shape)),
-                output=TensorSpec(name=OUTPUT, dtype="float32", shape=(_static(sizes), *probe.reference.shape[1:])),
-                preprocessing=trained.card.preprocessing,
-                labels=load_labels(trained.card),
-                batch=sizes,
-                artifacts=made.entries,
-                probe=made.files[PROBE],
-                certificate=tuple(certifier.hops),
-                provenance=_provenance(trained, clock.seconds),
-                notes=tuple(notes),
-            ),
-            contents=made.contents,
-        ).save(out)
-    return bundle
+    if request.graph == "merged":
+        return merged, upstream_form(merged)
+    with clock.step("fold"):
+        folded = fold_affine(merged)
+    with clock.step("verify folded"):
+        certifier.require("folded", lambda x: run_network(folded, x))
+    return merged, folded
 
 
-def describe_checkpoint(
-    path: str | Path, *, weights: str | None = None, input_size: tuple[int, int] | None = None
-) -> dict[str, Any]:
-    """What a checkpoint is, for people: file, layout, architecture, parameters.
-
-    Raises:
-        CheckpointError: it cannot be read, or is of no network we know.
-    """
-    trained = load_trained(path, weights=weights, input_size=input_size, allow_merged=True)
-    if trained.checkpoint is None or trained.state is None:
-        raise AssertionError("a file that was loaded has both")
-    return {
-        "kind": "checkpoint",
-        "sha256": trained.checkpoint.sha256,
-        "layout": trained.state.layout.name,
-        "container": trained.state.container,
-        "prefix": trained.state.prefix,
-        "also holds": list(trained.state.others),
-        "state": "merged" if trained.merged else "trained",
-        "card": trained.card.name,
-        "family": trained.card.family,
-        **card_spec(trained.card).model_dump(mode="json"),
-        "parameters": sum(parameter.numel() for parameter in trained.network.parameters()),
-        "notes": list(trained.notes),
-    }
-
-
-def parse_formats(formats: str | Sequence[str]) -> tuple[str, ...]:
-    """Format names without aliases and repetition, in the order given.
-
-    Raises:
-        InputError: one of them is unknown; the nearest is suggested.
-    """
-    words = formats.split(",") if isinstance(formats, str) else list(formats)
-    names = [ALIASES.get(word.strip().lower(), word.strip().lower()) for word in words]
-    for name in names:
-        _require_choice("--format", name, FORMATS)
-    return tuple(dict.fromkeys(names))
+def _make_onnx(  # noqa: PLR0913 - the values that meet here
+    traced: Traced, trained: Trained, request: _Request, certifier: Certifier, made: _Artifacts, clock: _Clock
+) -> None:
+    """The ONNX graph, verified, simplified, verified again; and the engines built from it."""
+    with clock.step("export"):
+        model = export_graph(traced, input_name=INPUT, output_names=[OUTPUT])
+        model = with_metadata(model, _metadata(trained, request.batch))
+        data = serialize_model(model)
+    with clock.step("verify exported"):
+        certifier.require("exported ONNX", _onnx_run(data), request.precision)
+    with clock.step("simplify"):
+        try:
+            model, data = _simplified(model, certifier, request.precision)
+        except SimplificationFailed as error:
+            made.notes.append(f"not simplified: {error}")
+    about = {"opset": model.opset_import[0].version, "nodes": len(model.graph.node)}
+    del model
+    if "onnx" in request.formats:
+        made.add("onnx", "model.onnx", data, about)
+    for name in (name for name in request.formats if name in FLAVOURS):
+        with clock.step(name):
+            engine = build_engine(name, data, input_name=INPUT, shape=_input_shape(trained), batch=request.batch)
+        made.add(name, f"model.{name}.engine", engine.plan, engine.details)
+        made.notes.append(f"the {name} engine was built from the verified graph and has not run here")
 
 
-def parse_batch(text: str | int) -> BatchRange:
-    """`MIN:OPT:MAX`, or one size that is fixed.
+def _manifest(  # noqa: PLR0913 - the values that meet here
+    trained: Trained, request: _Request, probe: Probe, certifier: Certifier, made: _Artifacts, clock: _Clock
+) -> Manifest:
+    n = request.batch.min if request.batch.min == request.batch.max else None
+    return Manifest(
+        name=trained.card.name,
+        family=trained.card.family,
+        task=trained.card.task,
+        graph=request.graph,
+        input=TensorSpec(name=INPUT, dtype="float32", shape=(n, *_input_shape(trained))),
+        output=TensorSpec(name=OUTPUT, dtype="float32", shape=(n, *probe.reference.shape[1:])),
+        preprocessing=trained.card.preprocessing,
+        labels=load_labels(trained.card),
+        batch=request.batch,
+        artifacts=made.entries,
+        probe=made.files[PROBE],
+        certificate=tuple(certifier.hops),
+        provenance=_provenance(trained, clock.seconds),
+        notes=tuple(made.notes),
+    )
 
-    Raises:
-        InputError: it is neither, or the three do not rise.
-    """
-    parts = str(text).split(":")
-    if len(parts) not in (1, 3) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise InputError(f"--batch is {str(text)!r}; expected MIN:OPT:MAX, such as 1:8:64, or one positive number")
-    low, best, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
-    if not low <= best <= high:
-        raise InputError(f"--batch is {text}; MIN, OPT and MAX must not fall")
-    return BatchRange(min=low, opt=best, max=high)
 
-
-def _require_choice(option: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(value, [*choices, *ALIASES], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(choices)}"
-        raise InputError(f"{option} {value}: unknown; {hint}")
+def _input_shape(trained: Trained) -> tuple[int, int, int]:
+    """(C, H, W)."""
+    return (card_spec(trained.card).in_channels, *trained.card.input_size)
 
 
 def _trained(
@@ -381,6 +361,7 @@ class _Artifacts:
     """Files for the bundle, collected in memory."""
 
     precision: str
+    notes: list[str] = field(default_factory=list)
     entries: dict[str, ArtifactEntry] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
     contents: dict[str, bytes] = field(default_factory=dict)
@@ -407,7 +388,7 @@ def _simplified(graph: onnx.ModelProto, certifier: Certifier, precision: str) ->
         SimplificationFailed: onnxsim failed, or changed the output.
     """
     simplified = simplify_graph(graph)
-    data = simplified.SerializeToString()
+    data = serialize_model(simplified)
     try:
         hops = certifier.measure("simplified ONNX", _onnx_run(data), precision)
     except (VerificationError, InputError) as error:
@@ -452,10 +433,6 @@ def _metadata(trained: Trained, batch: BatchRange) -> dict[str, object]:
     }
 
 
-def _static(batch: BatchRange) -> int | None:
-    return batch.min if batch.min == batch.max else None
-
-
 def _provenance(trained: Trained, seconds: Mapping[str, float]) -> dict[str, Any]:
     source: dict[str, Any] = {"checkpoint": None}
     if trained.checkpoint is not None and trained.state is not None:
@@ -477,7 +454,7 @@ def _provenance(trained: Trained, seconds: Mapping[str, float]) -> dict[str, Any
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "seconds": dict(seconds),
         "peak_bytes": _peak_bytes(),
     }
@@ -506,5 +483,3 @@ def _peak_bytes() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-

@@ -53,5 +53,7 @@ def record_probe(trained: nn.Module, shape: Sequence[int]) -> Probe:
 
 def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
     """The sizes to verify at: the smallest, the best, and one that neither a doubling nor a default would hit."""
-    further = next((n for n in (3, 5, 7, batch.max) if batch.min <= n <= batch.max and n not in (batch.min, batch.opt)), 0)
+    further = next(
+        (n for n in (3, 5, 7, batch.max) if batch.min <= n <= batch.max and n not in (batch.min, batch.opt)), 0
+    )
     return tuple(sorted({batch.min, batch.opt} | ({further} if further else set())))

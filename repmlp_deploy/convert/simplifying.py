@@ -10,20 +10,22 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
 
+from repmlp_deploy.convert.onnx_proto import large_weights, serialize_model, with_weights, without_weights
 from repmlp_deploy.errors import MissingDependency
 
 __all__ = ["SimplificationFailed", "simplify_graph"]
 
 TIMEOUT_SECONDS = 600
-LARGE_BYTES = 1 << 16
 
+# torch is not for the child: onnxsim would import it, for seconds, in search of an optional quantizer
 _CHILD = """
-import sys, onnx, onnxsim
+import sys
+sys.modules["torch"] = None
+import onnx, onnxsim
 simplified, ok = onnxsim.simplify(onnx.load(sys.argv[1]))
 if not ok:
     sys.exit("onnxsim's own check failed")
@@ -45,9 +47,8 @@ def simplify_graph(graph: onnx.ModelProto) -> onnx.ModelProto:
     if importlib.util.find_spec("onnxsim") is None:
         raise MissingDependency("onnxsim", "export")
     foldable = any(node.op_type == "BatchNormalization" for node in graph.graph.node)
-    kept = [] if foldable else [t for t in graph.graph.initializer if len(t.raw_data) >= LARGE_BYTES]
-    simplified = _in_child(_without(graph, kept))
-    _restore(simplified, kept)
+    kept = [] if foldable else large_weights(graph)
+    simplified = with_weights(_in_child(without_weights(graph, kept, as_inputs=True)), kept)
     del simplified.metadata_props[:]
     simplified.metadata_props.extend(graph.metadata_props)
     return simplified
@@ -56,7 +57,7 @@ def simplify_graph(graph: onnx.ModelProto) -> onnx.ModelProto:
 def _in_child(graph: onnx.ModelProto) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory(prefix="repmlp-simplify-") as folder:
         source, result = Path(folder, "source.onnx"), Path(folder, "result.onnx")
-        onnx.save(graph, source)
+        source.write_bytes(serialize_model(graph))
         try:
             child = subprocess.run(  # noqa: S603 - our own interpreter and script
                 [sys.executable, "-P", "-c", _CHILD, str(source), str(result)],
@@ -72,30 +73,3 @@ def _in_child(graph: onnx.ModelProto) -> onnx.ModelProto:
             said = child.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
             raise SimplificationFailed(f"onnxsim failed: {said[-1]}")
         return onnx.load(result)
-
-
-def _without(graph: onnx.ModelProto, weights: Sequence[onnx.TensorProto]) -> onnx.ModelProto:
-    """`graph` with `weights` as inputs; nothing large is copied."""
-    if not weights:
-        return graph
-    names = {tensor.name for tensor in weights}
-    result = onnx.ModelProto(ir_version=graph.ir_version, opset_import=graph.opset_import, functions=graph.functions)
-    result.graph.name = graph.graph.name
-    result.graph.node.extend(graph.graph.node)
-    result.graph.input.extend(graph.graph.input)
-    result.graph.output.extend(graph.graph.output)
-    result.graph.value_info.extend(graph.graph.value_info)
-    result.graph.initializer.extend(t for t in graph.graph.initializer if t.name not in names)
-    for tensor in weights:
-        result.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    return result
-
-
-def _restore(graph: onnx.ModelProto, weights: Sequence[onnx.TensorProto]) -> None:
-    """Turn the inputs that stand for `weights` back into initializers; those that nothing reads any more go."""
-    names = {tensor.name for tensor in weights}
-    inputs = [value for value in graph.graph.input if value.name not in names]
-    del graph.graph.input[:]
-    graph.graph.input.extend(inputs)
-    read = {name for node in graph.graph.node for name in node.input}
-    graph.graph.initializer.extend(tensor for tensor in weights if tensor.name in read)

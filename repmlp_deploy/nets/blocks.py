@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
 from repmlp_deploy.nets.reparam import affine_of_batch_norm, scale_rows, set_convolution, sum_kernels
 
-__all__ = ["ConvBN", "FFN", "GlobalPerceptron", "RepMLPBlock", "RepMLPUnit"]
+__all__ = ["FFN", "ConvBN", "GlobalPerceptron", "RepMLPBlock", "RepMLPUnit"]
 
 
 class ConvBN(nn.Module):
@@ -66,6 +66,9 @@ class RepMLPBlock(nn.Module):
     (partition, channel // S), reassembling reads them as (channel // S, partition). That is the official network's
     order, and trained weights depend on it.
 
+    FC3 is stored as the grouped 1×1 convolution of the release, but computed as the batched product it is, which is
+    several times faster; with `as_convolution` set it runs in the release's form, as a baseline.
+
     Args:
         channels: C, in and out.
         h: height of a partition.
@@ -95,6 +98,7 @@ class RepMLPBlock(nn.Module):
         self.gp = GlobalPerceptron(channels, hidden)
         self.fc3 = nn.Conv2d(sharesets * h * w, sharesets * h * w, 1, groups=sharesets, bias=deploy)
         self.fc3_bn = None if deploy else nn.BatchNorm2d(sharesets)
+        self.as_convolution = False
         for k in self.kernels:
             branch = ConvBN(sharesets, sharesets, k, padding=k // 2, groups=sharesets)
             self.add_module(f"repconv{k}", branch)
@@ -115,8 +119,7 @@ class RepMLPBlock(nn.Module):
         rows, columns = x.shape[2] // h, x.shape[3] // w
         partitions = x.reshape(-1, C, rows, h, columns, w)
         partitions = partitions.permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, C, h, w)
-        y: Tensor = self.fc3(partitions.reshape(-1, S * h * w, 1, 1))  # (N·rows·columns·C/S, S·h·w, 1, 1)
-        y = y.reshape(-1, S, h, w)
+        y = self._apply_fc3(partitions.reshape(-1, S, h * w)).reshape(-1, S, h, w)
         if self.fc3_bn is not None:
             y = self.fc3_bn(y)
         if self.kernels:
@@ -126,6 +129,16 @@ class RepMLPBlock(nn.Module):
         y = y.reshape(-1, rows, columns, S, h, w).permute(0, 3, 1, 4, 2, 5)  # (N·C/S, S, rows, h, columns, w)
         gate: Tensor = self.gp(x)
         return y.reshape(x.shape) * gate
+
+    def _apply_fc3(self, rows: Tensor) -> Tensor:
+        """FC3 of every row: (M, S, h·w) -> (M, S, h·w)."""
+        if self.as_convolution:
+            y: Tensor = self.fc3(rows.reshape(-1, self.S * self.h * self.w, 1, 1))
+            return y.reshape(rows.shape)
+        area = self.h * self.w
+        weight = self.fc3.weight.view(self.S, area, area).transpose(1, 2)
+        y = (rows.transpose(0, 1) @ weight).transpose(0, 1)  # (S, M, h·w) × (S, h·w, h·w)
+        return y if self.fc3.bias is None else y + self.fc3.bias.view(self.S, area)
 
     def merged_fc3(self) -> nn.Conv2d:
         """FC3 with its BatchNorm and every branch absorbed, in FC3's dtype; see `nets.reparam`."""

@@ -44,9 +44,7 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours, and an error
             with Image.open(_stream(source)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    size = f"{image.width}x{image.height}"
-                    raise ImageError(f"{name}: {size} pixels; at most {MAX_PIXELS} are decoded: scale it down first")
+                _refuse_bomb(image, name)
                 return _upright_rgb(image)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
@@ -104,6 +102,12 @@ def _stream(source: str | os.PathLike[str] | bytes) -> Any:
 
         return io.BytesIO(source)
     return Path(source)
+
+
+def _refuse_bomb(image: Image.Image, name: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width}x{image.height}"
+        raise ImageError(f"{name} has {size} pixels; at most {MAX_PIXELS} are decoded: scale it down first")
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

@@ -57,7 +57,8 @@ class Prediction:
 def softmax(logits: F32) -> F32:
     """Probabilities along the last axis, in float32."""
     raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return raised / raised.sum(axis=-1, keepdims=True)
+    probabilities: F32 = raised / raised.sum(axis=-1, keepdims=True)
+    return probabilities
 
 
 def predictions_from_logits(logits: F32, labels: Sequence[str] | None) -> list[Prediction]:
@@ -123,11 +124,11 @@ class Predictor:
         return dict(self._runner.details)
 
     @overload
-    def __call__(self, images: ImageLike) -> Prediction: ...
+    def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[Prediction]: ...
     @overload
-    def __call__(self, images: Sequence[ImageLike]) -> list[Prediction]: ...
+    def __call__(self, images: ImageLike) -> Prediction: ...
 
-    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Prediction | list[Prediction]:
+    def __call__(self, images: ImageLike | list[Any] | tuple[Any, ...]) -> Prediction | list[Prediction]:
         """The prediction for an image, or the predictions for a list of them.
 
         An image is a path, the bytes of a file, a Pillow image, or an (H, W, 3) or (H, W) uint8 array.
@@ -137,7 +138,7 @@ class Predictor:
         """
         if isinstance(images, list | tuple):
             return [p for chunk in self._chunks(images) for p in self._predict(chunk)]
-        return self._predict([images])[0]  # type: ignore[list-item]
+        return self._predict([images])[0]
 
     def logits(self, batch: F32) -> F32:
         """Raw outputs for a normalised batch.
@@ -182,7 +183,9 @@ class Predictor:
         for size in sorted({self.manifest.batch.min, self.manifest.batch.opt}):
             inputs, reference = probe.batch(size)
             what = f"{self.format} on {self.device} at batch {size}"
-            results.append((size, require_close(what, self.logits(inputs), reference, floor=floor, precision=precision)))
+            results.append(
+                (size, require_close(what, self.logits(inputs), reference, floor=floor, precision=precision))
+            )
         return results
 
     def close(self) -> None:

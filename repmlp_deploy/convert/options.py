@@ -1,0 +1,63 @@
+"""What an export can be asked for, and how the words of the command line are read. No framework is needed here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from repmlp_deploy.bundle import BatchRange
+from repmlp_deploy.errors import InputError
+
+__all__ = ["ALIASES", "FORMATS", "GRAPHS", "parse_batch", "parse_formats", "parse_size", "require_choice"]
+
+FORMATS = ("onnx", "trt", "trt-rtx", "torch", "checkpoint")
+ALIASES = {"tensorrt": "trt", "engine": "trt"}
+GRAPHS = ("folded", "merged")
+
+
+def parse_formats(formats: str | Sequence[str]) -> tuple[str, ...]:
+    """Format names without aliases and repetition, in the order given.
+
+    Raises:
+        InputError: one of them is unknown; the nearest is suggested.
+    """
+    words = formats.split(",") if isinstance(formats, str) else list(formats)
+    names = [ALIASES.get(word.strip().lower(), word.strip().lower()) for word in words]
+    for name in names:
+        require_choice("--format", name, FORMATS)
+    return tuple(dict.fromkeys(names))
+
+
+def parse_batch(text: str | int) -> BatchRange:
+    """`MIN:OPT:MAX`, or one size that is fixed.
+
+    Raises:
+        InputError: it is neither, or the three do not rise.
+    """
+    parts = str(text).split(":")
+    if len(parts) not in (1, 3) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise InputError(f"--batch is {str(text)!r}; expected MIN:OPT:MAX, such as 1:8:64, or one positive number")
+    low, best, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
+    if not low <= best <= high:
+        raise InputError(f"--batch is {text}; MIN, OPT and MAX must not fall")
+    return BatchRange(min=low, opt=best, max=high)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(H, W) of `HxW`.
+
+    Raises:
+        InputError: it is something else.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):  # noqa: PLR2004
+        raise InputError(f"--input-size is {text!r}; expected HxW, such as 224x224")
+    return int(parts[0]), int(parts[1])
+
+
+def require_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    """Raise InputError with the nearest suggestion unless `value` is one of `choices`."""
+    if value not in choices:
+        near = difflib.get_close_matches(value, [*choices, *ALIASES], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(choices)}"
+        raise InputError(f"{option} {value}: unknown; {hint}")
