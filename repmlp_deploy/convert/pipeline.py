@@ -219,6 +219,33 @@ def export(  # noqa: PLR0913 - one a command-line option
         return Bundle(manifest, contents=made.contents).save(out)
 
 
+def describe_checkpoint(
+    path: str | Path, *, weights: str | None = None, input_size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """What a checkpoint is, for people: file, layout, architecture, parameters.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of no network we know.
+    """
+    trained = load_trained(path, weights=weights, input_size=input_size, allow_merged=True)
+    if trained.checkpoint is None or trained.state is None:
+        raise AssertionError("a file that was loaded has both")
+    return {
+        "kind": "checkpoint",
+        "sha256": trained.checkpoint.sha256,
+        "layout": trained.state.layout.name,
+        "container": trained.state.container,
+        "prefix": trained.state.prefix,
+        "also holds": list(trained.state.others),
+        "state": "merged" if trained.merged else "trained",
+        "card": trained.card.name,
+        "family": trained.card.family,
+        **card_spec(trained.card).model_dump(mode="json"),
+        "parameters": sum(parameter.numel() for parameter in trained.network.parameters()),
+        "notes": list(trained.notes),
+    }
+
+
 @dataclass(frozen=True)
 class _Request:
     """What was asked for, in the pipeline's own types."""
