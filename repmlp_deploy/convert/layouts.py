@@ -23,7 +23,7 @@ class Layout:
     """The names that one implementation gives to a family's weights.
 
     Attributes:
-        name: `official`, `mmpretrain`.
+        name: `official`, `mmpretrain`, or `own` for a network of this project.
         family: an entry of `nets.families.FAMILIES`.
         anchor: a key that every state dict of this layout has.
         renames: (theirs, ours), applied in order; every ours is theirs again in reverse.
@@ -49,6 +49,8 @@ class Layout:
 
 LAYOUTS = (
     Layout("official", "repmlpnet", "conv_embedding.conv.weight"),
+    Layout("official", "repmlp-resnet", "stage0.0.conv.weight"),
+    Layout("own", "pure-mlp", "stages.0.0.repmlp.fc3.weight"),
     Layout(
         "mmpretrain",
         "repmlpnet",
