@@ -1,10 +1,10 @@
 """Train a network that ships as `models/weights/<card>.safetensors`, on scikit-learn's digits.
 
     .venv/bin/python tools/train_digits.py
-    .venv/bin/python tools/train_digits.py --card pure-mlp-digits
+    OMP_NUM_THREADS=1 .venv/bin/python tools/train_digits.py --card pure-mlp-digits
 
 Everything is seeded: split, weights, order and augmentation. The held-out quarter is never trained on, and nothing is
-chosen by it: the last epoch is what ships. Takes about two minutes on two cores.
+chosen by it: the last epoch is what ships. Takes two to five minutes.
 """
 
 from __future__ import annotations

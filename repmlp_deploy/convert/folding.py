@@ -27,25 +27,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
-from repmlp_deploy.nets.blocks import FFN, ConvBN, GlobalPerceptron, RepMLPUnit
+from repmlp_deploy.nets.blocks import FFN, ConvBN, GlobalPerceptron, RepMLPBlock, RepMLPUnit
 from repmlp_deploy.nets.reparam import affine_of_batch_norm, convolution_with, fuse_batch_norm
 from repmlp_deploy.nets.repmlp import RepMLP, grouped_product
 from repmlp_deploy.nets.repmlpnet import RepMLPNet
 from repmlp_deploy.nets.surgery import with_replaced
 
-__all__ = ["FoldedConv", "FoldedRepMLP", "FoldedUnit", "fold_affine"]
+__all__ = ["FoldedBlock", "FoldedConv", "FoldedRepMLP", "FoldedUnit", "fold_affine"]
 
 _LARGEST_OFFSET = 1e3  # of m/a: far inside float16's 65504, whatever W x adds to it
 
 
 @torch.no_grad()
-def fold_affine(merged: nn.Module) -> nn.Module:
+def fold_affine(merged: nn.Module, *, keep_unknown: bool = False) -> nn.Module:
     """A copy of `merged` without any BatchNorm and with FC3 as a batched product; `merged` is left alone.
+
+    Args:
+        merged: as `merge_branches` returns it.
+        keep_unknown: let BatchNorms stay that no rule knows: a user's own parts.
 
     Raises:
         ValueError: a block is not merged yet, or a BatchNorm is left that no rule knows.
     """
     folded = with_replaced(merged, _replacements(merged))
+    if keep_unknown:
+        return folded.eval()
     left = [name for name, module in folded.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001
     if left:
         raise ValueError(f"no rule folds the BatchNorm {left[0]}")
@@ -127,6 +133,23 @@ class FoldedUnit(nn.Module):
         return (x.transpose(0, 1) @ self.fc3).transpose(0, 1)  # (S, M, h·w) × (S, h·w, h·w)
 
 
+class FoldedBlock(RepMLPBlock):
+    """A merged RepMLP block of 2022 outside a unit of ours, FC3 transposed once: `weight` is (S, h·w, h·w)."""
+
+    def __init__(self, block: RepMLPBlock) -> None:
+        nn.Module.__init__(self)
+        if block.fc3.bias is None:
+            raise ValueError("a RepMLP block still has its branches: merge before folding")
+        self.C, self.S, self.h, self.w, self.kernels = block.C, block.S, block.h, block.w, ()
+        self.gp, self.fc3_bn = block.gp, None
+        area = block.h * block.w
+        self.weight = _constant(block.fc3.weight.detach().view(self.S, area, area).transpose(1, 2).contiguous())
+        self.bias = _constant(block.fc3.bias.detach().view(self.S, area))
+
+    def _apply_fc3(self, rows: Tensor) -> Tensor:
+        return grouped_product(rows.flatten(1), self.weight).view_as(rows) + self.bias
+
+
 class FoldedRepMLP(RepMLP):
     """A merged RepMLP block of 2021 with FC3 transposed once and for all; `weight` is (g, C/g·h·w, O/g·h·w)."""
 
@@ -177,7 +200,13 @@ def _fold_conv_bn(module: ConvBN) -> dict[nn.Module, nn.Module]:
 
 
 def _fold_unit(module: RepMLPUnit) -> dict[nn.Module, nn.Module]:
+    if type(module.repmlp_block.gp) is not GlobalPerceptron:  # a gate of the user's own, which may not be folded into
+        return {}
     return {module: FoldedUnit(module)}
+
+
+def _fold_block(module: RepMLPBlock) -> dict[nn.Module, nn.Module]:
+    return {module: FoldedBlock(module)}
 
 
 def _fold_repmlp(module: RepMLP) -> dict[nn.Module, nn.Module]:
@@ -196,6 +225,7 @@ def _fold_head(module: RepMLPNet) -> dict[nn.Module, nn.Module]:
 RULES: dict[type[nn.Module], Callable[..., dict[nn.Module, nn.Module]]] = {
     ConvBN: _fold_conv_bn,
     RepMLPUnit: _fold_unit,
+    RepMLPBlock: _fold_block,
     RepMLP: _fold_repmlp,
     RepMLPNet: _fold_head,
 }
