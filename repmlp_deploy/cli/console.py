@@ -42,7 +42,7 @@ def _run(app: typer.Typer, arguments: list[str]) -> int:
         outcome = typer.main.get_command(app).main(arguments, standalone_mode=False)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return _fail("interrupted: nothing was written", INTERRUPTED)
+        return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our report went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -58,8 +58,10 @@ def _unexpected(error: Exception) -> int:
     format_message = getattr(error, "format_message", None)
     if format_message is not None:  # typer's own errors, whichever copy of click they come from
         return _fail(format_message(), 2)
-    if type(error).__name__ in ("Abort", "Exit"):
-        return INTERRUPTED if type(error).__name__ == "Abort" else int(getattr(error, "exit_code", 0))
+    if type(error).__name__ == "Abort":  # what typer makes of an interrupt
+        return _fail("interrupted", INTERRUPTED)
+    if type(error).__name__ == "Exit":
+        return int(getattr(error, "exit_code", 0))
     if isinstance(error, OSError):
         return _fail(f"{error.filename or 'output'}: {error.strerror or error}", OutputError.exit_code, error)
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

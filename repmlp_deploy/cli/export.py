@@ -94,7 +94,7 @@ def print_report(bundle: Bundle) -> None:
         left=2,
     )
     print_table(
-        f"written to {bundle.folder}",
+        "artifacts",
         ("format", "file", "precision", "MB"),
         [(name, entry.path, entry.precision, f"{entry.bytes / 1e6:.1f}") for name, entry in manifest.artifacts.items()],
         left=3,
@@ -102,4 +102,4 @@ def print_report(bundle: Bundle) -> None:
     for note in manifest.notes:
         sys.stdout.write(f"note: {note}\n")
     seconds = sum(manifest.provenance["seconds"].values())
-    sys.stdout.write(f"{seconds:.1f} s\n")
+    sys.stdout.write(f"{bundle.folder}: complete after {seconds:.1f} s\n")
