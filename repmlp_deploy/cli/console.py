@@ -50,6 +50,8 @@ def _run(app: typer.Typer, arguments: list[str]) -> int:
         return _fail(str(error), error.exit_code, error)
     except Exception as error:  # noqa: BLE001 - the last line of defence: a traceback is no message
         return _unexpected(error)
+    if outcome == INTERRUPTED:  # what typer makes of an interrupt
+        return _fail("interrupted", INTERRUPTED)
     return outcome if isinstance(outcome, int) else 0
 
 
@@ -58,10 +60,8 @@ def _unexpected(error: Exception) -> int:
     format_message = getattr(error, "format_message", None)
     if format_message is not None:  # typer's own errors, whichever copy of click they come from
         return _fail(format_message(), 2)
-    if type(error).__name__ == "Abort":  # what typer makes of an interrupt
+    if type(error).__name__ == "Abort":  # what older versions of typer make of it
         return _fail("interrupted", INTERRUPTED)
-    if type(error).__name__ == "Exit":
-        return int(getattr(error, "exit_code", 0))
     if isinstance(error, OSError):
         return _fail(f"{error.filename or 'output'}: {error.strerror or error}", OutputError.exit_code, error)
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
