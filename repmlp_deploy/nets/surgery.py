@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -25,4 +25,4 @@ def with_replaced(root: ModuleT, replacements: Mapping[nn.Module, nn.Module]) ->
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     for buffer in root.buffers():
         memo[id(buffer)] = buffer.detach()
-    return cast("ModuleT", copy.deepcopy(root, memo))
+    return copy.deepcopy(root, memo)
