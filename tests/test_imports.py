@@ -46,6 +46,9 @@ with Predictor({str(bundle.folder)!r}) as predictor:
     predictor.self_check()
     images = sorted((data_root() / "samples" / "digits").glob("*.png"))
     print([p.pred_class for p in predictor(images)])
+from repmlp_deploy.convert.certifying import recertify
+hops, _ = recertify(predictor.bundle)
+assert [hop.passed for hop in hops] == [None, True, True, True]
 """
     assert run(script).strip() == str([str(i) for i in range(10)])
 

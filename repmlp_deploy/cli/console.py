@@ -83,14 +83,15 @@ def one_line(text: str) -> str:
 @contextmanager
 def progress(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """A display of the current step on stderr: a spinner on a terminal, a line a step otherwise."""
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # bound now: steps may redirect sys.stderr while they run
     if quiet:
         yield lambda _step: None
     elif console.is_terminal:
         with console.status("starting") as status:
             yield status.update
     else:
-        yield lambda step: console.print(f"... {step}", highlight=False, markup=False)
+        stream = sys.stderr
+        yield lambda step: print(f"... {step}", file=stream, flush=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:

@@ -40,7 +40,7 @@ from repmlp_deploy.bundle import (
     check_output_folder,
 )
 from repmlp_deploy.card import ModelCard, load_card, load_labels
-from repmlp_deploy.convert.certifying import Certifier
+from repmlp_deploy.convert.certifying import Certifier, batch_sizes
 from repmlp_deploy.convert.checkpoint import Checkpoint, read_checkpoint
 from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
 from repmlp_deploy.convert.folding import fold_affine
@@ -50,7 +50,7 @@ from repmlp_deploy.convert.merging import merge_branches, upstream_form
 from repmlp_deploy.convert.onnx_export import Traced, export_graph, trace_network, with_metadata
 from repmlp_deploy.convert.onnx_proto import serialize_model
 from repmlp_deploy.convert.options import GRAPHS, parse_batch, parse_formats, require_choice
-from repmlp_deploy.convert.probing import SAMPLES, SEED, batch_sizes, record_probe, run_network
+from repmlp_deploy.convert.probing import SAMPLES, SEED, record_probe, run_network
 from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
 from repmlp_deploy.errors import CheckpointError, InputError, VerificationError
 from repmlp_deploy.nets.families import card_spec

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from repmlp_deploy.bundle import BatchRange, Probe
+from repmlp_deploy.bundle import Probe
 
-__all__ = ["SAMPLES", "SEED", "batch_sizes", "probe_inputs", "record_probe", "run_network"]
+__all__ = ["SAMPLES", "SEED", "probe_inputs", "record_probe", "run_network"]
 
 SEED = 20210505
 SAMPLES = 3
@@ -49,11 +49,3 @@ def record_probe(trained: nn.Module, shape: Sequence[int]) -> Probe:
     inputs = probe_inputs(shape)
     reference = run_network(copy.deepcopy(trained).double(), inputs.astype(np.float64))
     return Probe(inputs, reference.astype(np.float64), run_network(trained, inputs).astype(np.float32))
-
-
-def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
-    """The sizes to verify at: the smallest, the best, and one that neither a doubling nor a default would hit."""
-    further = next(
-        (n for n in (3, 5, 7, batch.max) if batch.min <= n <= batch.max and n not in (batch.min, batch.opt)), 0
-    )
-    return tuple(sorted({batch.min, batch.opt} | ({further} if further else set())))

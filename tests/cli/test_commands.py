@@ -16,6 +16,7 @@ from repmlp_deploy.card import data_root
 from repmlp_deploy.cli import export as export_cli
 from repmlp_deploy.cli import inspect as inspect_cli
 from repmlp_deploy.cli import predict as predict_cli
+from repmlp_deploy.cli import verify as verify_cli
 from repmlp_deploy.cli.console import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,6 +179,43 @@ def test_a_defect_is_one_line_and_a_traceback_only_on_demand(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_verifying_runs_the_probe_again(capsys: pytest.CaptureFixture[str], bundle_folder: Path) -> None:
+    assert ends_with(verify_cli.verify_command, bundle_folder) == 0
+    text = capsys.readouterr().out
+    for said in ("onnx on cpu", "simplified ONNX", "trt-rtx was not run"):
+        assert said in text
+    assert ends_with(verify_cli.verify_command, bundle_folder, "--json", "--format", "onnx") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"]
+    assert [hop["batch"] for hop in report["hops"][1:]] == [1, 3, 4]
+    assert ends_with(verify_cli.verify_command, bundle_folder, "--format", "trt-rtx") == 2
+    assert ends_with(verify_cli.verify_command, bundle_folder, "--format", "openvino") == 2
+
+
+def test_verifying_notices_a_runtime_that_computes_differently(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Bundle
+) -> None:
+    from repmlp_deploy.runtime.onnx_runner import OnnxRunner
+
+    exact = OnnxRunner.run
+    monkeypatch.setattr(OnnxRunner, "run", lambda self, x: exact(self, x) * 1.001)
+    assert ends_with(verify_cli.verify_command, bundle.folder, "--json") == 3
+    out, err = capsys.readouterr()
+    assert not json.loads(out)["passed"]
+    assert "onnx on cpu at batch 1 differs from the trained network" in err
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.trt-rtx.engine", "model.pt2", "probe.npz"])
+def test_verifying_notices_a_flipped_byte_in_any_file(
+    capsys: pytest.CaptureFixture[str], bundle_folder: Path, name: str
+) -> None:
+    data = bytearray((bundle_folder / name).read_bytes())
+    data[len(data) // 3] ^= 4
+    (bundle_folder / name).write_bytes(data)
+    assert ends_with(verify_cli.verify_command, bundle_folder) == 2
+    assert f"{name} was changed" in capsys.readouterr().err
+
+
 def test_predicting_what_is_no_bundle_or_no_image(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, bundle: Bundle
 ) -> None:
@@ -190,7 +228,7 @@ def test_predicting_what_is_no_bundle_or_no_image(
     assert ends_with(predict_cli.predict_command, bundle.folder, SAMPLES[0], "--device", "cuda") == 4
 
 
-@pytest.mark.parametrize("command", ["export", "predict", "inspect"])
+@pytest.mark.parametrize("command", ["export", "predict", "inspect", "verify"])
 def test_every_command_has_help(command: str) -> None:
     child = subprocess.run(
         [sys.executable, "-c", f"from repmlp_deploy.cli.{command} import main; main()", "--help"],

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from sklearn.datasets import load_sample_image
 from golden_cases import GoldenCase, assert_matches_golden, names
 from repmlp_deploy import Predictor, export, get_model, inference_model
 from repmlp_deploy.bundle import BatchRange
+from repmlp_deploy.card import load_card
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.layouts import find_state_dict
 from repmlp_deploy.convert.loading import infer_card, load_network
@@ -99,6 +101,18 @@ def test_mmpretrains_own_predictions_are_reproduced(name: str, photographs: list
                 assert predictor(path).pred_scores[label] == pytest.approx(score, abs=5e-8)
 
 
+def test_merging_takes_a_fraction_of_a_second() -> None:
+    """B224, best of five: strided assignment, where convolving an identity takes seconds."""
+    state = find_state_dict(GoldenCase("repmlpnet-b224").weights())
+    trained = load_network(state.tensors, load_card("repmlpnet-b224"), merged=False)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        merge_branches(trained)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.3
+
+
 MEASURED = """
 import json, resource, sys, time
 started = time.perf_counter()
@@ -125,7 +139,6 @@ def test_a_full_size_export_is_fast_and_small(tmp_path: Path) -> None:
     report = json.loads(child.stdout)
     seconds, peak = json.loads(child.stderr.splitlines()[-1])
     assert report["name"] == "repmlpnet-b224"
-    assert report["provenance"]["seconds"]["merge"] < 0.3
     assert peak < 4e9
     assert seconds < 90  # 30 s on an idle machine; this catches a return to minutes, not a busy neighbour
     assert report["artifacts"]["trt-rtx"]["bytes"] > 270e6
