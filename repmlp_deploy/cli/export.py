@@ -27,6 +27,10 @@ def main() -> None:
 
 def export_command(  # noqa: PLR0913 - one an option
     ckpt: Annotated[Path, typer.Option(help="Training-time checkpoint: .pth, .pt or .safetensors.")],
+    module: Annotated[
+        str | None,
+        typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="What makes the network, where it is your own."),
+    ] = None,
     card: Annotated[str | None, typer.Option(help="Card in models/ or path of one; default: inferred.")] = None,
     input_size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Input size, where keys and shapes cannot tell it.")
@@ -56,6 +60,7 @@ def export_command(  # noqa: PLR0913 - one an option
 
         bundle = export(
             ckpt,
+            module=module,
             card=card,
             formats=wanted,
             graph=graph,

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import BatchRange, Bundle, Hop, Probe
 from repmlp_deploy.errors import MissingDependency, MissingDevice, VerificationError
-from repmlp_deploy.numerics import Comparison, allowed_error, compare, noise_floor
+from repmlp_deploy.numerics import allowed_error, compare, noise_floor
 from repmlp_deploy.runtime.runner import RUNNERS, RunnerOptions, open_runner
 
-__all__ = ["Certifier", "batch_sizes", "recertify"]
+__all__ = ["Certifier", "Run", "batch_sizes", "recertify"]
 
-Run = Callable[[NDArray[np.float32]], NDArray[np.floating]]
+Run = Callable[..., NDArray[Any] | Sequence[NDArray[Any]]]
+"""Inputs by position to the output, or to the outputs in their order."""
+
+
+_CLASS_AXES = 2  # (N, classes)
 
 
 class Certifier:
@@ -24,35 +29,42 @@ class Certifier:
         probe: inputs and the trained network's answers.
         sizes: batch sizes to run every step at.
         task_has_classes: whether a top-1 exists.
+        outputs: names, where there are several; each is compared with its own noise floor.
     """
 
-    def __init__(self, probe: Probe, sizes: Sequence[int], *, task_has_classes: bool = True) -> None:
+    def __init__(
+        self, probe: Probe, sizes: Sequence[int], *, task_has_classes: bool = True, outputs: Sequence[str] = ()
+    ) -> None:
         self._probe = probe
         self._sizes = tuple(sizes)
         self._classes = task_has_classes
-        self.floor = noise_floor(probe.float32, probe.reference)
-        floor_line = self._hop(
-            "trained, float32",
-            len(probe.inputs),
-            compare(probe.float32, probe.reference, classes=task_has_classes),
-            allowed=self.floor,
-        )
-        self.hops: list[Hop] = [floor_line.model_copy(update={"passed": None, "note": "the noise floor"})]
+        self._suffixes = [f": {name}" for name in outputs] if len(outputs) > 1 else [""]
+        self._floors = [noise_floor(float32, reference) for reference, float32 in probe.answers()]
+        self.floor = self._floors[0]
+        self.hops: list[Hop] = []
+        for i, (reference, float32) in enumerate(probe.answers()):
+            line = self._hop("trained, float32", i, float32, reference, allowed=self._floors[i])
+            self.hops.append(line.model_copy(update={"passed": None, "note": "the noise floor"}))
 
     def measure(self, name: str, run: Run, precision: str) -> list[Hop]:
-        """The lines of one step, a batch size each, judged but not recorded.
+        """The lines of one step, a batch size and output each, judged but not recorded.
 
         Raises:
-            VerificationError: an output has another shape or is not finite.
+            VerificationError: an output has another shape or is not finite, or there is another number of them.
         """
         hops = []
         for size in self._sizes:
-            inputs, reference = self._probe.batch(size)
-            try:
-                result = compare(run(inputs), reference, classes=self._classes)
-            except VerificationError as error:
-                raise VerificationError(f"{name} at batch {size}: {error}") from None
-            hops.append(self._hop(name, size, result, allowed=allowed_error(precision, self.floor)))
+            inputs, references = self._probe.batches(size)
+            answer = run(*inputs)
+            outputs = [answer] if isinstance(answer, np.ndarray) else list(answer)
+            if len(outputs) != len(references):
+                raise VerificationError(f"{name} has {len(outputs)} outputs; the trained network has {len(references)}")
+            for i, (output, reference) in enumerate(zip(outputs, references, strict=True)):
+                allowed = allowed_error(precision, self._floors[i])
+                try:
+                    hops.append(self._hop(name, i, output, reference, allowed=allowed))
+                except VerificationError as error:
+                    raise VerificationError(f"{name}{self._suffixes[i]} at batch {size}: {error}") from None
         return hops
 
     def require(self, name: str, run: Run, precision: str = "fp32") -> None:
@@ -66,17 +78,20 @@ class Certifier:
         for hop in hops:
             if not hop.passed:
                 raise VerificationError(
-                    f"{name} at batch {hop.batch} differs from the trained network by {hop.max_abs:.2e}; "
+                    f"{hop.name} at batch {hop.batch} differs from the trained network by {hop.max_abs:.2e}; "
                     f"{precision} allows {hop.allowed:.2e}: nothing was written; please report this checkpoint"
                 )
 
-    def _hop(self, name: str, batch: int, result: Comparison, *, allowed: float) -> Hop:
+    def _hop(
+        self, name: str, index: int, output: NDArray[Any], reference: NDArray[np.float64], *, allowed: float
+    ) -> Hop:
+        result = compare(output, reference, classes=self._classes and reference.ndim == _CLASS_AXES)
         return Hop.model_validate(
             {
-                "name": name,
-                "batch": batch,
+                "name": name + self._suffixes[index],
+                "batch": len(output),
                 **result.as_dict(),
-                "floor": self.floor,
+                "floor": self._floors[index],
                 "allowed": allowed,
                 "passed": result.max_abs <= allowed,
             }
@@ -108,8 +123,9 @@ def recertify(
     """
     for entry in bundle.files():
         bundle.read(entry)
-    certifier = Certifier(bundle.probe(), batch_sizes(bundle.manifest.batch))
-    hops, notes = [certifier.hops[0]], []
+    names = [spec.name for spec in bundle.manifest.outputs]
+    certifier = Certifier(bundle.probe(), batch_sizes(bundle.manifest.batch), outputs=names)
+    hops, notes = list(certifier.hops), []
     for name, entry in bundle.manifest.artifacts.items():
         if artifact_format not in (None, name):
             continue
@@ -123,7 +139,7 @@ def recertify(
                 raise
             notes.append(f"{name} was not run: {error}")
             continue
-        hops += certifier.measure(f"{name} on {runner.device}", runner.run, entry.precision)
+        hops += certifier.measure(f"{name} on {runner.device}", runner.run_all, entry.precision)
         runner.close()
     if artifact_format is not None:
         bundle.artifact(artifact_format)

@@ -12,6 +12,8 @@ from torch import nn
 
 from repmlp_deploy.card import ModelCard
 from repmlp_deploy.errors import CardError
+from repmlp_deploy.nets.pure_mlp import PureMLP, PureMLPSpec, infer_pure_mlp
+from repmlp_deploy.nets.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec, infer_repmlp_resnet
 from repmlp_deploy.nets.repmlpnet import RepMLPNet, RepMLPNetSpec, infer_repmlpnet
 
 __all__ = ["FAMILIES", "Family", "build_network", "card_spec"]
@@ -34,6 +36,8 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "repmlpnet": Family(RepMLPNetSpec, RepMLPNet, infer_repmlpnet),
+    "repmlp-resnet": Family(RepMLPResNetSpec, RepMLPResNet, infer_repmlp_resnet),
+    "pure-mlp": Family(PureMLPSpec, PureMLP, infer_pure_mlp),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from repmlp_deploy.bundle import Bundle
+from repmlp_deploy.bundle import Bundle, Manifest
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.numerics import Comparison, noise_floor, require_close
 from repmlp_deploy.runtime.images import ImageLike, preprocess, to_image
@@ -71,6 +71,16 @@ def predictions_from_logits(logits: F32, labels: Sequence[str] | None) -> list[P
     ]
 
 
+def _require_single(manifest: Manifest) -> None:
+    """Raise unless the network has one input and one output."""
+    for what, several in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
+        if several:
+            names = ", ".join(spec.name for spec in several)
+            raise InputError(
+                f"{manifest.name} has {len(several)} {what} ({names}); Predictor serves one: run the artifact itself"
+            )
+
+
 class Predictor:
     """Runs a bundle. One instance serves any number of threads.
 
@@ -83,6 +93,7 @@ class Predictor:
 
     Raises:
         BundleError: the folder is damaged.
+        InputError: the network has several inputs or outputs.
         MissingDependency: the artifact's runtime is not installed.
         MissingDevice: the device is not there.
     """
@@ -100,6 +111,7 @@ class Predictor:
             raise InputError(f"array_order is {array_order!r}; expected RGB or BGR")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         self.manifest = self.bundle.manifest
+        _require_single(self.manifest)
         self._array_order = array_order
         self._runner = open_runner(self.bundle, format, RunnerOptions(device, threads))
 
@@ -135,7 +147,13 @@ class Predictor:
 
         Raises:
             ImageError: one of them is no image.
+            InputError: the network was exported without a card, so that nobody said what images it takes.
         """
+        if self.manifest.task == "custom":
+            raise InputError(
+                f"{self.manifest.name} has no card, so how it takes images is unknown: "
+                "call logits(), or export it with card="
+            )
         if isinstance(images, list | tuple):
             return [p for chunk in self._chunks(images) for p in self._predict(chunk)]
         return self._predict([images])[0]

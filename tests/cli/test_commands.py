@@ -197,8 +197,8 @@ def test_verifying_notices_a_runtime_that_computes_differently(
 ) -> None:
     from repmlp_deploy.runtime.onnx_runner import OnnxRunner
 
-    exact = OnnxRunner.run
-    monkeypatch.setattr(OnnxRunner, "run", lambda self, x: exact(self, x) * 1.001)
+    exact = OnnxRunner.run_all
+    monkeypatch.setattr(OnnxRunner, "run_all", lambda self, x: [exact(self, x)[0] * 1.001])
     assert ends_with(verify_cli.verify_command, bundle.folder, "--json") == 3
     out, err = capsys.readouterr()
     assert not json.loads(out)["passed"]
