@@ -1,4 +1,4 @@
-"""Certifying: every step's output against the trained network's, hop by hop."""
+"""Certifying: every step's output against the trained network's, hop by hop; and again on the machine it runs on."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repmlp_deploy.bundle import Hop, Probe
-from repmlp_deploy.errors import VerificationError
+from repmlp_deploy.bundle import BatchRange, Bundle, Hop, Probe
+from repmlp_deploy.errors import MissingDependency, MissingDevice, VerificationError
 from repmlp_deploy.numerics import allowed_error, compare, noise_floor
+from repmlp_deploy.runtime.runner import RUNNERS, RunnerOptions, open_runner
 
-__all__ = ["Certifier", "Run"]
+__all__ = ["Certifier", "Run", "batch_sizes", "recertify"]
 
 Run = Callable[..., NDArray[Any] | Sequence[NDArray[Any]]]
 """Inputs by position to the output, or to the outputs in their order."""
@@ -95,3 +96,51 @@ class Certifier:
                 "passed": result.max_abs <= allowed,
             }
         )
+
+
+def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
+    """The sizes to verify at: the smallest, the best, and one that neither a doubling nor a default would hit."""
+    further = next(
+        (n for n in (3, 5, 7, batch.max) if batch.min <= n <= batch.max and n not in (batch.min, batch.opt)), 0
+    )
+    return tuple(sorted({batch.min, batch.opt} | ({further} if further else set())))
+
+
+def recertify(
+    bundle: Bundle, artifact_format: str | None = None, options: RunnerOptions | None = None
+) -> tuple[list[Hop], list[str]]:
+    """The lines of a bundle's artifacts as they run on this machine, and why the others have none. Needs no torch.
+
+    Args:
+        bundle: on disk; every file's sha256 is checked.
+        artifact_format: one artifact; by default all that can be run here.
+        options: device and threads.
+
+    Raises:
+        BundleError: a file is not what was certified.
+        MissingDependency, MissingDevice: the one artifact that was asked for cannot run here.
+        VerificationError: an output has another shape or is not finite.
+    """
+    for entry in bundle.files():
+        bundle.read(entry)
+    names = [spec.name for spec in bundle.manifest.outputs]
+    certifier = Certifier(bundle.probe(), batch_sizes(bundle.manifest.batch), outputs=names)
+    hops, notes = list(certifier.hops), []
+    for name, entry in bundle.manifest.artifacts.items():
+        if artifact_format not in (None, name):
+            continue
+        if artifact_format is None and name not in RUNNERS:
+            notes.append(f"{name} was not run: no runner here runs it")
+            continue
+        try:
+            runner = open_runner(bundle, name, options or RunnerOptions())
+        except (MissingDependency, MissingDevice) as error:
+            if artifact_format is not None:
+                raise
+            notes.append(f"{name} was not run: {error}")
+            continue
+        hops += certifier.measure(f"{name} on {runner.device}", runner.run_all, entry.precision)
+        runner.close()
+    if artifact_format is not None:
+        bundle.artifact(artifact_format)
+    return hops, notes

@@ -124,6 +124,9 @@ def find_state_dict(content: Any, *, weights: str | None = None, name: str = "ch
         CheckpointError: there is none, it is of no network we know, or a tensor cannot be weights.
     """
     found, container, others = select_weights(content, weights, name)
+    odd = next((key for key in found if not isinstance(key, str)), None)
+    if odd is not None:
+        raise CheckpointError(f"{name} has the key {odd!r}; expected names")
     for key in _BOOKKEEPING:
         found.pop(key, None)
     prefix = ""
@@ -230,9 +233,6 @@ def _recognise(found: Mapping[str, Any], name: str) -> Layout:
     for layout in LAYOUTS:
         if layout.anchor in found:
             return layout
-    odd = next((key for key in found if not isinstance(key, str)), None)
-    if odd is not None:
-        raise CheckpointError(f"{name} has the key {odd!r}; expected names")
     if any(key.endswith("fc3.weight") for key in found):
         anchors = [layout.anchor for layout in LAYOUTS]
         raise CheckpointError(f"{name} has RepMLP blocks but no known network's frame: it lacks {' or '.join(anchors)}")

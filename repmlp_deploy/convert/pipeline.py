@@ -39,7 +39,7 @@ from repmlp_deploy.bundle import (
     check_output_folder,
 )
 from repmlp_deploy.card import ModelCard, load_card, load_labels
-from repmlp_deploy.convert.certifying import Certifier, Run
+from repmlp_deploy.convert.certifying import Certifier, Run, batch_sizes
 from repmlp_deploy.convert.checkpoint import Checkpoint, read_checkpoint
 from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
 from repmlp_deploy.convert.folding import fold_affine
@@ -56,7 +56,7 @@ from repmlp_deploy.convert.own_network import (
     fill_own_network,
     make_own_network,
 )
-from repmlp_deploy.convert.probing import SAMPLES, SEED, batch_sizes, probe_like, record_probe, run_network
+from repmlp_deploy.convert.probing import SAMPLES, SEED, probe_like, record_probe, run_network
 from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
 from repmlp_deploy.errors import CheckpointError, InputError, VerificationError
 from repmlp_deploy.nets.families import card_spec

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from repmlp_deploy.bundle import BatchRange, Probe
+from repmlp_deploy.bundle import Probe
 from repmlp_deploy.errors import InputError
 
-__all__ = ["SAMPLES", "SEED", "batch_sizes", "probe_inputs", "probe_like", "record_probe", "run_network"]
+__all__ = ["SAMPLES", "SEED", "probe_inputs", "probe_like", "record_probe", "run_network"]
 
 SEED = 20210505
 SAMPLES = 3
@@ -87,11 +87,3 @@ def record_probe(trained: nn.Module, *inputs: NDArray[Any]) -> Probe:
 
 def _several(answer: NDArray[Any] | tuple[NDArray[Any], ...]) -> tuple[NDArray[Any], ...]:
     return answer if isinstance(answer, tuple) else (answer,)
-
-
-def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
-    """The sizes to verify at: the smallest, the best, and one that neither a doubling nor a default would hit."""
-    further = next(
-        (n for n in (3, 5, 7, batch.max) if batch.min <= n <= batch.max and n not in (batch.min, batch.opt)), 0
-    )
-    return tuple(sorted({batch.min, batch.opt} | ({further} if further else set())))
