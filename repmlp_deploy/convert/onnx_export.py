@@ -58,8 +58,10 @@ def trace_network(network: nn.Module, examples: Sequence[Tensor], batch: BatchRa
     fixed = batch.min == batch.max
     n = batch.min if fixed else max(batch.min, _TRACED_BATCH)
     inputs = tuple(example[:1].expand(n, *example.shape[1:]).contiguous() for example in examples)
-    sizes: tuple[Any, ...] = ({0: torch.export.Dim("batch", min=batch.min, max=batch.max)},) * len(inputs)
-    dynamic = None if fixed else (sizes,) if isinstance(network, Flat) else sizes
+    dynamic: tuple[Any, ...] | None = None
+    if not fixed:
+        dynamic = ({0: torch.export.Dim("batch", min=batch.min, max=batch.max)},) * len(inputs)
+        dynamic = (dynamic,) if isinstance(network, Flat) else dynamic
     with _captured() as chatter:
         try:
             program = torch.export.export(network, inputs, dynamic_shapes=dynamic, strict=False)
