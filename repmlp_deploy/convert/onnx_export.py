@@ -61,7 +61,7 @@ def trace_network(network: nn.Module, examples: Sequence[Tensor], batch: BatchRa
     dynamic: tuple[Any, ...] | None = None
     if not fixed:
         dynamic = ({0: torch.export.Dim("batch", min=batch.min, max=batch.max)},) * len(inputs)
-        dynamic = (dynamic,) if isinstance(network, Flat) else dynamic  # forward(*inputs) is one parameter
+        dynamic = (dynamic,) if isinstance(network, Flat) else dynamic
     with _captured() as chatter:
         try:
             program = torch.export.export(network, inputs, dynamic_shapes=dynamic, strict=False)

@@ -53,7 +53,9 @@ def test_golden_networks(name: str) -> None:
     folded = fold_affine(merge_branches(trained))
     del trained, state
     graph = export_graph(
-        trace_network(folded, x.shape[1:], BatchRange(min=1, opt=4, max=8)), input_name="images", output_names=["y"]
+        trace_network(folded, [torch.from_numpy(x)], BatchRange(min=1, opt=4, max=8)),
+        input_names=["images"],
+        output_names=["y"],
     )
     del folded
     session, _ = open_session(serialize_model(graph), RunnerOptions(device="cpu"))

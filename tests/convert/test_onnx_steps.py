@@ -1,6 +1,7 @@
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from repmlp_deploy.bundle import BatchRange
@@ -85,8 +86,8 @@ def test_a_child_that_fails_is_an_outcome_and_not_the_end(
 def test_exporting_prints_nothing_and_names_the_tensors(
     small_network: RepMLPNet, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    traced = trace_network(small_network, (3, 16, 24), BatchRange(min=1, opt=2, max=4))
-    model = export_graph(traced, input_name="images", output_names=["logits"])
+    traced = trace_network(small_network, [torch.zeros(1, 3, 16, 24)], BatchRange(min=1, opt=2, max=4))
+    model = export_graph(traced, input_names=["images"], output_names=["logits"])
     assert capfd.readouterr() == ("", "")
     assert [value.name for value in model.graph.input] == ["images"]
     assert [value.name for value in model.graph.output] == ["logits"]
