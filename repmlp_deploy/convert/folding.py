@@ -15,6 +15,8 @@ the second form, one pass over the map cheaper, wherever m/a stays in the range 
 **prebn2** goes into the first convolution of the FFN, which is 1×1 without padding: W(a x + b) = (W·a) x + W b.
 **A BatchNorm behind a convolution** scales its rows. **The head's BatchNorm** goes through the mean into the head.
 
+**The block of 2021** keeps no BatchNorm once merged; its permutations in front of and behind FC3 become one each.
+
 **FC3 as a product.** A grouped 1×1 convolution on a 1×1 map is executed by most runtimes as one matrix-vector product a
 row. With channel c = j·S + s the same arithmetic is (S, N·parts·C/S, h·w) × (S, h·w, h·w), one batched product.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
             raise InputError(
                 f"{called}: {name} has shape {tuple(value.shape)}; its first axis must be the batch {batch}"
             )
+        if value.dtype != torch.float32:
+            raise InputError(f"{called}: {name} is {value.dtype}; only float32 outputs can be proved: return scores")
     inputs = keywords or _parameter_names(network, len(examples))
     names = tuple(f"{name}_out" if name in inputs else name for name in outputs)
     plain = isinstance(answer, Tensor) and not keywords and len(examples) == 1
@@ -121,7 +124,7 @@ def default_card(network: nn.Module, interface: Interface) -> ModelCard:
     """The card of a network that came without one: its outputs and preprocessing are its own business."""
     sizes = [(x.shape[2], x.shape[3]) for x in interface.examples if x.ndim == _IMAGE_AXES]
     return ModelCard(
-        name=type(network).__name__.lstrip("_") or FAMILY,
+        name=re.sub(r"[^A-Za-z0-9_]", "-", type(network).__name__).strip("_-") or FAMILY,
         family=FAMILY,
         task="custom",
         input_size=sizes[0] if sizes else (1, 1),  # read by nothing where the task is custom

@@ -409,8 +409,11 @@ def _trained(
 
 def _is_merged(network: nn.Module, *, allow_merged: bool) -> bool:
     """Whether no block has branches; InputError where that is not allowed."""
-    if has_branches(network):
-        return False
+    try:
+        if has_branches(network):
+            return False
+    except ValueError as error:  # the parts of a block, but not all of them
+        raise InputError(str(error)) from None
     if not allow_merged:
         raise InputError(
             f"{type(network).__name__} has no RepMLP block with branches; if it is merged already, nothing can be "
@@ -435,6 +438,8 @@ def _own_trained(source: nn.Module | str | Path, own: _OwnRequest) -> Trained:
     """A user's own network: handed over, or made by its factory and filled from a weights file."""
     checkpoint = state = None
     if isinstance(source, nn.Module):
+        if own.module is not None:
+            raise InputError(f"module={own.module} makes a network, and a {type(source).__name__} was given: drop one")
         network = source
     elif own.module is None:
         raise InputError(f"{source} is a weights file: example_input= needs module=, the network it is for")

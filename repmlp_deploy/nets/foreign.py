@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -118,10 +119,8 @@ def _branch(branch: nn.Module) -> ConvBN:
 @torch.no_grad()
 def _confirm(ours: RepMLPBlock | RepMLP, theirs: nn.Module, name: str) -> None:
     """Raise unless ours, merged, computes what theirs does."""
-    height, width = (ours.H, ours.W) if isinstance(ours, RepMLP) else (2 * ours.h, 3 * ours.w)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, ours.C, height, width, dtype=torch.float64, generator=generator)
-    expected: Tensor = copy.deepcopy(theirs).double()(x.clone())
+    sizes = [(ours.H, ours.W)] if isinstance(ours, RepMLP) else [(2 * ours.h, 3 * ours.w), (ours.h, ours.w)]
+    x, expected = _first_answer(copy.deepcopy(theirs).double(), ours.C, sizes, name)
     merged = copy.deepcopy(ours).double()
     merged.switch_to_deploy()
     got: Tensor = merged(x)
@@ -130,3 +129,17 @@ def _confirm(ours: RepMLPBlock | RepMLP, theirs: nn.Module, name: str) -> None:
             f"{name} has the parts of a RepMLP block but computes something else, so it cannot be merged: "
             "build it with the blocks of repmlp_deploy.nets"
         )
+
+
+def _first_answer(
+    block: nn.Module, channels: int, sizes: Sequence[tuple[int, int]], name: str
+) -> tuple[Tensor, Tensor]:
+    """A random map of the first of `sizes` that `block` accepts, and what it answers."""
+    generator, said = torch.Generator().manual_seed(0), ""
+    for height, width in sizes:
+        x = torch.randn(2, channels, height, width, dtype=torch.float64, generator=generator)
+        try:
+            return x, block(x.clone())
+        except (RuntimeError, ValueError, AssertionError) as error:
+            said = f"{height}x{width}: {' '.join(str(error).split())[:200] or type(error).__name__}"
+    raise ValueError(f"{name} has the parts of a RepMLP block but does not run on a map of {said}")

@@ -87,6 +87,28 @@ def exported(segmenter: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> 
     return export(segmenter, example_input=example, formats="onnx,checkpoint,trt-rtx", batch="1:2:5", out=out)
 
 
+class Labels(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)).argmax(1)
+
+
+class HalfABlock(nn.Module):
+    """FC3 and its BatchNorm, and nothing that says what they are for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc3, self.fc3_bn = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3_bn(self.fc3(x))
+
+
+class Whole(nn.Sequential):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(part)
+        self.eval()
+
+
 OUTPUTS = ["segmentation", "auxiliary", "maps.0", "maps.1"]
 
 
@@ -223,6 +245,8 @@ def test_what_cannot_be_proved_here_is_refused(tmp_path: Path) -> None:
         (network, "images", "expected a tensor"),
         (network, {"x": x, "y": torch.zeros(2, 1)}, "they must be equal"),
         (nn.Sequential(nn.Flatten()).eval(), x, "no RepMLP block with branches"),
+        (Whole(Labels()), x, "only float32 outputs can be proved"),
+        (Whole(HalfABlock()), x, "has the parts of a RepMLP block, but"),
         (nn.Sequential(nn.Flatten(0)).eval(), x, "first axis must be the batch"),
     ]
     for module, example, said in cases:
@@ -230,6 +254,8 @@ def test_what_cannot_be_proved_here_is_refused(tmp_path: Path) -> None:
             export(module, example_input=example, out=tmp_path / "out")
     with pytest.raises(InputError, match="pass example_input="):
         export(network, out=tmp_path / "out")
+    with pytest.raises(InputError, match="drop one"):
+        export(network, module="test_own_network:Scorer", out=tmp_path / "out")
 
 
 def test_outputs_are_flattened_under_dotted_names() -> None:

@@ -77,6 +77,20 @@ def test_a_branch_with_a_bias_is_refused() -> None:
         merge_branches(block)
 
 
+def test_a_block_for_one_partition_only_is_merged() -> None:
+    """Where a map of several partitions is refused, one partition confirms."""
+
+    class Whole(Block2022):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.shape[2:] == (self.h, self.w), "one partition"
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    block = randomize(Whole(4, 3, 2, 2, (1, 3), 2)).double()
+    x = torch.randn(2, 4, 3, 2, dtype=torch.float64)
+    torch.testing.assert_close(merge_branches(block)(x), block(x), rtol=1e-12, atol=1e-12)
+
+
 def test_a_block_without_edges_asks_for_them() -> None:
     block = randomize(Block2022(4, 2, 2, 2, (1,), 2))
     del block.h
