@@ -23,7 +23,7 @@ class Layout:
     """The names that one implementation gives to a family's weights.
 
     Attributes:
-        name: `official`, `mmpretrain`.
+        name: `official`, `mmpretrain`, or a family's own.
         family: an entry of `nets.families.FAMILIES`.
         anchor: a key that every state dict of this layout has.
         renames: (theirs, ours), applied in order; every ours is theirs again in reverse.
@@ -66,6 +66,8 @@ LAYOUTS = (
             (".norm2.", ".prebn2."),
         ),
     ),
+    Layout("pspnet", "pspnet", "backbone.conv_embedding.conv.weight"),
+    Layout("mobilefacenet", "mobilefacenet", "gdc.conv.weight"),
 )
 
 _CONTAINERS = {"model": ("state_dict", "model"), "ema": ("ema", "model_ema", "state_dict_ema")}

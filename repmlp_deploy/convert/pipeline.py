@@ -57,10 +57,11 @@ from repmlp_deploy.nets.families import card_spec
 from repmlp_deploy.numerics import TOLERANCES
 from repmlp_deploy.runtime.onnx_runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
+from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["Trained", "describe_checkpoint", "export", "load_trained"]
 
-INPUT, OUTPUT = "images", "logits"
+INPUT = "images"
 
 Progress = Callable[[str], None]
 
@@ -198,7 +199,7 @@ def export(  # noqa: PLR0913 - one a command-line option
 
     with clock.step("probe"):
         probe = record_probe(trained.network, _input_shape(trained))
-    certifier = Certifier(probe, batch_sizes(request.batch))
+    certifier = Certifier(probe, batch_sizes(request.batch), task_has_classes=find_task(trained.card.task).has_classes)
     merged, network = _reparameterize(trained, request, certifier, clock)
     made = _Artifacts(request.precision, notes=list(trained.notes))
     if "checkpoint" in request.formats:
@@ -294,7 +295,7 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
 ) -> None:
     """The ONNX graph, verified, simplified, verified again; and the engines built from it."""
     with clock.step("export"):
-        model = export_graph(traced, input_name=INPUT, output_names=[OUTPUT])
+        model = export_graph(traced, input_name=INPUT, output_names=[find_task(trained.card.task).output])
         model = with_metadata(model, _metadata(trained, request.batch))
         data = serialize_model(model)
     with clock.step("verify exported"):
@@ -325,7 +326,9 @@ def _manifest(  # noqa: PLR0913 - the values that meet here
         task=trained.card.task,
         graph=request.graph,
         input=TensorSpec(name=INPUT, dtype="float32", shape=(n, *_input_shape(trained))),
-        output=TensorSpec(name=OUTPUT, dtype="float32", shape=(n, *probe.reference.shape[1:])),
+        output=TensorSpec(
+            name=find_task(trained.card.task).output, dtype="float32", shape=(n, *probe.reference.shape[1:])
+        ),
         preprocessing=trained.card.preprocessing,
         labels=load_labels(trained.card),
         batch=request.batch,

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
 from repmlp_deploy.nets.reparam import affine_of_batch_norm, scale_rows, set_convolution, sum_kernels
 
-__all__ = ["FFN", "ConvBN", "GlobalPerceptron", "RepMLPBlock", "RepMLPUnit"]
+__all__ = ["FFN", "ConvBN", "GlobalPerceptron", "RepMLPBlock", "RepMLPUnit", "switch_blocks"]
 
 
 class ConvBN(nn.Module):
@@ -23,7 +23,7 @@ class ConvBN(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
+        kernel_size: int | tuple[int, int],
         *,
         stride: int = 1,
         padding: int = 0,
@@ -204,3 +204,11 @@ class RepMLPUnit(nn.Module):
         y = x + self.repmlp_block(self.prebn1(x))
         z: Tensor = y + self.ffn_block(self.prebn2(y))
         return z
+
+
+@torch.no_grad()
+def switch_blocks(root: nn.Module) -> None:
+    """Merge every RepMLP block inside `root` in place; those that are merged already stay as they are."""
+    for module in list(root.modules()):
+        if isinstance(module, RepMLPBlock):
+            module.switch_to_deploy()

@@ -12,6 +12,8 @@ from torch import nn
 
 from repmlp_deploy.card import ModelCard
 from repmlp_deploy.errors import CardError
+from repmlp_deploy.nets.mobilefacenet import MobileFaceNet, MobileFaceNetSpec, infer_mobilefacenet
+from repmlp_deploy.nets.pspnet import PSPNetSpec, build_pspnet, infer_pspnet
 from repmlp_deploy.nets.repmlpnet import RepMLPNet, RepMLPNetSpec, infer_repmlpnet
 
 __all__ = ["FAMILIES", "Family", "build_network", "card_spec"]
@@ -25,15 +27,19 @@ class Family:
         spec: hyper-parameters, `input_size` among them.
         build: (spec, deploy=…) -> the network.
         infer: (state-dict shapes, input size or None) -> the hyper-parameters; raises KeyError or ValueError.
+        task: what its outputs mean, an entry of `runtime.tasks.TASKS`.
     """
 
     spec: type[BaseModel]
     build: Callable[..., nn.Module]
     infer: Callable[[Mapping[str, Sequence[int]], tuple[int, int] | None], BaseModel]
+    task: str = "classify"
 
 
 FAMILIES: dict[str, Family] = {
     "repmlpnet": Family(RepMLPNetSpec, RepMLPNet, infer_repmlpnet),
+    "pspnet": Family(PSPNetSpec, build_pspnet, infer_pspnet, task="segment"),
+    "mobilefacenet": Family(MobileFaceNetSpec, MobileFaceNet, infer_mobilefacenet, task="embed"),
 }
 
 
@@ -47,6 +53,8 @@ def card_spec(card: ModelCard) -> Any:
         near = difflib.get_close_matches(card.family, FAMILIES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(FAMILIES)}"
         raise CardError(f"{card.name}: no family {card.family!r}; {hint}")
+    if card.task != FAMILIES[card.family].task:
+        raise CardError(f"{card.name}: task is {card.task}; a {card.family} can only {FAMILIES[card.family].task}")
     try:
         return FAMILIES[card.family].spec.model_validate({**card.network, "input_size": card.input_size})
     except ValidationError as error:
