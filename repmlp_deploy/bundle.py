@@ -126,7 +126,10 @@ class Hop(_Frozen):
 
 
 class Manifest(_Frozen):
-    """`manifest.json`."""
+    """`manifest.json`.
+
+    `input` and `output` are the only ones, or the first of several; then `inputs` and `outputs` hold them all.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -137,6 +140,8 @@ class Manifest(_Frozen):
     graph: str
     input: TensorSpec
     output: TensorSpec
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
     preprocessing: Preprocessing
     labels: tuple[str, ...] | None
     batch: BatchRange
@@ -159,16 +164,28 @@ class Probe:
         inputs: (n, C, H, W) float32.
         reference: (n, classes) float64, from the trained network in float64.
         float32: (n, classes) float32, the same network in float32.
+        further_inputs: of a network with several inputs, those behind the first.
+        further_answers: of a network with several outputs, `reference` and `float32` of those behind the first.
     """
 
     inputs: NDArray[np.float32]
     reference: NDArray[np.float64]
     float32: NDArray[np.float32]
+    further_inputs: tuple[NDArray[Any], ...] = ()
+    further_answers: tuple[tuple[NDArray[np.float64], NDArray[np.float32]], ...] = ()
+
+    def answers(self) -> list[tuple[NDArray[np.float64], NDArray[np.float32]]]:
+        """(reference, float32) of every output."""
+        return [(self.reference, self.float32), *self.further_answers]
 
     def to_bytes(self) -> bytes:
         """The content of `probe.npz`."""
         buffer = io.BytesIO()
-        np.savez(buffer, inputs=self.inputs, reference=self.reference, float32=self.float32)
+        arrays = {"inputs": self.inputs, "reference": self.reference, "float32": self.float32}
+        arrays |= {f"inputs.{i}": value for i, value in enumerate(self.further_inputs, 1)}
+        for i, (reference, float32) in enumerate(self.further_answers, 1):
+            arrays |= {f"reference.{i}": reference, f"float32.{i}": float32}
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
         return buffer.getvalue()
 
     @classmethod
@@ -180,7 +197,14 @@ class Probe:
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                return cls(arrays["inputs"], arrays["reference"], arrays["float32"])
+                further = sum(name.startswith("reference.") for name in arrays.files)
+                return cls(
+                    arrays["inputs"],
+                    arrays["reference"],
+                    arrays["float32"],
+                    tuple(arrays[f"inputs.{i}"] for i in range(1, sum(n.startswith("inputs") for n in arrays.files))),
+                    tuple((arrays[f"reference.{i}"], arrays[f"float32.{i}"]) for i in range(1, further + 1)),
+                )
         except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
             raise BundleError(f"{PROBE} is not a probe: {error}") from None
 
@@ -188,6 +212,12 @@ class Probe:
         """Inputs and references of a batch of `size`, cycling through the samples."""
         order = np.arange(size) % len(self.inputs)
         return self.inputs[order], self.reference[order]
+
+    def batches(self, size: int) -> tuple[list[NDArray[Any]], list[NDArray[np.float64]]]:
+        """Every input and every reference of a batch of `size`, cycling through the samples."""
+        order = np.arange(size) % len(self.inputs)
+        inputs = [value[order] for value in (self.inputs, *self.further_inputs)]
+        return inputs, [reference[order] for reference, _ in self.answers()]
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ class ModelCard(_Strict):
     Attributes:
         name: unique; the bundle's default name.
         family: an entry of `nets.families.FAMILIES`.
-        task: what the outputs mean, an entry of `runtime.tasks.TASKS`.
+        task: what the outputs mean, an entry of `runtime.tasks.TASKS`; `custom` where only the network's owner knows.
         input_size: (H, W) of the network's input.
         network: hyper-parameters, checked by the family.
         layout: the checkpoint layout these weights are published in, where several cards share an architecture.
@@ -134,7 +134,7 @@ class ModelCard(_Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
     family: str
-    task: Literal["classify", "segment", "embed"] = "classify"
+    task: Literal["classify", "segment", "embed", "custom"] = "classify"
     input_size: Size
     network: dict[str, Any]
     layout: str | None = None

@@ -35,9 +35,9 @@ class Tolerance:
 
 TOLERANCES = {
     "fp32": Tolerance(
-        floor_ratio=12.0,
-        reason="the same arithmetic in another order: networks measured stay within 3 floors, "
-        "while one weight changed by a thousandth or one forgotten bias is beyond 100",
+        floor_ratio=8.0,
+        reason="the same arithmetic in another order: every step of every network measured stays below 1.5 floors, "
+        "while one FC3 scaled by a thousandth is beyond 40 and a forgotten branch or bias beyond 10,000",
     ),
 }
 """One row a precision. A comparison that no row fails would prove nothing: each has a test in which it must fail."""

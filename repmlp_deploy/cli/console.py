@@ -42,7 +42,7 @@ def _run(app: typer.Typer, arguments: list[str]) -> int:
         outcome = typer.main.get_command(app).main(arguments, standalone_mode=False)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return _fail("interrupted: nothing was written", INTERRUPTED)
+        return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our report went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -50,6 +50,8 @@ def _run(app: typer.Typer, arguments: list[str]) -> int:
         return _fail(str(error), error.exit_code, error)
     except Exception as error:  # noqa: BLE001 - the last line of defence: a traceback is no message
         return _unexpected(error)
+    if outcome == INTERRUPTED:  # what typer makes of an interrupt
+        return _fail("interrupted", INTERRUPTED)
     return outcome if isinstance(outcome, int) else 0
 
 
@@ -58,8 +60,8 @@ def _unexpected(error: Exception) -> int:
     format_message = getattr(error, "format_message", None)
     if format_message is not None:  # typer's own errors, whichever copy of click they come from
         return _fail(format_message(), 2)
-    if type(error).__name__ in ("Abort", "Exit"):
-        return INTERRUPTED if type(error).__name__ == "Abort" else int(getattr(error, "exit_code", 0))
+    if type(error).__name__ == "Abort":  # what older versions of typer make of it
+        return _fail("interrupted", INTERRUPTED)
     if isinstance(error, OSError):
         return _fail(f"{error.filename or 'output'}: {error.strerror or error}", OutputError.exit_code, error)
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -81,14 +83,15 @@ def one_line(text: str) -> str:
 @contextmanager
 def progress(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """A display of the current step on stderr: a spinner on a terminal, a line a step otherwise."""
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # bound now: steps may redirect sys.stderr while they run
     if quiet:
         yield lambda _step: None
     elif console.is_terminal:
         with console.status("starting") as status:
             yield status.update
     else:
-        yield lambda step: console.print(f"... {step}", highlight=False, markup=False)
+        stream = sys.stderr
+        yield lambda step: print(f"... {step}", file=stream, flush=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:

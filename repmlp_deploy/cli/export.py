@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from repmlp_deploy.bundle import Bundle
+from repmlp_deploy.bundle import Bundle, Hop
 from repmlp_deploy.cli.console import print_json, print_table, progress, run_command, typer
 from repmlp_deploy.convert.options import GRAPHS, parse_batch, parse_formats, parse_size, require_choice
 from repmlp_deploy.numerics import TOLERANCES
 
-__all__ = ["main", "print_report"]
+__all__ = ["main", "print_hops", "print_report"]
 
 
 def main() -> None:
@@ -26,6 +27,10 @@ def main() -> None:
 
 def export_command(  # noqa: PLR0913 - one an option
     ckpt: Annotated[Path, typer.Option(help="Training-time checkpoint: .pth, .pt or .safetensors.")],
+    module: Annotated[
+        str | None,
+        typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="What makes the network, where it is your own."),
+    ] = None,
     card: Annotated[str | None, typer.Option(help="Card in models/ or path of one; default: inferred.")] = None,
     input_size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Input size, where keys and shapes cannot tell it.")
@@ -55,6 +60,7 @@ def export_command(  # noqa: PLR0913 - one an option
 
         bundle = export(
             ckpt,
+            module=module,
             card=card,
             formats=wanted,
             graph=graph,
@@ -72,11 +78,10 @@ def export_command(  # noqa: PLR0913 - one an option
         print_report(bundle)
 
 
-def print_report(bundle: Bundle) -> None:
-    """The tables of hops and artifacts, and the notes."""
-    manifest = bundle.manifest
+def print_hops(title: str, hops: Sequence[Hop]) -> None:
+    """A table with a line a comparison."""
     print_table(
-        f"{manifest.name}: distance from the trained network in float64",
+        title,
         ("step", "verdict", "batch", "max error", "mean error", "between samples", "allowed", "top-1"),
         [
             (
@@ -89,12 +94,18 @@ def print_report(bundle: Bundle) -> None:
                 f"{hop.allowed:.2e}",
                 "" if hop.top1 is None else f"{100 * hop.top1:g} %",
             )
-            for hop in manifest.certificate
+            for hop in hops
         ],
         left=2,
     )
+
+
+def print_report(bundle: Bundle) -> None:
+    """The tables of hops and artifacts, and the notes."""
+    manifest = bundle.manifest
+    print_hops(f"{manifest.name}: distance from the trained network in float64", manifest.certificate)
     print_table(
-        f"written to {bundle.folder}",
+        "artifacts",
         ("format", "file", "precision", "MB"),
         [(name, entry.path, entry.precision, f"{entry.bytes / 1e6:.1f}") for name, entry in manifest.artifacts.items()],
         left=3,
@@ -102,4 +113,4 @@ def print_report(bundle: Bundle) -> None:
     for note in manifest.notes:
         sys.stdout.write(f"note: {note}\n")
     seconds = sum(manifest.provenance["seconds"].values())
-    sys.stdout.write(f"{seconds:.1f} s\n")
+    sys.stdout.write(f"{bundle.folder}: complete after {seconds:.1f} s\n")

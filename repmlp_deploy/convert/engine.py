@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes.util
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -73,14 +74,13 @@ def check_flavour(name: str) -> Any:
         raise MissingDependency(flavour.module, flavour.extra) from None
 
 
-def build_engine(name: str, graph: bytes, *, input_name: str, shape: tuple[int, ...], batch: BatchRange) -> Engine:
+def build_engine(name: str, graph: bytes, *, inputs: Mapping[str, Sequence[int]], batch: BatchRange) -> Engine:
     """The engine of a serialized ONNX graph.
 
     Args:
         name: an entry of `FLAVOURS`.
         graph: the model, weights inside.
-        input_name: of the only input.
-        shape: (C, H, W).
+        inputs: name of every input to its shape without the batch, (C, H, W).
         batch: the optimisation profile.
 
     Raises:
@@ -98,7 +98,9 @@ def build_engine(name: str, graph: bytes, *, input_name: str, shape: tuple[int, 
         raise BuildError(f"{name} cannot parse the graph: {_parser_errors(parser)}")
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
-    profile.set_shape(input_name, *((n, *shape) for n in (batch.min, batch.opt, batch.max)))
+    ranges = {key: [[n, *shape] for n in (batch.min, batch.opt, batch.max)] for key, shape in inputs.items()}
+    for key, shapes in ranges.items():
+        profile.set_shape(key, *map(tuple, shapes))
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -107,7 +109,7 @@ def build_engine(name: str, graph: bytes, *, input_name: str, shape: tuple[int, 
     details = {
         "flavour": name,
         "version": trt.__version__,
-        "profile": {input_name: [[n, *shape] for n in (batch.min, batch.opt, batch.max)]},
+        "profile": ranges,
         "layers": network.num_layers,
         "layer_types": _layer_types(network),
         "build_seconds": round(time.perf_counter() - started, 2),

@@ -28,24 +28,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
-from repmlp_deploy.nets.blocks import FFN, ConvBN, GlobalPerceptron, RepMLPUnit
-from repmlp_deploy.nets.reparam import affine_of_batch_norm
+from repmlp_deploy.nets.blocks import FFN, ConvBN, GlobalPerceptron, RepMLPBlock, RepMLPUnit
+from repmlp_deploy.nets.reparam import affine_of_batch_norm, convolution_with, fuse_batch_norm
+from repmlp_deploy.nets.repmlp import RepMLP, grouped_product
 from repmlp_deploy.nets.repmlpnet import RepMLPBackbone, RepMLPNet, RepMLPTrunk
 from repmlp_deploy.nets.surgery import with_replaced
 
-__all__ = ["ChannelAffine", "FoldedConv", "FoldedUnit", "fold_affine"]
+__all__ = ["ChannelAffine", "FoldedBlock", "FoldedConv", "FoldedRepMLP", "FoldedUnit", "fold_affine"]
 
 _LARGEST_OFFSET = 1e3  # of m/a: far inside float16's 65504, whatever W x adds to it
 
 
 @torch.no_grad()
-def fold_affine(merged: nn.Module) -> nn.Module:
+def fold_affine(merged: nn.Module, *, keep_unknown: bool = False) -> nn.Module:
     """A copy of `merged` without any BatchNorm and with FC3 as a batched product; `merged` is left alone.
+
+    Args:
+        merged: as `merge_branches` returns it.
+        keep_unknown: let BatchNorms stay that no rule knows: a user's own parts.
 
     Raises:
         ValueError: a block is not merged yet, or a BatchNorm is left that no rule knows.
     """
     folded = with_replaced(merged, _replacements(merged))
+    if keep_unknown:
+        return folded.eval()
     left = [name for name, module in folded.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001
     if left:
         raise ValueError(f"no rule folds the BatchNorm {left[0]}")
@@ -140,63 +147,84 @@ class FoldedUnit(nn.Module):
         return (x.transpose(0, 1) @ self.fc3).transpose(0, 1)  # (S, M, h·w) × (S, h·w, h·w)
 
 
+class FoldedBlock(RepMLPBlock):
+    """A merged RepMLP block of 2022 outside a unit of ours, FC3 transposed once: `weight` is (S, h·w, h·w)."""
+
+    def __init__(self, block: RepMLPBlock) -> None:
+        nn.Module.__init__(self)
+        if block.fc3.bias is None:
+            raise ValueError("a RepMLP block still has its branches: merge before folding")
+        self.C, self.S, self.h, self.w, self.kernels = block.C, block.S, block.h, block.w, ()
+        self.gp, self.fc3_bn = block.gp, None
+        area = block.h * block.w
+        self.weight = _constant(block.fc3.weight.detach().view(self.S, area, area).transpose(1, 2).contiguous())
+        self.bias = _constant(block.fc3.bias.detach().view(self.S, area))
+
+    def _apply_fc3(self, rows: Tensor) -> Tensor:
+        return grouped_product(rows.flatten(1), self.weight).view_as(rows) + self.bias
+
+
+class FoldedRepMLP(RepMLP):
+    """A merged RepMLP block of 2021 with FC3 transposed once and for all; `weight` is (g, C/g·h·w, O/g·h·w)."""
+
+    def __init__(self, block: RepMLP) -> None:
+        nn.Module.__init__(self)
+        if block.fc3.bias is None:
+            raise ValueError("a RepMLP block still has its branches: merge before folding")
+        self.C, self.O, self.groups, self.kernels = block.C, block.O, block.groups, ()
+        self.H, self.W, self.h, self.w = block.H, block.W, block.h, block.w
+        self.fc1_fc2, self.avg, self.fc3_bn = block.fc1_fc2, None, None
+        matrix = block.fc3.weight.detach().view(block.groups, -1, block.fc3.in_channels // block.groups)
+        self.weight = _constant(matrix.transpose(1, 2).contiguous())
+        self.bias = _constant(block.fc3.bias.detach())
+
+    def _apply_fc3(self, rows: Tensor) -> Tensor:
+        return grouped_product(rows, self.weight) + self.bias
+
+
 def _constant(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=False)
-
-
-def _with_weights(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """A convolution of the same geometry with other weights, stored in its dtype."""
-    result = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        stride=conv.stride,  # type: ignore[arg-type]
-        padding=conv.padding,  # type: ignore[arg-type]
-        dilation=conv.dilation,  # type: ignore[arg-type]
-        groups=conv.groups,
-        device="meta",
-    )
-    result.weight = _constant(weight.to(conv.weight.dtype))
-    result.bias = _constant(bias.to(conv.weight.dtype))
-    return result
-
-
-def _conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
-    """BN(conv(x)) as one convolution."""
-    a, b = affine_of_batch_norm(bn)
-    bias = b if conv.bias is None else a * conv.bias.detach().double() + b
-    return _with_weights(conv, conv.weight.detach() * a[:, None, None, None], bias)
 
 
 def _conv_of_affine(conv: nn.Conv2d, a: Tensor, b: Tensor) -> nn.Conv2d:
     """conv(a·x + b) as one convolution, for a 1×1 kernel without padding or groups."""
     weight = conv.weight.detach().double()
     bias = weight[:, :, 0, 0] @ b
-    return _with_weights(conv, weight * a[:, None, None], bias if conv.bias is None else bias + conv.bias.detach())
+    return convolution_with(conv, weight * a[:, None, None], bias if conv.bias is None else bias + conv.bias.detach())
 
 
 def _gate_of_affine(gp: GlobalPerceptron, a: Tensor, b: Tensor) -> GlobalPerceptron:
     """The global perceptron of a·x + b, as one of x."""
     result = GlobalPerceptron.__new__(GlobalPerceptron)
     nn.Module.__init__(result)
-    result.fc1, result.fc2 = _conv_of_affine(gp.fc1, a, b), gp.fc2
+    result.fc1, result.fc2 = _conv_of_affine(gp.fc1, a, b), with_replaced(gp.fc2, {})
     return result
 
 
 def _ffn_of_affine(ffn: FFN, bn: nn.BatchNorm2d) -> nn.Module:
     """FFN(BN(x)) as two convolutions with GELU between."""
-    first = _conv_bn(ffn.ffn_fc1.conv, ffn.ffn_fc1.bn)
+    first = fuse_batch_norm(ffn.ffn_fc1.conv, ffn.ffn_fc1.bn)
     return nn.Sequential(
-        _conv_of_affine(first, *affine_of_batch_norm(bn)), nn.GELU(), _conv_bn(ffn.ffn_fc2.conv, ffn.ffn_fc2.bn)
+        _conv_of_affine(first, *affine_of_batch_norm(bn)), nn.GELU(), fuse_batch_norm(ffn.ffn_fc2.conv, ffn.ffn_fc2.bn)
     )
 
 
 def _fold_conv_bn(module: ConvBN) -> dict[nn.Module, nn.Module]:
-    return {module: FoldedConv(_conv_bn(module.conv, module.bn), relu=module.relu)}
+    return {module: FoldedConv(fuse_batch_norm(module.conv, module.bn), relu=module.relu)}
 
 
 def _fold_unit(module: RepMLPUnit) -> dict[nn.Module, nn.Module]:
+    if type(module.repmlp_block.gp) is not GlobalPerceptron:  # a gate of the user's own, which may not be folded into
+        return {}
     return {module: FoldedUnit(module)}
+
+
+def _fold_block(module: RepMLPBlock) -> dict[nn.Module, nn.Module]:
+    return {module: FoldedBlock(module)}
+
+
+def _fold_repmlp(module: RepMLP) -> dict[nn.Module, nn.Module]:
+    return {module: FoldedRepMLP(module)}
 
 
 def _fold_head(module: RepMLPNet) -> dict[nn.Module, nn.Module]:
@@ -215,6 +243,8 @@ def _fold_final_norm(module: RepMLPTrunk) -> dict[nn.Module, nn.Module]:
 RULES: dict[type[nn.Module], Callable[..., dict[nn.Module, nn.Module]]] = {
     ConvBN: _fold_conv_bn,
     RepMLPUnit: _fold_unit,
+    RepMLPBlock: _fold_block,
+    RepMLP: _fold_repmlp,
     RepMLPNet: _fold_head,
     RepMLPTrunk: _fold_final_norm,
     RepMLPBackbone: _fold_final_norm,

@@ -6,7 +6,7 @@ written back under the names they came in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,16 @@ from torch import Tensor
 
 from repmlp_deploy.errors import CheckpointError
 
-__all__ = ["LAYOUTS", "Layout", "StateDict", "find_state_dict", "from_layout", "select_weights", "to_layout"]
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "StateDict",
+    "find_state_dict",
+    "from_layout",
+    "own_state_dict",
+    "select_weights",
+    "to_layout",
+]
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class Layout:
     """The names that one implementation gives to a family's weights.
 
     Attributes:
-        name: `official`, `mmpretrain`, or a family's own.
+        name: `official`, `mmpretrain`, or `own` for a network of this project.
         family: an entry of `nets.families.FAMILIES`.
         anchor: a key that every state dict of this layout has.
         renames: (theirs, ours), applied in order; every ours is theirs again in reverse.
@@ -49,6 +58,8 @@ class Layout:
 
 LAYOUTS = (
     Layout("official", "repmlpnet", "conv_embedding.conv.weight"),
+    Layout("official", "repmlp-resnet", "stage0.0.conv.weight"),
+    Layout("own", "pure-mlp", "stages.0.0.repmlp.fc3.weight"),
     Layout(
         "mmpretrain",
         "repmlpnet",
@@ -66,9 +77,12 @@ LAYOUTS = (
             (".norm2.", ".prebn2."),
         ),
     ),
-    Layout("pspnet", "pspnet", "backbone.conv_embedding.conv.weight"),
-    Layout("mobilefacenet", "mobilefacenet", "gdc.conv.weight"),
+    Layout("own", "pspnet", "backbone.conv_embedding.conv.weight"),
+    Layout("own", "mobilefacenet", "gdc.conv.weight"),
 )
+
+OWN = Layout("own", "custom", "")
+"""A user's network: its names are its own."""
 
 _CONTAINERS = {"model": ("state_dict", "model"), "ema": ("ema", "model_ema", "state_dict_ema")}
 _PREFIXES = ("module.", "_orig_mod.")
@@ -112,6 +126,9 @@ def find_state_dict(content: Any, *, weights: str | None = None, name: str = "ch
         CheckpointError: there is none, it is of no network we know, or a tensor cannot be weights.
     """
     found, container, others = select_weights(content, weights, name)
+    odd = next((key for key in found if not isinstance(key, str)), None)
+    if odd is not None:
+        raise CheckpointError(f"{name} has the key {odd!r}; expected names")
     for key in _BOOKKEEPING:
         found.pop(key, None)
     prefix = ""
@@ -120,6 +137,36 @@ def find_state_dict(content: Any, *, weights: str | None = None, name: str = "ch
         found = {key.removeprefix(head): value for key, value in found.items()}
     layout = _recognise(found, name)
     return from_layout(found, layout, container=container, prefix=prefix, others=others, name=name)
+
+
+def own_state_dict(
+    content: Any, expected: Collection[str], *, weights: str | None = None, name: str = "checkpoint"
+) -> StateDict:
+    """The state dict of a network that is no family's, under its own names, every tensor checked.
+
+    Args:
+        content: as `read_checkpoint` returns it.
+        expected: the network's keys; prefixes of wrappers are taken off until some of them are found.
+        weights: see `find_state_dict`.
+        name: what messages call the file.
+
+    Raises:
+        CheckpointError: there is none, or a tensor cannot be weights.
+    """
+    found, container, others = select_weights(content, weights, name)
+    prefix = ""
+    while not any(key in expected for key in found):
+        head = next((p for p in _PREFIXES if all(key.startswith(p) or key in _BOOKKEEPING for key in found)), None)
+        if head is None:
+            break
+        prefix += head
+        found = {key.removeprefix(head): value for key, value in found.items()}
+    tensors = {
+        key: _checked(value, key, name, integers=True)
+        for key, value in found.items()
+        if key not in _BOOKKEEPING or key in expected
+    }
+    return StateDict(tensors, OWN, container, prefix, merged=False, others=others)
 
 
 def from_layout(  # noqa: PLR0913 - it records where the state dict was
@@ -188,9 +235,6 @@ def _recognise(found: Mapping[str, Any], name: str) -> Layout:
     for layout in LAYOUTS:
         if layout.anchor in found:
             return layout
-    odd = next((key for key in found if not isinstance(key, str)), None)
-    if odd is not None:
-        raise CheckpointError(f"{name} has the key {odd!r}; expected names")
     if any(key.endswith("fc3.weight") for key in found):
         anchors = [layout.anchor for layout in LAYOUTS]
         raise CheckpointError(f"{name} has RepMLP blocks but no known network's frame: it lacks {' or '.join(anchors)}")
@@ -198,8 +242,8 @@ def _recognise(found: Mapping[str, Any], name: str) -> Layout:
     raise CheckpointError(f"{name} is no RepMLP: no key ends in fc3.weight; it begins with {some}")
 
 
-def _checked(value: Any, key: str, name: str) -> Tensor:
-    """`value` as dense float32 weights that own what they claim; counters stay integers."""
+def _checked(value: Any, key: str, name: str, *, integers: bool = False) -> Tensor:
+    """`value` as dense float32 weights that own what they claim; counters stay integers, with `integers` others too."""
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{name}: {key} is a {type(value).__name__}; expected a tensor")
     if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
@@ -208,6 +252,8 @@ def _checked(value: Any, key: str, name: str) -> Tensor:
         raise CheckpointError(f"{name}: {key} claims {tuple(value.shape)}, more than the file stores for it")
     if key.endswith("num_batches_tracked"):
         return value.detach().long()
+    if integers and not value.is_floating_point():
+        return value.detach()
     if not value.is_floating_point():
         raise CheckpointError(f"{name}: {key} is {value.dtype}; expected floating-point weights")
     tensor = value.detach().float().contiguous()

@@ -9,12 +9,14 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repmlp_deploy.bundle import BatchRange
-from repmlp_deploy.errors import MissingDependency, RepMLPError
+from repmlp_deploy.errors import InputError, MissingDependency, RepMLPError
+from repmlp_deploy.nets.flat import Flat
 
 try:
     import onnx
@@ -42,23 +44,35 @@ class Traced:
     chatter: str
 
 
-def trace_network(network: nn.Module, shape: Sequence[int], batch: BatchRange) -> Traced:
-    """The torch.export program of a network of one (N, C, H, W) float32 input.
+def trace_network(network: nn.Module, examples: Sequence[Tensor], batch: BatchRange) -> Traced:
+    """The torch.export program of a network called by position.
 
     Args:
         network: in evaluation mode.
-        shape: (C, H, W).
+        examples: a tensor (n, …) for every input.
         batch: sizes to serve; N is symbolic unless there is only one.
+
+    Raises:
+        InputError: the network's own code cannot be traced; the message is torch's first line.
     """
     fixed = batch.min == batch.max
-    example = torch.zeros((batch.min if fixed else max(batch.min, _TRACED_BATCH), *shape))
-    dynamic = None if fixed else ({0: torch.export.Dim("batch", min=batch.min, max=batch.max)},)
+    n = batch.min if fixed else max(batch.min, _TRACED_BATCH)
+    inputs = tuple(example[:1].expand(n, *example.shape[1:]).contiguous() for example in examples)
+    dynamic: tuple[Any, ...] | None = None
+    if not fixed:
+        dynamic = ({0: torch.export.Dim("batch", min=batch.min, max=batch.max)},) * len(inputs)
+        dynamic = (dynamic,) if isinstance(network, Flat) else dynamic
     with _captured() as chatter:
-        program = torch.export.export(network, (example,), dynamic_shapes=dynamic, strict=False)
+        try:
+            program = torch.export.export(network, inputs, dynamic_shapes=dynamic, strict=False)
+        except Exception as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            hint = "" if fixed else "; a fixed batch, --batch N, may help"
+            raise InputError(f"torch.export cannot trace the network: {said}{hint}; run again with --debug") from error
     return Traced(program, chatter.getvalue())
 
 
-def export_graph(traced: Traced, *, input_name: str, output_names: Sequence[str]) -> onnx.ModelProto:
+def export_graph(traced: Traced, *, input_names: Sequence[str], output_names: Sequence[str]) -> onnx.ModelProto:
     """The ONNX graph of a traced network.
 
     Raises:
@@ -70,7 +84,7 @@ def export_graph(traced: Traced, *, input_name: str, output_names: Sequence[str]
                 traced.program,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[input_name],
+                input_names=list(input_names),
                 output_names=list(output_names),
                 external_data=False,
                 verbose=False,

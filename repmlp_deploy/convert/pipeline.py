@@ -17,14 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 import repmlp_deploy
@@ -40,20 +39,28 @@ from repmlp_deploy.bundle import (
     check_output_folder,
 )
 from repmlp_deploy.card import ModelCard, load_card, load_labels
-from repmlp_deploy.convert.certifying import Certifier
+from repmlp_deploy.convert.certifying import Certifier, Run, batch_sizes
 from repmlp_deploy.convert.checkpoint import Checkpoint, read_checkpoint
 from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
 from repmlp_deploy.convert.folding import fold_affine
-from repmlp_deploy.convert.layouts import StateDict, find_state_dict, to_layout
+from repmlp_deploy.convert.layouts import StateDict, find_state_dict, own_state_dict, to_layout
 from repmlp_deploy.convert.loading import infer_card, load_network
-from repmlp_deploy.convert.merging import merge_branches, upstream_form
+from repmlp_deploy.convert.merging import has_branches, merge_branches, upstream_form
 from repmlp_deploy.convert.onnx_export import Traced, export_graph, trace_network, with_metadata
 from repmlp_deploy.convert.onnx_proto import serialize_model
 from repmlp_deploy.convert.options import GRAPHS, parse_batch, parse_formats, require_choice
-from repmlp_deploy.convert.probing import SAMPLES, SEED, batch_sizes, record_probe, run_network
+from repmlp_deploy.convert.own_network import (
+    Interface,
+    default_card,
+    describe_interface,
+    fill_own_network,
+    make_own_network,
+)
+from repmlp_deploy.convert.probing import SAMPLES, SEED, probe_like, record_probe, run_network
 from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
 from repmlp_deploy.errors import CheckpointError, InputError, VerificationError
 from repmlp_deploy.nets.families import card_spec
+from repmlp_deploy.nets.flat import Flat
 from repmlp_deploy.numerics import TOLERANCES
 from repmlp_deploy.runtime.onnx_runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
@@ -77,6 +84,7 @@ class Trained:
         state: the file's state dict and its layout; None likewise.
         merged: whether its branches are merged already.
         notes: what a reader of the report should know.
+        interface: how it is called, for a network that no family describes.
     """
 
     network: nn.Module
@@ -85,6 +93,7 @@ class Trained:
     state: StateDict | None = None
     merged: bool = False
     notes: tuple[str, ...] = ()
+    interface: Interface | None = None
 
 
 def load_trained(
@@ -147,6 +156,8 @@ def load_trained(
 def export(  # noqa: PLR0913 - one a command-line option
     model_or_checkpoint: nn.Module | str | Path,
     *,
+    module: str | None = None,
+    example_input: Any = None,
     card: str | Path | ModelCard | None = None,
     formats: str | Sequence[str] = ("onnx",),
     graph: str = "folded",
@@ -161,8 +172,12 @@ def export(  # noqa: PLR0913 - one a command-line option
     """Merge, prove, export: a bundle on disk whose every artifact was compared with the trained network.
 
     Args:
-        model_or_checkpoint: a weights file, or a network of `get_model`.
-        card: see `load_trained`.
+        model_or_checkpoint: a weights file; a network of `get_model`; or, with `example_input`, any module that
+            contains RepMLP blocks, ours, official or mmpretrain's. Its other parts, inputs and outputs are its own.
+        module: `package.module:factory` of the network that the weights file is for, where that is no family's.
+        example_input: a tensor, a sequence of them by position or a mapping of them by name, whose first axis is the
+            batch; by default the network's own attribute `example_input`, or images of `input_size`.
+        card: see `load_trained`; for a network that is no family's, only what it says of images, labels and the name.
         formats: of `FORMATS`, as a sequence or comma-separated.
         graph: `folded`, or `merged` for what upstream's own merge leaves.
         precision: of the graph; a row of `numerics.TOLERANCES`.
@@ -193,13 +208,23 @@ def export(  # noqa: PLR0913 - one a command-line option
         check_output_folder(Path(out))
     clock = _Clock(progress)
     with clock.step("load"):
-        trained = _trained(model_or_checkpoint, card, weights, input_size, allow_merged=allow_merged)
+        if module is not None or example_input is not None:
+            own = _OwnRequest(module, example_input, card, weights, input_size, allow_merged)
+            trained = _own_trained(model_or_checkpoint, own)
+        else:
+            trained = _trained(model_or_checkpoint, card, weights, input_size, allow_merged=allow_merged)
     out = Path("artifacts", f"{trained.card.name}-{precision}") if out is None else Path(out)
     check_output_folder(out)
 
+    interface = _interface(trained)
     with clock.step("probe"):
-        probe = record_probe(trained.network, _input_shape(trained))
-    certifier = Certifier(probe, batch_sizes(request.batch), task_has_classes=find_task(trained.card.task).has_classes)
+        probe = record_probe(trained.network, *(probe_like(example.numpy()) for example in interface.examples))
+    certifier = Certifier(
+        probe,
+        batch_sizes(request.batch),
+        class_axes=find_task(trained.card.task).class_axes,
+        outputs=interface.outputs,
+    )
     merged, network = _reparameterize(trained, request, certifier, clock)
     made = _Artifacts(request.precision, notes=list(trained.notes))
     if "checkpoint" in request.formats:
@@ -207,10 +232,10 @@ def export(  # noqa: PLR0913 - one a command-line option
             made.add("checkpoint", *_checkpoint_file(trained, merged))
     if request.needs_trace:
         with clock.step("trace"):
-            traced = trace_network(network, _input_shape(trained), request.batch)
+            traced = trace_network(network, interface.examples, request.batch)
         if "torch" in request.formats:
             with clock.step("torch program"):
-                certifier.require("torch.export program", lambda x: run_network(traced.program.module(), x))
+                certifier.require("torch.export program", partial(run_network, traced.program.module()))
                 made.add("torch", "model.pt2", _program_file(traced))
         if request.needs_onnx:
             _make_onnx(traced, trained, request, certifier, made, clock)
@@ -278,15 +303,15 @@ def _reparameterize(
 ) -> tuple[nn.Module, nn.Module]:
     """The merged network, and the one to be traced; both verified."""
     with clock.step("merge"):
-        merged = trained.network if trained.merged else merge_branches(trained.network)
+        merged = trained.network if trained.merged else _merged(trained)
     with clock.step("verify merged"):
-        certifier.require("merged", lambda x: run_network(merged, x))
+        certifier.require("merged", partial(run_network, merged))
     if request.graph == "merged":
         return merged, upstream_form(merged)
     with clock.step("fold"):
-        folded = fold_affine(merged)
+        folded = fold_affine(merged, keep_unknown=trained.interface is not None)
     with clock.step("verify folded"):
-        certifier.require("folded", lambda x: run_network(folded, x))
+        certifier.require("folded", partial(run_network, folded))
     return merged, folded
 
 
@@ -295,7 +320,8 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
 ) -> None:
     """The ONNX graph, verified, simplified, verified again; and the engines built from it."""
     with clock.step("export"):
-        model = export_graph(traced, input_name=INPUT, output_names=[find_task(trained.card.task).output])
+        interface = _interface(trained)
+        model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs)
         model = with_metadata(model, _metadata(trained, request.batch))
         data = serialize_model(model)
     with clock.step("verify exported"):
@@ -311,7 +337,8 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
         made.add("onnx", "model.onnx", data, about)
     for name in (name for name in request.formats if name in FLAVOURS):
         with clock.step(name):
-            engine = build_engine(name, data, input_name=INPUT, shape=_input_shape(trained), batch=request.batch)
+            shapes = {key: x.shape[1:] for key, x in zip(interface.inputs, interface.examples, strict=True)}
+            engine = build_engine(name, data, inputs=shapes, batch=request.batch)
         made.add(name, f"model.{name}.engine", engine.plan, engine.details)
         made.notes.append(f"the {name} engine was built from the verified graph and has not run here")
 
@@ -320,15 +347,24 @@ def _manifest(  # noqa: PLR0913 - the values that meet here
     trained: Trained, request: _Request, probe: Probe, certifier: Certifier, made: _Artifacts, clock: _Clock
 ) -> Manifest:
     n = request.batch.min if request.batch.min == request.batch.max else None
+    interface = _interface(trained)
+    inputs = tuple(
+        TensorSpec(name=name, dtype=str(x.dtype).removeprefix("torch."), shape=(n, *x.shape[1:]))
+        for name, x in zip(interface.inputs, interface.examples, strict=True)
+    )
+    outputs = tuple(
+        TensorSpec(name=name, dtype="float32", shape=(n, *reference.shape[1:]))
+        for name, (reference, _) in zip(interface.outputs, probe.answers(), strict=True)
+    )
     return Manifest(
         name=trained.card.name,
         family=trained.card.family,
         task=trained.card.task,
         graph=request.graph,
-        input=TensorSpec(name=INPUT, dtype="float32", shape=(n, *_input_shape(trained))),
-        output=TensorSpec(
-            name=find_task(trained.card.task).output, dtype="float32", shape=(n, *probe.reference.shape[1:])
-        ),
+        input=inputs[0],
+        output=outputs[0],
+        inputs=inputs if len(inputs) > 1 else (),
+        outputs=outputs if len(outputs) > 1 else (),
         preprocessing=trained.card.preprocessing,
         labels=load_labels(trained.card),
         batch=request.batch,
@@ -340,9 +376,19 @@ def _manifest(  # noqa: PLR0913 - the values that meet here
     )
 
 
-def _input_shape(trained: Trained) -> tuple[int, int, int]:
-    """(C, H, W)."""
-    return (card_spec(trained.card).in_channels, *trained.card.input_size)
+def _interface(trained: Trained) -> Interface:
+    """How the network is called; images to what its task's output is called, where its card says so."""
+    if trained.interface is not None:
+        return trained.interface
+    images = torch.zeros(1, card_spec(trained.card).in_channels, *trained.card.input_size)
+    return Interface((INPUT,), (images,), (find_task(trained.card.task).output,))
+
+
+def _merged(trained: Trained) -> nn.Module:
+    try:
+        return merge_branches(trained.network)
+    except ValueError as error:  # of a network of the user's own: ours always merge
+        raise InputError(str(error)) from None
 
 
 def _trained(
@@ -357,17 +403,74 @@ def _trained(
         return load_trained(source, card, weights=weights, input_size=input_size, allow_merged=allow_merged)
     own = card if card is not None else getattr(source, "card", None)
     if own is None:
-        raise InputError(f"{type(source).__name__} carries no card: pass card=, a name in models/ or a ModelCard")
+        raise InputError(
+            f"{type(source).__name__} carries no card: pass example_input=, a tensor such as it takes, "
+            "or card=, a name in models/ or a ModelCard, if it is a network of repmlp_deploy"
+        )
     if source.training:
         raise InputError(f"{type(source).__name__} is in training mode: call .eval() first")
     found = own if isinstance(own, ModelCard) else load_card(own)
-    merged = not any(key.endswith("fc3_bn.weight") for key in source.state_dict())
-    if merged and not allow_merged:
+    return Trained(source, found, merged=_is_merged(source, allow_merged=allow_merged))
+
+
+def _is_merged(network: nn.Module, *, allow_merged: bool) -> bool:
+    """Whether no block has branches; InputError where that is not allowed."""
+    if has_branches(network):
+        return False
+    if not allow_merged:
         raise InputError(
-            f"{type(source).__name__} is merged already, so nothing can be proved about the trained network: "
-            "export it before switch_to_deploy(), or pass allow_merged=True"
+            f"{type(network).__name__} has no RepMLP block with branches; if it is merged already, nothing can be "
+            "proved about the trained network: export it before switch_to_deploy(), or pass allow_merged=True"
         )
-    return Trained(source, found, merged=merged)
+    return True
+
+
+@dataclass(frozen=True)
+class _OwnRequest:
+    """What was said about a network that no family describes."""
+
+    module: str | None
+    example_input: Any
+    card: str | Path | ModelCard | None
+    weights: str | None
+    input_size: tuple[int, int] | None
+    allow_merged: bool
+
+
+def _own_trained(source: nn.Module | str | Path, own: _OwnRequest) -> Trained:
+    """A user's own network: handed over, or made by its factory and filled from a weights file."""
+    checkpoint = state = None
+    if isinstance(source, nn.Module):
+        network = source
+    elif own.module is None:
+        raise InputError(f"{source} is a weights file: example_input= needs module=, the network it is for")
+    else:
+        network = make_own_network(own.module)
+        checkpoint = read_checkpoint(source)
+        expected = network.state_dict()
+        state = own_state_dict(checkpoint.content, expected.keys(), weights=own.weights, name=str(source))
+        fill_own_network(network, state.tensors, str(source))
+    called, interface = describe_interface(network, _example(network, own))
+    card = own.card if own.card is not None else getattr(network, "card", None)
+    if card is None:
+        card = default_card(network, interface)
+    elif not isinstance(card, ModelCard):
+        card = load_card(card)
+    merged = _is_merged(network, allow_merged=own.allow_merged)
+    return Trained(called, card, checkpoint, state, merged, interface=interface)
+
+
+def _example(network: nn.Module, own: _OwnRequest) -> Any:
+    """What was given, or what the network says, or an image of the size that was given."""
+    example = own.example_input if own.example_input is not None else getattr(network, "example_input", None)
+    if example is None and own.input_size is not None:
+        return torch.zeros(1, 3, *own.input_size)
+    if example is None:
+        raise InputError(
+            f"{type(network).__name__} does not say what it takes: pass --input-size HxW for RGB images, "
+            "or give it an attribute example_input"
+        )
+    return example
 
 
 class _Clock:
@@ -406,9 +509,10 @@ class _Artifacts:
         self.entries[artifact_format] = ArtifactEntry.model_validate(described)
 
 
-def _onnx_run(data: bytes) -> Callable[[NDArray[np.float32]], NDArray[np.floating]]:
+def _onnx_run(data: bytes) -> Run:
     session, _ = open_session(data, RunnerOptions(device="cpu"))
-    return lambda x: session.run(None, {INPUT: x})[0]
+    names = [value.name for value in session.get_inputs()]
+    return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))
 
 
 def _simplified(graph: onnx.ModelProto, certifier: Certifier, precision: str) -> tuple[onnx.ModelProto, bytes]:
@@ -432,7 +536,8 @@ def _simplified(graph: onnx.ModelProto, certifier: Certifier, precision: str) ->
 
 def _checkpoint_file(trained: Trained, merged: nn.Module) -> tuple[str, bytes]:
     """The merged state dict in the layout it came in."""
-    state = {key: value.contiguous() for key, value in merged.state_dict().items()}
+    network = merged.module if isinstance(merged, Flat) else merged
+    state = {key: value.contiguous() for key, value in network.state_dict().items()}
     suffix = ".pth" if trained.checkpoint is None else trained.checkpoint.path.suffix
     named = state if trained.state is None else to_layout(state, trained.state)
     if suffix == ".safetensors":

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from repmlp_deploy.bundle import BatchRange, Probe
+from repmlp_deploy.bundle import Probe
+from repmlp_deploy.errors import InputError
 
-__all__ = ["SAMPLES", "SEED", "batch_sizes", "probe_inputs", "record_probe", "run_network"]
+__all__ = ["SAMPLES", "SEED", "probe_inputs", "probe_like", "record_probe", "run_network"]
 
 SEED = 20210505
 SAMPLES = 3
+
+_MAP_AXES = 3  # (C, H, W)
 
 
 def probe_inputs(shape: Sequence[int], samples: int = SAMPLES, seed: int = SEED) -> NDArray[np.float32]:
@@ -37,23 +41,49 @@ def probe_inputs(shape: Sequence[int], samples: int = SAMPLES, seed: int = SEED)
     return inputs.astype(np.float32)
 
 
+def probe_like(example: NDArray[Any], samples: int = SAMPLES, seed: int = SEED) -> NDArray[Any]:
+    """(samples, …) inputs of the shape, type, mean and deviation of `example` (n, …).
+
+    Float maps are those of `probe_inputs`, other floats are noise; what is no float is taken from the example's rows,
+    whose values may have a meaning.
+    """
+    rng = np.random.default_rng(seed)
+    if not np.issubdtype(example.dtype, np.floating):
+        rows: NDArray[Any] = example[rng.permutation(np.arange(samples) % len(example))]
+        return rows
+    shape = example.shape[1:]
+    maps = len(shape) == _MAP_AXES
+    inputs = probe_inputs(shape, samples, seed) if maps else rng.standard_normal((samples, *shape))
+    if example.std() > 0:
+        inputs = (inputs - inputs.mean()) / inputs.std() * example.std() + example.mean()
+    return inputs.astype(example.dtype)
+
+
 @torch.no_grad()
-def run_network(network: nn.Module, inputs: NDArray[np.floating]) -> NDArray[np.floating]:
-    """The network's output for a batch, as numpy."""
-    output: NDArray[np.floating] = network(torch.from_numpy(np.ascontiguousarray(inputs))).numpy()
-    return output
+def run_network(network: nn.Module, *inputs: NDArray[Any]) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    """The network's output for a batch, as numpy; or its outputs, where it answers a tuple."""
+    answer = network(*(torch.from_numpy(np.ascontiguousarray(value)) for value in inputs))
+    return answer.numpy() if isinstance(answer, Tensor) else tuple(value.numpy() for value in answer)
 
 
-def record_probe(trained: nn.Module, shape: Sequence[int]) -> Probe:
-    """Probe inputs of (C, H, W) with the trained network's answers; the float64 copy of it is gone afterwards."""
-    inputs = probe_inputs(shape)
-    reference = run_network(copy.deepcopy(trained).double(), inputs.astype(np.float64))
-    return Probe(inputs, reference.astype(np.float64), run_network(trained, inputs).astype(np.float32))
+def record_probe(trained: nn.Module, *inputs: NDArray[Any]) -> Probe:
+    """The inputs with the trained network's answers; the float64 copy of it is gone afterwards.
+
+    Raises:
+        InputError: the network does not run in float64.
+    """
+    precise = [value.astype(np.float64) if np.issubdtype(value.dtype, np.floating) else value for value in inputs]
+    try:
+        references = _several(run_network(copy.deepcopy(trained).double(), *precise))
+    except RuntimeError as error:
+        said = (str(error).splitlines() or ["no message"])[0]
+        raise InputError(f"the network does not run in float64, which the proof needs: {said}") from None
+    answers = [
+        (reference.astype(np.float64), float32.astype(np.float32))
+        for reference, float32 in zip(references, _several(run_network(trained, *inputs)), strict=True)
+    ]
+    return Probe(inputs[0], *answers[0], tuple(inputs[1:]), tuple(answers[1:]))
 
 
-def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
-    """The sizes to verify at: the smallest, the best, and one that neither a doubling nor a default would hit."""
-    further = next(
-        (n for n in (3, 5, 7, batch.max) if batch.min <= n <= batch.max and n not in (batch.min, batch.opt)), 0
-    )
-    return tuple(sorted({batch.min, batch.opt} | ({further} if further else set())))
+def _several(answer: NDArray[Any] | tuple[NDArray[Any], ...]) -> tuple[NDArray[Any], ...]:
+    return answer if isinstance(answer, tuple) else (answer,)

@@ -14,6 +14,8 @@ from repmlp_deploy.card import ModelCard
 from repmlp_deploy.errors import CardError
 from repmlp_deploy.nets.mobilefacenet import MobileFaceNet, MobileFaceNetSpec, infer_mobilefacenet
 from repmlp_deploy.nets.pspnet import PSPNetSpec, build_pspnet, infer_pspnet
+from repmlp_deploy.nets.pure_mlp import PureMLP, PureMLPSpec, infer_pure_mlp
+from repmlp_deploy.nets.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec, infer_repmlp_resnet
 from repmlp_deploy.nets.repmlpnet import RepMLPNet, RepMLPNetSpec, infer_repmlpnet
 
 __all__ = ["FAMILIES", "Family", "build_network", "card_spec"]
@@ -40,6 +42,8 @@ FAMILIES: dict[str, Family] = {
     "repmlpnet": Family(RepMLPNetSpec, RepMLPNet, infer_repmlpnet),
     "pspnet": Family(PSPNetSpec, build_pspnet, infer_pspnet, task="segment"),
     "mobilefacenet": Family(MobileFaceNetSpec, MobileFaceNet, infer_mobilefacenet, task="embed"),
+    "repmlp-resnet": Family(RepMLPResNetSpec, RepMLPResNet, infer_repmlp_resnet),
+    "pure-mlp": Family(PureMLPSpec, PureMLP, infer_pure_mlp),
 }
 
 

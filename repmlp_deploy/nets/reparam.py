@@ -26,7 +26,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["affine_of_batch_norm", "check_kernel", "scale_rows", "set_convolution", "sum_kernels"]
+__all__ = [
+    "affine_of_batch_norm",
+    "check_kernel",
+    "convolution_with",
+    "fuse_batch_norm",
+    "scale_rows",
+    "set_convolution",
+    "sum_kernels",
+]
 
 CHUNK = 1 << 18  # elements of float64 worked on at a time: 2 MiB, what a core keeps close
 
@@ -46,6 +54,30 @@ def affine_of_batch_norm(bn: BatchNorm) -> tuple[Tensor, Tensor]:
     scale = deviation.reciprocal() if bn.weight is None else bn.weight.detach().double() / deviation
     shift = -mean * scale if bn.bias is None else bn.bias.detach().double() - mean * scale
     return scale, shift
+
+
+def convolution_with(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """A convolution of the same geometry as `conv` with other weights, stored in its dtype."""
+    result = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        stride=conv.stride,  # type: ignore[arg-type]
+        padding=conv.padding,  # type: ignore[arg-type]
+        dilation=conv.dilation,  # type: ignore[arg-type]
+        groups=conv.groups,
+        device="meta",
+    )
+    result.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
+    result.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+    return result
+
+
+def fuse_batch_norm(conv: nn.Conv2d, bn: BatchNorm) -> nn.Conv2d:
+    """BN(conv(x)) as one convolution."""
+    a, b = affine_of_batch_norm(bn)
+    bias = b if conv.bias is None else a * conv.bias.detach().double() + b
+    return convolution_with(conv, conv.weight.detach() * a[:, None, None, None], bias)
 
 
 def check_kernel(k_h: int, k_w: int) -> None:

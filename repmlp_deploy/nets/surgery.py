@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 __all__ = ["with_replaced"]
 
 
-def with_replaced(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def with_replaced(root: ModuleT, replacements: Mapping[nn.Module, nn.Module]) -> ModuleT:
     """A copy of `root` in which every module of `replacements` is its replacement, wherever it is used.
 
     The copy has parameters and buffers of its own, over the same memory where nothing changed: hundreds of megabytes

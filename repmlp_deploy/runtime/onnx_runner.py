@@ -65,7 +65,7 @@ class OnnxRunner:
     def __init__(self, bundle: Bundle, options: RunnerOptions) -> None:
         model = bundle.read(bundle.artifact(self.format))
         self._session, self.device = open_session(model, options)
-        self._input = self._session.get_inputs()[0].name
+        self._inputs = [value.name for value in self._session.get_inputs()]
         self.details: dict[str, Any] = {
             "runtime": f"onnxruntime {ort.__version__}",
             "providers": self._session.get_providers(),
@@ -74,8 +74,13 @@ class OnnxRunner:
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """(N, C, H, W) float32 -> (N, …) float32."""
-        output: NDArray[np.float32] = self._session.run(None, {self._input: batch})[0]
+        output: NDArray[np.float32] = self._session.run(None, {self._inputs[0]: batch})[0]
         return output
+
+    def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        """Every output for every input, both in the graph's order."""
+        outputs: list[NDArray[Any]] = self._session.run(None, dict(zip(self._inputs, inputs, strict=True)))
+        return outputs
 
     def close(self) -> None:
         """Give back the session's memory."""

@@ -10,7 +10,7 @@ from typing import Any, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from repmlp_deploy.bundle import Bundle
+from repmlp_deploy.bundle import Bundle, Manifest
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.numerics import Comparison, noise_floor, require_close
 from repmlp_deploy.runtime.images import ImageLike, preprocess, to_image
@@ -30,6 +30,16 @@ __all__ = ["Embedding", "Prediction", "Predictor", "Segmentation", "predictions_
 F32 = NDArray[np.float32]
 
 
+def _require_single(manifest: Manifest) -> None:
+    """Raise unless the network has one input and one output."""
+    for what, several in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
+        if several:
+            names = ", ".join(spec.name for spec in several)
+            raise InputError(
+                f"{manifest.name} has {len(several)} {what} ({names}); Predictor serves one: run the artifact itself"
+            )
+
+
 class Predictor:
     """Runs a bundle. One instance serves any number of threads.
 
@@ -42,6 +52,7 @@ class Predictor:
 
     Raises:
         BundleError: the folder is damaged.
+        InputError: the network has several inputs or outputs.
         MissingDependency: the artifact's runtime is not installed.
         MissingDevice: the device is not there.
     """
@@ -60,6 +71,7 @@ class Predictor:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         self.manifest = self.bundle.manifest
         self._task = find_task(self.manifest.task)
+        _require_single(self.manifest)
         self._array_order = array_order
         self._runner = open_runner(self.bundle, format, RunnerOptions(device, threads))
 
@@ -97,7 +109,10 @@ class Predictor:
 
         Raises:
             ImageError: one of them is no image.
+            InputError: the network was exported without a card, so that nobody said what images it takes.
         """
+        if self._task.refusal:
+            raise InputError(f"{self.manifest.name} {self._task.refusal}")
         if isinstance(images, list | tuple):
             return [answer for chunk in self._chunks(images) for answer in self._predict(chunk)]
         return self._predict([images])[0]
@@ -155,7 +170,7 @@ class Predictor:
                         reference,
                         floor=floor,
                         precision=precision,
-                        classes=self._task.has_classes,
+                        classes=self._task.class_axes == reference.ndim,
                     ),
                 )
             )

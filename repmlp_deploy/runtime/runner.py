@@ -40,6 +40,10 @@ class Runner(Protocol):
         """(N, C, H, W) float32 -> (N, …) float32, an array the caller owns; N within the artifact's range."""
         ...
 
+    def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        """Every output, in the manifest's order, for every input, in its order."""
+        ...
+
     def close(self) -> None:
         """Give back memory and devices."""
         ...

@@ -209,19 +209,27 @@ class Task:
 
     Attributes:
         output: name of the graph's output.
-        has_classes: whether axis 1 of the output is classes.
+        class_axes: axes of an output whose axis 1 is classes; None where there are no classes.
         answer: (outputs (N, …), sizes (height, width) of the N images, labels) -> N answers.
+        refusal: why there are no answers to images, and what to do; empty where there are.
     """
 
     output: str
-    has_classes: bool
+    class_axes: int | None
     answer: Callable[[F32, Sequence[Size], Sequence[str] | None], list[Any]]
+    refusal: str = ""
 
 
 TASKS: Mapping[str, Task] = {
-    "classify": Task("logits", True, lambda outputs, _sizes, labels: predictions_from_logits(outputs, labels)),
-    "segment": Task("logits", True, masks_from_logits),
-    "embed": Task("embedding", False, lambda outputs, _sizes, _labels: embeddings_from_outputs(outputs)),
+    "classify": Task("logits", 2, lambda outputs, _sizes, labels: predictions_from_logits(outputs, labels)),
+    "segment": Task("logits", 4, masks_from_logits),
+    "embed": Task("embedding", None, lambda outputs, _sizes, _labels: embeddings_from_outputs(outputs)),
+    "custom": Task(
+        "output",
+        2,
+        lambda outputs, _sizes, _labels: list(outputs),
+        refusal="has no card, so how it takes images is unknown: call logits(), or export it with card=",
+    ),
 }
 """Task to what its outputs mean; the tasks of cards and manifests."""
 

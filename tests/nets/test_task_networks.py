@@ -4,7 +4,7 @@ import pytest
 import torch
 from task_cases import random_inputs, save_network, small_card, small_network
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 - torch's own custom
+from torch.nn import functional as F
 
 from repmlp_deploy.card import list_cards, load_card
 from repmlp_deploy.convert.folding import fold_affine

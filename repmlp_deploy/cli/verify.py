@@ -1,0 +1,49 @@
+"""`repmlp-verify BUNDLE`: the certificate, and the same comparisons made again on this machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from repmlp_deploy.bundle import Bundle
+from repmlp_deploy.cli.console import print_json, run_command, typer
+from repmlp_deploy.cli.export import print_hops
+from repmlp_deploy.convert.certifying import recertify
+from repmlp_deploy.errors import VerificationError
+from repmlp_deploy.runtime.runner import RunnerOptions
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(verify_command)
+
+
+def verify_command(  # noqa: PLR0913 - one an option
+    bundle: Annotated[Path, typer.Argument(help="The folder that repmlp-export wrote.")],
+    artifact: Annotated[str | None, typer.Option("--format", help="One artifact; default: all that run here.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the best here.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
+) -> None:
+    """Check every file of a bundle, and run its artifacts against the trained network's answers again."""
+    loaded = Bundle.load(bundle)
+    hops, notes = recertify(loaded, artifact, RunnerOptions(device, threads))
+    failed = [hop for hop in hops if hop.passed is False]
+    if json:
+        lines = [hop.model_dump(mode="json") for hop in hops]
+        print_json({"bundle": str(bundle), "passed": not failed, "hops": lines, "notes": notes})
+    else:
+        date = loaded.manifest.provenance.get("date", "an unknown date")
+        print_hops(f"{loaded.manifest.name}: certified on {date}", loaded.manifest.certificate)
+        print_hops("run again on this machine", hops)
+        for note in notes:
+            sys.stdout.write(f"note: {note}\n")
+    if failed:
+        raise VerificationError(
+            f"{failed[0].name} at batch {failed[0].batch} differs from the trained network by {failed[0].max_abs:.2e}; "
+            f"{failed[0].allowed:.2e} is allowed: do not use this bundle on this machine"
+        )

@@ -1,0 +1,147 @@
+"""The official networks, full size: float64, architecture from the bare state dict, and the exported graph."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from golden_cases import GoldenCase, assert_matches_golden, names
+from repmlp_deploy import Predictor, export, get_model, inference_model
+from repmlp_deploy.bundle import BatchRange
+from repmlp_deploy.card import load_card
+from repmlp_deploy.convert.folding import fold_affine
+from repmlp_deploy.convert.layouts import find_state_dict
+from repmlp_deploy.convert.loading import infer_card, load_network
+from repmlp_deploy.convert.merging import merge_branches
+from repmlp_deploy.convert.onnx_export import export_graph, trace_network
+from repmlp_deploy.convert.onnx_proto import serialize_model
+from repmlp_deploy.convert.probing import run_network
+from repmlp_deploy.runtime.onnx_runner import open_session
+from repmlp_deploy.runtime.runner import RunnerOptions
+
+pytestmark = pytest.mark.slow
+
+CARDS = {
+    "mmpretrain-repmlp-base-224": "repmlp-base_3rdparty_8xb64_in1k",
+    "mmpretrain-repmlp-base-256": "repmlp-base_3rdparty_8xb64_in1k-256px",
+}
+PHOTOGRAPHS = ("china.jpg", "flower.jpg")
+
+
+@pytest.mark.parametrize("name", [*names("repmlpnet-"), *CARDS])
+def test_golden_networks(name: str) -> None:
+    case = GoldenCase(name)
+    state = find_state_dict(case.weights())
+    card, _ = infer_card(state.shapes(), family=state.layout.family, layout=state.layout.name, merged=False)
+    assert card.name == CARDS.get(name, name)
+    trained = load_network(state.tensors, card, merged=False)
+    assert sum(p.numel() for p in trained.parameters()) == case.about["parameters"]
+    x, golden = case.input(), case.output()
+    double = copy.deepcopy(trained).double()
+    assert_matches_golden(run_network(double, x.astype(np.float64)), golden, atol=1e-10)
+    del double
+    folded = fold_affine(merge_branches(trained))
+    del trained, state
+    graph = export_graph(
+        trace_network(folded, [torch.from_numpy(x)], BatchRange(min=1, opt=4, max=8)),
+        input_names=["images"],
+        output_names=["y"],
+    )
+    del folded
+    session, _ = open_session(serialize_model(graph), RunnerOptions(device="cpu"))
+    assert_matches_golden(session.run(None, {"images": x})[0], golden, atol=1e-5)
+
+
+def test_the_golden_tolerance_notices_an_output_that_ignores_its_input() -> None:
+    """The twin of the test above: the mean over the samples is within 1e-1 of every sample."""
+    golden = GoldenCase("repmlpnet-t224").output()
+    ignorant = np.repeat(golden.mean(axis=0, keepdims=True), len(golden), axis=0)
+    assert np.abs(ignorant - golden).max() < 1e-1
+    with pytest.raises(AssertionError):
+        assert_matches_golden(ignorant, golden, atol=1e-1)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in PHOTOGRAPHS:
+        Image.fromarray(load_sample_image(name)).save(folder / f"{name}.png")
+    return [folder / f"{name}.png" for name in PHOTOGRAPHS]
+
+
+@pytest.mark.parametrize("name", sorted(CARDS))
+def test_mmpretrains_own_predictions_are_reproduced(name: str, photographs: list[Path], tmp_path: Path) -> None:
+    """Preprocessing to the last level included: rounding of the resized size and of the crop's offset."""
+    case = GoldenCase(name)
+    checkpoint = tmp_path / "base.pth"
+    torch.save({"meta": {}, "state_dict": case.weights()}, checkpoint)
+    model = get_model(CARDS[name], pretrained=checkpoint)
+    for path, photograph in zip(photographs, PHOTOGRAPHS, strict=True):
+        said = case.about["sample_image_predictions"][photograph]
+        ours = inference_model(model, path)
+        assert (ours["pred_label"], ours["pred_class"]) == (said["pred_label"], said["pred_class"])
+        for label, score in said["top5"]:
+            assert ours["pred_scores"][label] == pytest.approx(score, abs=5e-8)
+    if "224" not in name:
+        return
+    export(checkpoint, out=tmp_path / "out")
+    with Predictor(tmp_path / "out") as predictor:
+        for path, photograph in zip(photographs, PHOTOGRAPHS, strict=True):
+            said = case.about["sample_image_predictions"][photograph]
+            assert predictor(path).pred_class == said["pred_class"]
+            for label, score in said["top5"]:
+                assert predictor(path).pred_scores[label] == pytest.approx(score, abs=5e-8)
+
+
+def test_merging_takes_a_fraction_of_a_second() -> None:
+    """B224, best of five: strided assignment, where convolving an identity takes seconds."""
+    state = find_state_dict(GoldenCase("repmlpnet-b224").weights())
+    trained = load_network(state.tensors, load_card("repmlpnet-b224"), merged=False)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        merge_branches(trained)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.3
+
+
+MEASURED = """
+import json, resource, sys, time
+started = time.perf_counter()
+from repmlp_deploy.cli.export import main
+sys.argv = ["export.py", *sys.argv[1:]]
+try:
+    main()
+finally:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps([time.perf_counter() - started, peak]), file=sys.stderr)
+"""
+
+
+def test_a_full_size_export_is_fast_and_small(tmp_path: Path) -> None:
+    """B224 to ONNX and an RTX engine from the bare file: seconds and memory are part of what is promised."""
+    torch.save(GoldenCase("repmlpnet-b224").weights(), tmp_path / "b224.pth")
+    child = subprocess.run(
+        [sys.executable, "-c", MEASURED, "--ckpt", "b224.pth", "--format", "onnx,trt-rtx", "--out", "out", "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    report = json.loads(child.stdout)
+    seconds, peak = json.loads(child.stderr.splitlines()[-1])
+    assert report["name"] == "repmlpnet-b224"
+    assert peak < 4e9
+    assert seconds < 90  # 30 s on an idle machine; this catches a return to minutes, not a busy neighbour
+    assert report["artifacts"]["trt-rtx"]["bytes"] > 270e6
+    assert report["artifacts"]["trt-rtx"]["build_seconds"] < 30

@@ -1,0 +1,127 @@
+import contextlib
+import io
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repmlp_deploy.card import Preprocessing, Resize
+from repmlp_deploy.errors import ImageError
+from repmlp_deploy.runtime import images
+from repmlp_deploy.runtime.images import open_image, preprocess, to_image
+
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (427, 641, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_an_exact_resize_ignores_the_aspect_ratio_and_the_crop_is_centred(photo: Image.Image) -> None:
+    how = Preprocessing(resize=Resize(mode="exact", size=(256, 256)), crop=(224, 224), **PLAIN)
+    resized = np.asarray(photo.resize((256, 256), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(preprocess(photo, how).transpose(1, 2, 0), resized[16:240, 16:240])
+
+
+def test_a_short_edge_truncates_the_long_one_and_the_crop_offset_rounds(photo: Image.Image) -> None:
+    """641·292/427 is 438.33: 438 wide; the offset (438 - 255)/2 is 91.5, which rounds to even, 92."""
+    how = Preprocessing(resize=Resize(mode="short-edge", size=(292, 292)), crop=(256, 255), **PLAIN)
+    resized = np.asarray(photo.resize((438, 292), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(preprocess(photo, how).transpose(1, 2, 0), resized[18:274, 92:347])
+    tall = photo.transpose(Image.Transpose.ROTATE_90)
+    resized = np.asarray(tall.resize((292, 438), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(preprocess(tall, how).transpose(1, 2, 0), resized[91:347, 18:273])
+
+
+def test_levels_are_normalised_in_float32_and_channels_ordered(photo: Image.Image) -> None:
+    how = Preprocessing(mean=(10.0, 20.0, 30.0), std=(2.0, 4.0, 8.0), colour_order="BGR")
+    result = preprocess(photo, how)
+    levels = np.asarray(photo, np.float32)[:, :, ::-1]
+    expected = (levels - np.float32([10, 20, 30])) / np.float32([2, 4, 8])
+    assert result.dtype == np.float32
+    assert result.flags.c_contiguous
+    np.testing.assert_array_equal(result.transpose(1, 2, 0), expected)
+
+
+def test_every_kind_of_source_shows_the_same_image(photo: Image.Image, tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    photo.save(path)
+    array = np.asarray(photo)
+    for source in (path, str(path), path.read_bytes(), photo, array):
+        np.testing.assert_array_equal(np.asarray(to_image(source)), array)
+    np.testing.assert_array_equal(np.asarray(to_image(array[:, :, ::-1], array_order="BGR")), array)
+
+
+def test_sources_are_left_alone(photo: Image.Image) -> None:
+    array = np.asarray(photo).copy()
+    before = array.copy()
+    preprocess(to_image(array), Preprocessing(**PLAIN))[:] = 7
+    np.testing.assert_array_equal(array, before)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16", "I", "F"])
+def test_every_mode_becomes_rgb(photo: Image.Image, mode: str) -> None:
+    grey = np.asarray(photo.convert("L"))
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    source = deep if mode == "I;16" else Image.fromarray(grey).convert(mode) if mode in "IF" else photo.convert(mode)
+    assert to_image(source).mode == "RGB"
+    assert to_image(source).size == photo.size
+    if mode in ("L", "I;16", "I", "F"):
+        np.testing.assert_array_equal(np.asarray(to_image(source))[:, :, 0], grey)
+
+
+def test_photographs_are_turned_upright(photo: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held on its side
+    turned = open_image(encoded(photo, "PNG", exif=exif))
+    assert turned.size == (photo.height, photo.width)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])
+@pytest.mark.parametrize("seed", range(6))
+def test_damaged_images_give_one_line_or_an_image(photo: Image.Image, kind: str, seed: int) -> None:
+    """Truncated and bit-flipped files never end in anything but an ImageError."""
+    rng = random.Random(seed)
+    data = bytearray(encoded(photo.resize((60, 40)), kind))
+    for _ in range(seed * 3):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    with contextlib.suppress(ImageError):
+        assert open_image(bytes(data[: int(len(data) * rng.uniform(0.2, 1))])).mode == "RGB"
+
+
+def test_what_is_no_image(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_text("hello")
+    for source, said in [
+        (tmp_path / "x.jpg", "is not a readable image"),
+        (tmp_path / "none.jpg", "no such file"),
+        (tmp_path, "is not a readable image"),
+        (b"", "0 bytes is not a readable image"),
+        (np.zeros((4, 4, 3), np.float32), r"float32 \(4, 4, 3\); expected uint8"),
+        (np.zeros((4, 4, 4), np.uint8), "expected uint8"),
+        (np.zeros((0, 4, 3), np.uint8), "is empty"),
+        (3, "cannot read an image from int"),
+    ]:
+        with pytest.raises(ImageError, match=said):
+            to_image(source)
+
+
+def test_an_image_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch, photo: Image.Image) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    with pytest.raises(ImageError, match="641x427 pixels; at most 1000"):
+        open_image(encoded(photo, "PNG"))
+
+
+def test_a_crop_larger_than_the_image_is_refused() -> None:
+    how = Preprocessing(crop=(64, 64), **PLAIN)
+    with pytest.raises(ImageError, match="32x32 after resizing; cannot crop 64x64"):
+        preprocess(Image.new("RGB", (32, 32)), how)

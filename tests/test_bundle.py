@@ -1,0 +1,217 @@
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from repmlp_deploy import Bundle
+from repmlp_deploy import bundle as bundle_module
+from repmlp_deploy.bundle import MANIFEST, PROBE, Probe, check_output_folder
+from repmlp_deploy.errors import BundleError, InputError, OutputError
+
+
+def in_memory(folder: Path, *, name: str = "other") -> Bundle:
+    """The bundle in `folder` as it is before saving, under another name."""
+    loaded = Bundle.load(folder)
+    contents = {entry.path: loaded.read(entry) for entry in loaded.files()}
+    return Bundle(loaded.manifest.model_copy(update={"name": name}), contents=contents)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def edit(folder: Path, change: object) -> None:
+    path = folder / MANIFEST
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_a_bundle_survives_the_disk(bundle_folder: Path, tmp_path: Path) -> None:
+    draft = in_memory(bundle_folder)
+    saved = draft.save(tmp_path / "a" / "b")
+    assert saved.manifest == Bundle.load(tmp_path / "a" / "b").manifest == draft.manifest
+    assert set(snapshot(tmp_path / "a" / "b")) == {*draft.contents, MANIFEST}
+    assert names(tmp_path / "a") == ["b"]
+
+
+def test_an_earlier_bundle_is_replaced_whole(bundle_folder: Path) -> None:
+    draft = in_memory(bundle_folder)
+    (bundle_folder / "model.onnx").write_bytes(b"old")
+    draft.save(bundle_folder)
+    assert Bundle.load(bundle_folder).manifest.name == "other"
+    assert snapshot(bundle_folder)["model.onnx"] == draft.contents["model.onnx"]
+    assert names(bundle_folder.parent) == [bundle_folder.name]
+
+
+def test_without_an_atomic_exchange_two_renames_do(monkeypatch: pytest.MonkeyPatch, bundle_folder: Path) -> None:
+    monkeypatch.setattr(bundle_module, "_exchange", lambda _a, _b: False)
+    in_memory(bundle_folder).save(bundle_folder)
+    assert Bundle.load(bundle_folder).manifest.name == "other"
+    assert names(bundle_folder.parent) == [bundle_folder.name]
+
+
+def test_a_linked_bundle_is_replaced_where_it_lies(bundle_folder: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(bundle_folder)
+    in_memory(bundle_folder).save(link)
+    assert link.is_symlink()
+    assert Bundle.load(bundle_folder).manifest.name == "other"
+
+
+def test_an_empty_folder_is_filled(bundle_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    in_memory(bundle_folder).save(tmp_path / "empty")
+    assert Bundle.load(tmp_path / "empty").manifest.name == "other"
+
+
+def test_a_full_disk_leaves_the_old_bundle(monkeypatch: pytest.MonkeyPatch, bundle_folder: Path) -> None:
+    draft, before = in_memory(bundle_folder), snapshot(bundle_folder)
+    real = bundle_module._write
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == PROBE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, content)
+
+    monkeypatch.setattr(bundle_module, "_write", full)
+    with pytest.raises(OutputError, match="No space left on device; what was there is untouched"):
+        draft.save(bundle_folder)
+    assert snapshot(bundle_folder) == before
+    assert names(bundle_folder.parent) == [bundle_folder.name]
+
+
+def test_files_folders_and_foreign_folders_are_not_overwritten(bundle_folder: Path, tmp_path: Path) -> None:
+    draft = in_memory(bundle_folder)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="is a file"):
+        draft.save(tmp_path / "file")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("mine")
+    with pytest.raises(InputError, match=r"holds files of others \(cat.jpg\)"):
+        draft.save(tmp_path / "photos")
+    (bundle_folder / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes.txt"):
+        draft.save(bundle_folder)
+    assert (bundle_folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_parent_that_is_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="could not write"):
+        check_output_folder(tmp_path / "file" / "out")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_parent_without_permission_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(OutputError, match="could not write"):
+        check_output_folder(tmp_path / "locked" / "out")
+
+
+def test_a_flipped_byte_a_missing_and_a_shortened_file_are_noticed(bundle_folder: Path) -> None:
+    bundle = Bundle.load(bundle_folder)
+    path = bundle_folder / "model.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match="was changed: its sha256"):
+        Bundle.load(bundle_folder).read(bundle.artifact("onnx"))
+    path.write_bytes(data[:-1])
+    with pytest.raises(BundleError, match="the manifest says"):
+        Bundle.load(bundle_folder)
+    path.unlink()
+    with pytest.raises(BundleError, match=r"has no file model.onnx"):
+        Bundle.load(bundle_folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d.update(schema=2), "has schema 2; this version reads 1"),
+        (lambda d: d.pop("batch"), "batch: Field required"),
+        (lambda d: d.update(surprise=1), "surprise"),
+        (lambda d: d["artifacts"]["onnx"].update(path="../../etc/passwd"), "path"),
+        (lambda d: d["artifacts"]["onnx"].update(path="/etc/passwd"), "path"),
+        (lambda d: d["artifacts"]["onnx"].update(sha256="abc"), "sha256"),
+        (lambda d: d["input"].update(shape="all"), "shape"),
+    ],
+)
+def test_a_manifest_that_is_not_ours_is_refused(bundle_folder: Path, change: object, said: str) -> None:
+    edit(bundle_folder, change)
+    with pytest.raises(BundleError, match=said):
+        Bundle.load(bundle_folder)
+
+
+def test_what_is_no_bundle_is_refused(tmp_path: Path, bundle_folder: Path) -> None:
+    with pytest.raises(BundleError, match="is no bundle"):
+        Bundle.load(tmp_path / "nothing")
+    (bundle_folder / MANIFEST).write_bytes(b"\xff\xfe{")
+    with pytest.raises(BundleError, match="is not JSON"):
+        Bundle.load(bundle_folder)
+    (bundle_folder / MANIFEST).write_text("[1]")
+    with pytest.raises(BundleError, match="has schema None"):
+        Bundle.load(bundle_folder)
+
+
+def test_a_link_in_a_bundle_is_not_followed(bundle_folder: Path, tmp_path: Path) -> None:
+    (bundle_folder / "model.onnx").rename(tmp_path / "elsewhere.onnx")
+    (bundle_folder / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")
+    with pytest.raises(BundleError, match=r"has no file model.onnx"):
+        Bundle.load(bundle_folder)
+
+
+def test_a_probe_that_is_none_is_refused() -> None:
+    for data in (b"", b"nothing", b"PK\x03\x04"):
+        with pytest.raises(BundleError, match="is not a probe"):
+            Probe.from_bytes(data)
+
+
+def test_a_probe_cycles_through_its_samples() -> None:
+    probe = Probe(
+        np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1), np.arange(3.0).reshape(3, 1), np.zeros((3, 1), np.float32)
+    )
+    inputs, reference = probe.batch(5)
+    assert inputs.ravel().tolist() == reference.ravel().tolist() == [0, 1, 2, 0, 1]
+
+
+WRITER = """
+import sys
+from repmlp_deploy import Bundle
+folder = sys.argv[1]
+old = Bundle.load(folder)
+contents = {entry.path: old.read(entry) for entry in old.files()}
+print("ready", flush=True)
+for i in range(100_000):
+    Bundle(old.manifest.model_copy(update={"name": f"n{i}"}), contents=contents).save(folder)
+"""
+
+
+def test_killing_a_writer_at_any_moment_leaves_a_complete_bundle(bundle_folder: Path) -> None:
+    """Fifty random moments; abandoned folders are removed by the next writer."""
+    rng = random.Random(0)
+    for _ in range(50):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(bundle_folder)], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0, 0.05))
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        bundle = Bundle.load(bundle_folder)
+        for entry in bundle.files():
+            bundle.read(entry)
+    in_memory(bundle_folder).save(bundle_folder)
+    assert names(bundle_folder.parent) == [bundle_folder.name]

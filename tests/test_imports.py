@@ -1,0 +1,71 @@
+"""What importing costs, and what it must not need."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+import repmlp_deploy
+
+HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "nncf", "pydantic", "PIL")
+
+
+def run(script: str) -> str:
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    return child.stdout
+
+
+def test_importing_the_package_loads_no_framework_and_takes_milliseconds() -> None:
+    script = (
+        "import sys, time, json; before = set(sys.modules); t = time.perf_counter(); import repmlp_deploy; "
+        "t = time.perf_counter() - t; print(json.dumps([t, sorted(set(sys.modules) - before)]))"
+    )
+    measured = [json.loads(run(script)) for _ in range(5)]
+    assert min(seconds for seconds, _ in measured) < 0.08
+    loaded = {name.split(".")[0] for name in measured[0][1]}
+    assert not loaded & {*HEAVY, "numpy"}
+
+
+def test_the_predictor_needs_neither_torch_nor_onnx_nor_an_engine() -> None:
+    blocked = ("torch", "onnx", "onnxscript", "onnxsim", "tensorrt", "tensorrt_rtx", "openvino", "rich", "typer")
+    run(f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); from repmlp_deploy import Predictor, Bundle")
+
+
+def test_a_bundle_runs_without_torch(bundle: repmlp_deploy.Bundle) -> None:
+    """The digits samples are predicted and the probe passes with torch and onnx not importable."""
+    script = f"""
+import sys
+sys.modules.update(dict.fromkeys(("torch", "onnx", "tensorrt_rtx", "openvino")))
+from pathlib import Path
+from repmlp_deploy import Predictor
+from repmlp_deploy.card import data_root
+with Predictor({str(bundle.folder)!r}) as predictor:
+    predictor.self_check()
+    images = sorted((data_root() / "samples" / "digits").glob("*.png"))
+    print([p.pred_class for p in predictor(images)])
+from repmlp_deploy.convert.certifying import recertify
+hops, _ = recertify(predictor.bundle)
+assert [hop.passed for hop in hops] == [None, True, True, True]
+"""
+    assert run(script).strip() == str([str(i) for i in range(10)])
+
+
+def test_public_names_are_explicit_and_resolve() -> None:
+    assert set(repmlp_deploy.__all__) <= set(dir(repmlp_deploy))
+    assert {"Predictor", "export", "get_model", "inference_model", "merge_branches"} <= set(repmlp_deploy.__all__)
+    for name in repmlp_deploy.__all__:
+        assert getattr(repmlp_deploy, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Predictr'"):
+        _ = repmlp_deploy.Predictr
+
+
+def test_a_missing_runtime_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    from repmlp_deploy.errors import MissingDependency
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "repmlp_deploy.runtime.onnx_runner")
+    with pytest.raises(MissingDependency, match=r'onnxruntime is not installed: pip install "repmlp-deploy\[cpu\]"'):
+        importlib.import_module("repmlp_deploy.runtime.onnx_runner")
