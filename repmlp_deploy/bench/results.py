@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from repmlp_deploy.bench.counting import Counts
+from repmlp_deploy.bench.counts import Counts
 from repmlp_deploy.bench.timing import Ratio, Rounds, Summary, Warmup
 from repmlp_deploy.errors import InputError
 

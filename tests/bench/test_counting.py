@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from repmlp_deploy.bench.counting import Counts, count_graph, count_network, stage_of
+from repmlp_deploy.bench.counting import count_graph, count_network
+from repmlp_deploy.bench.counts import Counts, stage_of
 from repmlp_deploy.bench.seeding import seeded_network
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.card import ModelCard, list_cards, load_card
