@@ -1,10 +1,10 @@
 """Comparison of two runs: what got faster or slower, beyond noise and beyond a threshold.
 
-Absolute times of two runs differ for reasons that are nobody's fault: another day, a busy neighbour. What hits every row
-alike is taken out as the *drift*, the median over rows of new over old median latency, where at least three rows
-are in both runs. A row has changed when its ratio, drift taken out, is beyond the threshold and the 95 % interval of the
-ratio, resampled over the rounds of each run, leaves out 1. The drift itself is a change when
-it is beyond the threshold and the machine's own matrix-product peak did not move by as much.
+Absolute times of two runs differ for reasons that are nobody's fault: another day, a busy neighbour. What hits every
+row alike is taken out as the *drift*, the median over rows of new over old median latency, where at least three rows
+are in both runs. A row has changed when its ratio, drift taken out, is beyond the threshold and the 95 % interval of
+the ratio, resampled over the rounds of each run, leaves out 1. The drift itself is a change when it is beyond the
+threshold and the machine's own matrix-product peak did not move by as much.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def compare_reports(old: Report, new: Report, threshold: float = THRESHOLD) -> C
     notes += [f"measured before, not now: {_name(key)}: {_why(new, key)}" for key in missing]
     notes += [f"measured now, not before: {_name(key)}" for key in later if key not in earlier]
     explained = _machine_slowdown(old, new)
-    return Comparison(changes, drift, tuple(notes), drifted=drift > 1 + threshold and drift > explained * (1 + threshold))
+    return Comparison(
+        changes, drift, tuple(notes), drifted=drift > 1 + threshold and drift > explained * (1 + threshold)
+    )
 
 
 def comparison_table(comparison: Comparison) -> Table:

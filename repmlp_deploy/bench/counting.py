@@ -20,6 +20,7 @@ from repmlp_deploy.convert.onnx_proto import large_weights, without_weights
 
 __all__ = ["count_graph", "count_network"]
 
+
 def count_network(network: nn.Module, shape: Sequence[int]) -> Counts:
     """What a PyTorch network does for one image, told from a run without data.
 
@@ -50,11 +51,11 @@ def count_network(network: nn.Module, shape: Sequence[int]) -> Counts:
     return Counts.of(parameters, images.numel() + output.numel(), recorder.operations)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps an `OpCount` of every operation that runs inside."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._weights = {_storage(weight) for weight in weights}
         self._stage = "input"
         self.operations: list[OpCount] = []
@@ -67,7 +68,7 @@ class _Recorder(TorchDispatchMode):
 
         return hook
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002, PLW3201 - torch's protocol
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if not func.is_view and name not in _FREE:
@@ -89,7 +90,8 @@ class _Recorder(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> int:
     """What a tensor shares with its views."""
-    return tensor.untyped_storage()._cdata  # noqa: SLF001 - tensors without data have no other identity
+    identity: int = tensor.untyped_storage()._cdata  # noqa: SLF001 - tensors without data have no other identity
+    return identity
 
 
 _FREE = {"_unsafe_view", "detach", "empty", "lift_fresh"}
@@ -100,7 +102,7 @@ _PRODUCT_LIKE = re.compile(r"conv|mm$|mv$|dot|attention|einsum|linear")
 
 def _torch_macs(name: str, args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
     if name == "convolution":
-        return outputs[0].numel() * math.prod(args[1].shape[1:])  # weight (O, C/groups, k, k)
+        return outputs[0].numel() * int(math.prod(args[1].shape[1:]))  # weight (O, C/groups, k, k)
     if name in _TORCH_PRODUCTS:
         return outputs[0].numel() * int(args[_TORCH_PRODUCTS[name]].shape[-1])
     if _PRODUCT_LIKE.search(name):

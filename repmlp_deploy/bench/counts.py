@@ -3,16 +3,16 @@
 Conventions.
 
 *Multiply-adds* are those of convolutions and matrix products, one per multiplication; papers call them FLOPs, while
-hardware peaks count two operations each. Additions of biases, BatchNorms, activations and pooling are not counted, as in
-the published figures.
+hardware peaks count two operations each. Additions of biases, BatchNorms, activations and pooling are not counted, as
+in the published figures.
 
-*Parameters* are trainable tensors: running statistics of BatchNorms are none. In an ONNX graph they are the initializers
-of floating-point or 8-bit type.
+*Parameters* are trainable tensors: running statistics of BatchNorms are none. In an ONNX graph they are the
+initializers of floating-point or 8-bit type.
 
-*Traffic* is what operations read and write if nothing stays in a cache or a register between them: every operation but
-a view reads its inputs and writes its outputs. *Least traffic* is what no implementation can avoid: every weight, the
-network's input and its output once. The arithmetic intensity that bounds a roofline is taken over the least traffic,
-so that no honest measurement can lie above the roof.
+*Traffic* is what operations read and write if nothing stays in a cache or a register between them: every operation
+but a view reads its inputs and writes its outputs. *Least traffic* is what no implementation can avoid: every weight,
+the network's input and its output once. The arithmetic intensity that bounds a roofline is taken over the least
+traffic, so that no honest measurement can lie above the roof.
 
 All figures but weights are for one image; a batch of N multiplies them by N and reads the weights once.
 """

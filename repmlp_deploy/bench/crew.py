@@ -31,7 +31,7 @@ class Child:
     def __init__(self, threads: int) -> None:
         limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
-        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+        self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "repmlp_deploy.bench.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

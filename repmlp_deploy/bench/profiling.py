@@ -53,7 +53,9 @@ def _stage_of_node(names: str, stages: dict[str, str]) -> str | None:
     for name in [names, *re.split(r"[,\s]+", names)]:
         if name in stages:
             return stages[name]
-    contained: Sequence[str] = [name for name in stages if name and re.search(rf"(?<!\w){re.escape(name)}(?!\d)", names)]
+    contained: Sequence[str] = [
+        name for name in stages if name and re.search(rf"(?<!\w){re.escape(name)}(?!\d)", names)
+    ]
     return stages[max(contained, key=len)] if contained else None
 
 

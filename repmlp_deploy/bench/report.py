@@ -60,9 +60,11 @@ def facts(report: Report) -> list[str]:
     env, machine = report.environment, report.machine
     cores = f"{env.get('cores_physical')} cores, {report.settings.get('threads')} threads used"
     lines = [
-        f"machine: {env.get('cpu')} ({', '.join(env.get('cpu_flags', ()))}), {cores}, "
-        f"{env.get('memory_bytes', 0) / 1e9:.0f} GB, governor {env.get('governor') or 'not readable'}, "
-        f"GPU {env.get('gpu') or 'none'}, load {_load(env)} when it began",
+        (
+            f"machine: {env.get('cpu')} ({', '.join(env.get('cpu_flags', ()))}), {cores}, "
+            f"{env.get('memory_bytes', 0) / 1e9:.0f} GB, governor {env.get('governor') or 'not readable'}, "
+            f"GPU {env.get('gpu') or 'none'}, load {_load(env)} when it began"
+        )
     ]
     if machine is not None:
         peaks = ", ".join(f"{p} {gflops:.0f} GFLOP/s" for p, gflops in machine.peak_gflops.items())
@@ -79,11 +81,13 @@ def facts(report: Report) -> list[str]:
 def conventions(report: Report) -> list[str]:
     """How the columns are meant."""
     return [
-        f"vs base: median latency of {report.baseline} over the row's, with its 95 % interval (bootstrap over rounds); "
-        "≈ where the interval holds 1: not distinguishable.",
+        (
+            f"vs base: median latency of {report.baseline} over the row's, with its 95 % interval (bootstrap over "
+            "rounds); ≈ where the interval holds 1: not distinguishable."
+        ),
         "Nothing is clipped. A percentile is left out where fewer than one call lies beyond it.",
         "error: largest absolute difference from the trained network in float64, on the probe's inputs.",
-        "of roof: attained over the smaller of the precision's peak and intensity × bandwidth, both measured in this run.",
+        "of roof: attained over the smaller of the precision's peak and intensity × bandwidth, measured in this run.",
         "Multiply-adds are what papers call FLOPs; GFLOP/s count two operations each.",
         "Cold start: in a new process, files in the page cache. Peak memory: resident, of the row's own process.",
     ]
@@ -205,7 +209,9 @@ def _profile_table(report: Report) -> Table:
         for line in report.profile
         if line.ms >= 0.01 * totals[line.model, line.format, line.precision, line.batch]
     )
-    return Table("time per stage and operation as the runtimes tell it; parts under 1 % left out", columns, rows, left=6)
+    return Table(
+        "time per stage and operation as the runtimes tell it; parts under 1 % left out", columns, rows, left=6
+    )
 
 
 def to_markdown(report: Report) -> str:
@@ -236,7 +242,11 @@ def to_csv(report: Report) -> str:
 
 def _csv_cells(row: Row) -> dict[str, Any]:
     parts: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
-        ("", row.summary, ("calls", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "min_ms", "max_ms", "mean_ms", "images_per_s")),
+        (
+            "",
+            row.summary,
+            ("calls", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "min_ms", "max_ms", "mean_ms", "images_per_s"),
+        ),
         ("ratio_", row.ratio, ("value", "low", "high", "verdict")),
         ("cold_", row.cold, ("import_s", "load_s", "first_ms")),
         ("memory_", row.memory, ("peak_bytes", "imports_bytes")),

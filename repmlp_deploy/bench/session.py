@@ -178,10 +178,12 @@ class _Session:
     def _opened(self, target: Target, name: str, precision: str, children: ExitStack) -> _Member | None:
         """The row's child, cold-started and checked; None when it cannot be, which its records then say."""
         records = [r for r in self.records if (r.target, r.format, r.precision) == (target, name, precision)]
+        refused = why_not(name, precision)
+        if refused is not None:
+            for record in records:
+                record.reason = refused
+            return None
         try:
-            reason = why_not(name, precision)
-            if reason is not None:
-                raise Unavailable(reason)
             job = target.job(name, precision, self.threads, self._show)
             probe = target.probe()
             self._show(f"{target.name}: opening {name} {precision}")
@@ -220,7 +222,7 @@ class _Session:
         if not running:
             return
         seconds = self.settings.seconds
-        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / max(max(estimates), 1e-6))))
+        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / max(1e-6, *estimates))))
         a_round = sum(max(seconds / rounds, estimate) for estimate in estimates)
         ends = self._group_end()
         for r in range(rounds):
@@ -248,7 +250,9 @@ class _Session:
         if ran and member.cold.first_ms / 1e3 >= seconds:  # the first inference took all the time there is for it
             seconds = 0.0
         try:
-            answer = member.child.ask("warm", batch=record.batch, mode=record.mode, seconds=seconds, gap_ms=self._gap(record))
+            answer = member.child.ask(
+                "warm", batch=record.batch, mode=record.mode, seconds=seconds, gap_ms=self._gap(record)
+            )
         except ChildFailed as failure:
             member.failed = str(failure)
             record.status, record.reason = "failed", member.failed

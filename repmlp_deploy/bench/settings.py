@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from repmlp_deploy.bench.subjects import BASELINE
 from repmlp_deploy.errors import InputError
 
-__all__ = ["DEFAULT_MODEL", "Settings", "parse_list", "parse_numbers", "read_settings"]
+__all__ = ["DEFAULT_MODEL", "Settings", "read_settings"]
 
 DEFAULT_MODEL = "repmlpnet-b224"
 
@@ -61,7 +61,7 @@ def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
 
     Args:
         suite: the file; None for the defaults.
-        given: the command line's settings; None stands for what was not given.
+        given: the command line's settings, lists as comma-separated words; None stands for what was not given.
 
     Raises:
         InputError: the file cannot be read, or a setting is wrong or contradicts another.
@@ -72,7 +72,7 @@ def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
             found = tomllib.loads(suite.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise InputError(f"--suite {suite}: {getattr(error, 'strerror', None) or error}") from None
-    named = {name: value for name, value in given.items() if value is not None}
+    named = {name: _parsed(name, value) for name, value in given.items() if value is not None}
     try:
         settings = Settings.model_validate(found | named)
     except ValidationError as error:
@@ -87,20 +87,13 @@ def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def parse_list(text: str | None) -> tuple[str, ...] | None:
-    """The words of a comma-separated list; None stays None."""
-    return None if text is None else tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-
-
-def parse_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
-    """The positive whole numbers of a comma-separated list, rising; None stays None.
-
-    Raises:
-        InputError: one of them is something else.
-    """
-    words = parse_list(text)
-    if words is None:
-        return None
+def _parsed(name: str, value: Any) -> Any:
+    """A setting of the command line, its list read."""
+    if not isinstance(value, str) or name not in ("models", "formats", "precision", "batch"):
+        return value
+    words = tuple(dict.fromkeys(word.strip() for word in value.split(",") if word.strip()))
+    if name != "batch":
+        return words
     if not words or not all(word.isascii() and word.isdigit() and int(word) for word in words):
-        raise InputError(f"{option} is {text!r}; expected positive numbers, such as 1,8,64")
+        raise InputError(f"--batch is {value!r}; expected positive numbers, such as 1,8,64")
     return tuple(sorted({int(word) for word in words}))

@@ -20,7 +20,7 @@ from repmlp_deploy.convert.options import require_choice
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.runner import RUNNERS
 
-__all__ = ["BASELINE", "SUBJECTS", "Job", "Subject", "OpenedSubject", "chosen_rows", "open_subject", "why_not"]
+__all__ = ["BASELINE", "SUBJECTS", "Job", "OpenedSubject", "Subject", "chosen_rows", "open_subject", "why_not"]
 
 BASELINE = "torch-merged"
 """What a user of the official code deploys today; ratios are against it."""

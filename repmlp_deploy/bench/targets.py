@@ -117,8 +117,10 @@ class Target:
     def _find_or_export(self, artifact: str, graph: str, precision: str, show: Show) -> Bundle | str:
         """The bundle with an artifact, or why there is none."""
         try:
-            bundle = self._given(artifact, graph, precision) if self.given is not None else None
-            bundle = bundle or self._exported(artifact, graph, precision, show)
+            if self.given is not None:
+                bundle = self._given(self.given, artifact, graph, precision)
+            else:
+                bundle = self._exported(artifact, graph, precision, show)
             key = f"{graph} ONNX"
             if key not in self.counts and "onnx" in bundle.manifest.artifacts and bundle.folder is not None:
                 model = onnx.load(bundle.folder / bundle.artifact("onnx").path)
@@ -129,17 +131,17 @@ class Target:
             self.notes.append(f"{self.name}, {graph} ONNX: not counted: {error}")
         return bundle
 
-    def _given(self, artifact: str, graph: str, precision: str) -> Bundle:
-        if self.given is None:
-            raise AssertionError("called with a bundle only")
-        manifest = self.given.manifest
+    @staticmethod
+    def _given(bundle: Bundle, artifact: str, graph: str, precision: str) -> Bundle:
+        """The given bundle, where it holds what is wanted."""
+        manifest = bundle.manifest
         if manifest.graph != graph:
             raise Unavailable(f"the bundle holds the {manifest.graph} graph, not the {graph} one")
         if artifact not in manifest.artifacts:
             raise Unavailable(f"the bundle holds {', '.join(manifest.artifacts)}, no {artifact}")
         if manifest.artifacts[artifact].precision != precision:
             raise Unavailable(f"the bundle is {manifest.artifacts[artifact].precision}, not {precision}")
-        return self.given
+        return bundle
 
     def _exported(self, artifact: str, graph: str, precision: str, show: Show) -> Bundle:
         if artifact not in FORMATS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from repmlp_deploy.errors import InputError
 
 __all__ = ["NetworkSubject", "open_network"]
 
-FORMS = {
+FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torch-trained": upstream_form,
     "torch-merged": lambda trained: upstream_form(merge_branches(trained)),
     "torch-compile": lambda trained: upstream_form(merge_branches(trained)),
@@ -47,13 +48,13 @@ class NetworkSubject:
             "device": str(parameter.device),
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            "onednn": torch.backends.mkldnn.is_available(),
+            "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
         }
 
-    @torch.inference_mode()
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """(N, C, H, W) float32 -> (N, classes) float32."""
-        output: NDArray[np.float32] = self._network(torch.from_numpy(batch)).numpy()
+        with torch.inference_mode():
+            output: NDArray[np.float32] = self._network(torch.from_numpy(batch)).numpy()
         return output
 
     def profile(self, batch: NDArray[np.float32], calls: int) -> list[ProfileLine]:

@@ -147,7 +147,9 @@ def image_like(shape: tuple[int, ...], samples: int, seed: int = 0) -> NDArray[n
 def synthetic_jpeg(seed: int) -> bytes:
     """The bytes of a JPEG with the size and the detail of a photograph."""
     height, width = PICTURE
-    levels = np.clip(128 + 40 * image_like((3, height, width), 1, seed)[0], 0, 255).astype(np.uint8).transpose(1, 2, 0)  # (3, H, W) -> (H, W, 3)
+    levels = (
+        np.clip(128 + 40 * image_like((3, height, width), 1, seed)[0], 0, 255).astype(np.uint8).transpose(1, 2, 0)
+    )  # (3, H, W) -> (H, W, 3)
     buffer = io.BytesIO()
     Image.fromarray(levels).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
@@ -165,9 +167,7 @@ def main() -> None:
         command = json.loads(line)
         name = command.pop("do")
         try:
-            if name not in COMMANDS:
-                raise InputError(f"no command {name!r}")
-            answer = {"value": getattr(worker, name)(**command)}
+            answer = {"value": _run(worker, name, command)}
         except RepMLPError as error:
             answer = {"error": str(error)}
         except Exception as error:  # noqa: BLE001 - whatever a runtime raises becomes the row's reason
@@ -175,6 +175,12 @@ def main() -> None:
             answer = {"error": f"{type(error).__name__}: {said[:300]}"}
         answers.write(json.dumps(answer, default=str) + "\n")
         answers.flush()
+
+
+def _run(worker: Worker, name: str, arguments: dict[str, Any]) -> Any:
+    if name not in COMMANDS:
+        raise InputError(f"no command {name!r}")
+    return getattr(worker, name)(**arguments)
 
 
 if __name__ == "__main__":

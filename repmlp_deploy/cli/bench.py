@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from repmlp_deploy.cli.console import INTERRUPTED, print_json, print_table, progress, run_command, typer
 from repmlp_deploy.errors import InputError, OutputError, VerificationError
+
+if TYPE_CHECKING:
+    from repmlp_deploy.bench.results import Report
 
 __all__ = ["main"]
 
@@ -25,7 +29,9 @@ def main() -> None:
 
 def bench_command(  # noqa: PLR0913 - one an option
     models: Annotated[str | None, typer.Option(help="Cards, comma-separated; default repmlpnet-b224, seeded.")] = None,
-    formats: Annotated[str | None, typer.Option(help="Formats, comma-separated; default: all but torch-compile.")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Formats, comma-separated; default: all but torch-compile.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="Of fp32, fp16, bf16, int8; default fp32,bf16.")] = None,
     batch: Annotated[str | None, typer.Option(help="Images a call, comma-separated; default 1.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference; default: all cores.")] = None,
@@ -47,42 +53,57 @@ def bench_command(  # noqa: PLR0913 - one an option
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Measure latency, memory and multiply-adds of a RepMLP network in every format, against the machine's limit."""
+    outputs = {"json": json, "csv": csv, "markdown": markdown, "html": html}
+    given = {
+        "models": models,
+        "formats": formats,
+        "precision": precision,
+        "batch": batch,
+        "threads": threads,
+        "seconds": seconds,
+        "limit_seconds": limit,
+        "baseline": baseline,
+        "idle_ms": idle,
+        "end_to_end": end_to_end,
+        "profile": profile,
+        "ckpt": ckpt,
+        "bundle": bundle,
+    }
+    if threshold <= 0:
+        raise InputError(f"--threshold is {threshold:g}; it must be positive")
+    for path in outputs.values():
+        _check_writable(path)
     with progress() as show:
         show("loading")
-        # seconds of imports: not for --help
-        from repmlp_deploy.bench.compare import compare_reports, comparison_table  # noqa: PLC0415
-        from repmlp_deploy.bench.report import conventions, facts, tables, to_csv, to_markdown  # noqa: PLC0415
+        # seconds of imports: not for --help or a path that cannot be written
         from repmlp_deploy.bench.results import load_report  # noqa: PLC0415
         from repmlp_deploy.bench.session import run_benchmark  # noqa: PLC0415
-        from repmlp_deploy.bench.settings import parse_list, parse_numbers, read_settings  # noqa: PLC0415
+        from repmlp_deploy.bench.settings import read_settings  # noqa: PLC0415
 
         if html is not None:  # a missing package is told before minutes of measuring, not after
-            from repmlp_deploy.bench.html import to_html  # noqa: PLC0415
-        if threshold <= 0:
-            raise InputError(f"--threshold is {threshold:g}; it must be positive")
-        for path in (json, csv, markdown, html):
-            _check_writable(path)
+            pass
+
         old = None if compare is None else load_report(compare)
-        settings = read_settings(
-            suite,
-            {
-                "models": parse_list(models),
-                "formats": parse_list(formats),
-                "precision": parse_list(precision),
-                "batch": parse_numbers("--batch", batch),
-                "threads": threads,
-                "seconds": seconds,
-                "limit_seconds": limit,
-                "baseline": baseline,
-                "idle_ms": idle,
-                "end_to_end": end_to_end,
-                "profile": profile,
-                "ckpt": ckpt,
-                "bundle": bundle,
-            },
-        )
-        report = run_benchmark(settings, show)
-    on_stdout = json is not None and str(json) == "-"
+        report = run_benchmark(read_settings(suite, given), show)
+    _print_report(report, outputs)
+    if old is not None:
+        _compare(old, report, str(compare), threshold)
+    if report.interrupted:
+        sys.stderr.write("interrupted: the report is of what had been measured\n")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _print_report(report: Report, outputs: dict[str, Path | None]) -> None:
+    """The tables on stdout, or the JSON where that was asked for; and every file."""
+    from repmlp_deploy.bench.report import conventions, facts, tables, to_csv, to_markdown  # noqa: PLC0415 - see above
+
+    writers: dict[str, Callable[[], str]] = {
+        "json": report.to_json,
+        "csv": lambda: to_csv(report),
+        "markdown": lambda: to_markdown(report),
+        "html": lambda: _page(report),
+    }
+    on_stdout = str(outputs["json"]) == "-"
     if on_stdout:
         print_json(report.model_dump(mode="json"))
     else:
@@ -90,28 +111,34 @@ def bench_command(  # noqa: PLR0913 - one an option
             print_table(table.title, table.columns, table.rows, left=table.left)
         for line in (*facts(report), *conventions(report)):
             sys.stdout.write(f"{line}\n")
-    if json is not None and not on_stdout:
-        _write(json, report.to_json())
-    for path, write in ((csv, to_csv), (markdown, to_markdown)):
-        if path is not None:
-            _write(path, write(report))
-    if html is not None:
-        _write(html, to_html(report))
-    if old is not None:
-        found = compare_reports(old, report, threshold / 100)
-        table = comparison_table(found)
-        print_table(table.title, table.columns, table.rows, left=table.left)
-        for note in found.notes:
-            sys.stdout.write(f"note: {note}\n")
-        if found.slower or found.drifted:
-            named = ", ".join(f"{c.row.name} at batch {c.row.batch} ({100 * (c.ratio - 1):+.0f} %)" for c in found.slower)
-            every = f"all rows by {100 * (found.drift - 1):.0f} %" if found.drifted else ""
-            raise VerificationError(
-                f"slower than {compare}, beyond noise and {threshold:g} %: {', '.join(filter(None, (named, every)))}"
-            )
-    if report.interrupted:
-        sys.stderr.write("interrupted: the report is of what had been measured\n")
-        raise typer.Exit(INTERRUPTED)
+    for name, path in outputs.items():
+        if path is not None and not (name == "json" and on_stdout):
+            _write(path, writers[name]())
+
+
+def _page(report: Report) -> str:
+    from repmlp_deploy.bench.html import to_html  # noqa: PLC0415 - matplotlib is needed for the page alone
+
+    return to_html(report)
+
+
+def _compare(old: Report, new: Report, name: str, threshold: float) -> None:
+    """Print what changed.
+
+    Raises:
+        VerificationError: something became slower.
+    """
+    from repmlp_deploy.bench.compare import compare_reports, comparison_table  # noqa: PLC0415 - see above
+
+    found = compare_reports(old, new, threshold / 100)
+    table = comparison_table(found)
+    print_table(table.title, table.columns, table.rows, left=table.left)
+    for note in found.notes:
+        sys.stdout.write(f"note: {note}\n")
+    slower = [f"{c.row.name} at batch {c.row.batch} ({100 * (c.ratio - 1):+.0f} %)" for c in found.slower]
+    slower += [f"all rows ({100 * (found.drift - 1):+.0f} %)"] if found.drifted else []
+    if slower:
+        raise VerificationError(f"slower than {name}, beyond noise and {threshold:g} %: {', '.join(slower)}")
 
 
 def _check_writable(path: Path | None) -> None:

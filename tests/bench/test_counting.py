@@ -24,8 +24,8 @@ PUBLISHED = [name for name in list_cards() if load_card(name).published is not N
 def _tolerated(published: float) -> tuple[float, float]:
     """What a count may be to agree with a published figure: 1 % beyond every number that rounds to the figure.
 
-    Figures are printed with as few as two digits. 2.8 G stands for anything from 2.75 to 2.85, which alone is 1.8 %; 1 %
-    of a rounded figure would reject the exact number behind it.
+    Figures are printed with as few as two digits. 2.8 G stands for anything from 2.75 to 2.85, which alone is 1.8 %;
+    1 % of a rounded figure would reject the exact number behind it.
     """
     half_unit = 0.5 * 10.0 ** _exponent(published)
     return 0.99 * (published - half_unit), 1.01 * (published + half_unit)

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from repmlp_deploy.bench.timing import compare_rounds, summarize, time_calls, warm_up
+from repmlp_deploy.bench.timing import _pooled_medians, compare_rounds, summarize, time_calls, warm_up
 
 
-def _rounds(median, *, rounds=8, calls=12, spread=0.03, seed=0, drift=0.0):
+def _rounds(median, *, rounds=8, spread=0.03, seed=0, drift=0.0):
     rng = np.random.default_rng(seed)
     return tuple(
-        tuple(float(ms) for ms in median * (1 + drift * i) * rng.lognormal(0, spread, calls)) for i in range(rounds)
+        tuple(float(ms) for ms in median * (1 + drift * i) * rng.lognormal(0, spread, 12)) for i in range(rounds)
     )
 
 
@@ -97,3 +97,11 @@ def test_warm_up_ends_when_calls_are_level():
     assert settled.seconds < 5
     short = warm_up(lambda: None, 0.0)
     assert (short.calls, short.steady) == (0, False)
+
+
+def test_resampled_medians_are_medians():
+    rng = np.random.default_rng(0)
+    rounds = [rng.random(n) for n in (1, 4, 2, 7)]
+    chosen = rng.integers(0, 4, (50, 4))
+    expected = [np.median(np.concatenate([rounds[i] for i in choice])) for choice in chosen]
+    np.testing.assert_allclose(_pooled_medians(rounds, chosen), expected)
