@@ -132,6 +132,9 @@ def count_graph(model: onnx.ModelProto) -> Counts:
         stage = stages[0] if stages else stage
         if node.op_type in _FREE_NODES:
             continue
+        if all(name in weights for name in node.input if name):  # a runtime computes it once, when it loads
+            weights |= {name: shapes[name] for name in node.output}
+            continue
         read = [name for name in node.input if name]
         operations.append(
             OpCount(

@@ -14,6 +14,8 @@ but a view reads its inputs and writes its outputs. *Least traffic* is what no i
 the network's input and its output once. The arithmetic intensity that bounds a roofline is taken over the least
 traffic, so that no honest measurement can lie above the roof.
 
+What depends on weights alone is computed once, when a graph is loaded, and not counted.
+
 All figures but weights are for one image; a batch of N multiplies them by N and reads the weights once.
 """
 

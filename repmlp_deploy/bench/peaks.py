@@ -20,8 +20,8 @@ from repmlp_deploy.bench.results import Machine, Roofline
 
 __all__ = ["best_of", "measure_peaks", "roofline"]
 
-EDGES = (1024, 2048)
-SECONDS = 0.4
+EDGES = (1536,)
+SECONDS = 0.3
 STREAM_BYTES = 1 << 28
 
 Product = Callable[[], object]

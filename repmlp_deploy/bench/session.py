@@ -29,7 +29,7 @@ __all__ = ["run_benchmark"]
 
 MOST_ROUNDS, LEAST_ROUNDS = 10, 3
 
-_LAST_SECONDS = 8  # for the second measurement of the peaks
+_LAST_SECONDS = 5  # for the report
 
 Show = Callable[[str], None]
 
@@ -104,6 +104,7 @@ class _Session:
         self.interrupted = False
         self._show = show
         self._groups_left = 0
+        self._gauge: Child | None = None
 
     def run(self, folder: Path) -> None:
         """Measure; files are made in `folder`."""
@@ -117,14 +118,21 @@ class _Session:
             for name, precision in self.chosen
         ]
         self._groups_left = len(self.targets) * len(self.settings.batch) * len(self._modes())
-        self._measure_peaks()
-        for target in self.targets:
-            with ExitStack() as children:
-                self._measure_target(target, children)
-        self._measure_peaks()
+        with Child(self.threads) as self._gauge:
+            self._measure_peaks()
+            for target in self.targets:
+                with ExitStack() as children:
+                    self._measure_target(target, children)
 
     def report(self) -> Report:
         """What is known now."""
+        rows = tuple(self._rows())
+        above = [row.name for row in rows if row.roofline is not None and (row.roofline.share or 0) > 1]
+        if above:
+            self.notes.append(
+                f"{', '.join(dict.fromkeys(above))} lie above the roof: the machine was busier while its peaks were "
+                "measured than while these ran, so shares of the roof are too high"
+            )
         return Report(
             created=self.created,
             title=f"{', '.join(t.name for t in self.targets)} on {self.environment['cpu']}, {self.threads} threads",
@@ -134,7 +142,7 @@ class _Session:
             weights={target.name: target.weights for target in self.targets},
             counts={target.name: target.counts for target in self.targets},
             baseline=self.settings.baseline,
-            rows=tuple(self._rows()),
+            rows=rows,
             profile=tuple(self.profile),
             notes=(*self.notes, *(note for target in self.targets for note in target.notes)),
             interrupted=self.interrupted,
@@ -145,12 +153,15 @@ class _Session:
         return ["steady", *(mode for mode, wanted in extra.items() if wanted)]
 
     def _measure_peaks(self) -> None:
+        """Measure the roof: once before everything and once in every group, the best of all counts."""
+        if self._gauge is None:
+            return
         self._show("measuring what the machine can do")
         try:
-            with Child(self.threads) as child:
-                found = Machine.model_validate(child.ask("peaks", threads=self.threads))
+            found = Machine.model_validate(self._gauge.ask("peaks", threads=self.threads))
         except ChildFailed as failure:
-            self.notes.append(f"no roofline: {failure}")
+            self.notes.append(f"no further measurement of the roof: {failure}")
+            self._gauge = None
             return
         self.machine = found if self.machine is None else best_of(self.machine, found)
 
@@ -233,6 +244,8 @@ class _Session:
             self._show(f"{what}: round {r + 1} of {rounds}, about {int(left // 60)}:{int(left % 60):02d} left")
             for record in running[r % len(running) :] + running[: r % len(running)]:
                 self._time_slice(record, seconds / rounds)
+            if r == rounds // 2:
+                self._measure_peaks()
         for record in running:
             self._keep_memory(record)
 

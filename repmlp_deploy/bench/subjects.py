@@ -114,6 +114,7 @@ SUBJECTS: dict[str, Subject] = {
     "torch-folded": Subject(
         "folded network, PyTorch eager",
         *("folded", "checkpoint", ("fp32",), _TORCH, "torch", "export"),
+        opt_in=True,
     ),
     "onnx-merged": Subject(
         "upstream's own merge as ONNX, ONNX Runtime",

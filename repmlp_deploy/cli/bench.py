@@ -30,7 +30,7 @@ def main() -> None:
 def bench_command(  # noqa: PLR0913 - one an option
     models: Annotated[str | None, typer.Option(help="Cards, comma-separated; default repmlpnet-b224, seeded.")] = None,
     formats: Annotated[
-        str | None, typer.Option(help="Formats, comma-separated; default: all but torch-compile.")
+        str | None, typer.Option(help="Formats, comma-separated; default: all but torch-folded, torch-compile.")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="Of fp32, fp16, bf16, int8; default fp32,bf16.")] = None,
     batch: Annotated[str | None, typer.Option(help="Images a call, comma-separated; default 1.")] = None,

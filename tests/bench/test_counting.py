@@ -3,6 +3,7 @@
 import math
 from decimal import Decimal
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -143,6 +144,21 @@ def test_an_uncounted_product_is_refused_not_forgotten():
     graph = onnx.helper.make_graph([node], "g", [value("x", float32, [1, 4])], [value("y", float32, [1])])
     with pytest.raises(ValueError, match="Einsum"):
         count_graph(onnx.helper.make_model(graph))
+
+
+def test_what_depends_on_weights_alone_is_not_counted():
+    """A slice of a weight, which runtimes take when they load, is neither an operation nor traffic of every call."""
+    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    float32 = onnx.TensorProto.FLOAT
+    weights = [
+        onnx.numpy_helper.from_array(np.ones((1, 4, 5), np.float32), "w"),
+        onnx.numpy_helper.from_array(np.array(0), "first"),
+    ]
+    nodes = [node("Gather", ["w", "first"], ["m"], axis=0), node("MatMul", ["x", "m"], ["y"])]
+    ends = [value("x", float32, ["n", 4])], [value("y", float32, ["n", 5])]
+    counts = count_graph(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", *ends, weights)))
+    assert [op.op for op in counts.operations] == ["MatMul"]
+    assert (counts.macs, counts.weight_elements, counts.activation_elements) == (20, 20, 9)
 
 
 def test_counting_leaves_the_network_alone():

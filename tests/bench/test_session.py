@@ -39,6 +39,12 @@ def report(steps):
     return run_benchmark(SETTINGS, steps.append)
 
 
+@pytest.fixture
+def no_peaks(monkeypatch):
+    """Seconds that tests without a roofline need not spend."""
+    monkeypatch.setattr(session._Session, "_measure_peaks", lambda _self: None)
+
+
 def test_every_row_that_was_asked_for_is_there(report):
     names = ["torch-merged fp32", "onnx fp32", "openvino fp32", "openvino bf16", "trt fp32"]
     for mode in ("steady", "idle", "end-to-end"):
@@ -105,6 +111,7 @@ def test_steps_tell_the_time_left(steps, report):
     assert report.weights["repmlp-digits"].endswith("shipped")
 
 
+@pytest.mark.usefixtures("no_peaks")
 def test_results_are_kept_when_interrupted():
     """Ctrl-C in the second round: the first round's figures are in the report, which says so; no child is left."""
 
@@ -127,6 +134,7 @@ def digits_bundle(tmp_path_factory):
     return export(data_root() / "weights" / "repmlp-digits.safetensors", batch="1:2:4", out=out)
 
 
+@pytest.mark.usefixtures("no_peaks")
 def test_a_bundle_can_be_measured_without_its_checkpoint(digits_bundle):
     settings = Settings(
         bundle=digits_bundle.folder, formats=("torch-merged", "onnx", "onnx-merged"), seconds=0.05, threads=1
@@ -137,6 +145,7 @@ def test_a_bundle_can_be_measured_without_its_checkpoint(digits_bundle):
     assert "not the merged one" in rows["onnx-merged"].reason
 
 
+@pytest.mark.usefixtures("no_peaks")
 def test_a_wrong_answer_is_not_timed(digits_bundle, tmp_path, monkeypatch):
     """A row whose output is not the trained network's has a reason and no figures."""
     probe = digits_bundle.probe()
@@ -151,6 +160,7 @@ def test_a_wrong_answer_is_not_timed(digits_bundle, tmp_path, monkeypatch):
     assert row.summary is None
 
 
+@pytest.mark.usefixtures("no_peaks")
 def test_a_child_that_dies_is_a_row_and_not_the_end(digits_bundle, monkeypatch):
     def dying(self, command, **arguments):
         if command == "time":
