@@ -12,10 +12,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Bundle": "repmlp_deploy.bundle",
+    "Embedding": "repmlp_deploy.runtime.tasks",
     "ModelCard": "repmlp_deploy.card",
-    "Prediction": "repmlp_deploy.runtime.predictor",
+    "Prediction": "repmlp_deploy.runtime.tasks",
     "Predictor": "repmlp_deploy.runtime.predictor",
     "RepMLPError": "repmlp_deploy.errors",
+    "Segmentation": "repmlp_deploy.runtime.tasks",
     "VerificationError": "repmlp_deploy.errors",
     "export": "repmlp_deploy.convert.pipeline",
     "get_model": "repmlp_deploy.zoo",
@@ -27,10 +29,12 @@ _HOMES = {
 
 __all__ = [
     "Bundle",
+    "Embedding",
     "ModelCard",
     "Prediction",
     "Predictor",
     "RepMLPError",
+    "Segmentation",
     "VerificationError",
     "__version__",
     "export",
@@ -47,7 +51,8 @@ if TYPE_CHECKING:
     from repmlp_deploy.convert.merging import merge_branches
     from repmlp_deploy.convert.pipeline import export
     from repmlp_deploy.errors import RepMLPError, VerificationError
-    from repmlp_deploy.runtime.predictor import Prediction, Predictor
+    from repmlp_deploy.runtime.predictor import Predictor
+    from repmlp_deploy.runtime.tasks import Embedding, Prediction, Segmentation
     from repmlp_deploy.zoo import get_model, inference_model
 
 

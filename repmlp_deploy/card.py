@@ -121,7 +121,7 @@ class ModelCard(_Strict):
     Attributes:
         name: unique; the bundle's default name.
         family: an entry of `nets.families.FAMILIES`.
-        task: what the outputs mean; `custom` where only the network's owner knows.
+        task: what the outputs mean, an entry of `runtime.tasks.TASKS`; `custom` where only the network's owner knows.
         input_size: (H, W) of the network's input.
         network: hyper-parameters, checked by the family.
         layout: the checkpoint layout these weights are published in, where several cards share an architecture.
@@ -134,7 +134,7 @@ class ModelCard(_Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
     family: str
-    task: Literal["classify", "custom"] = "classify"
+    task: Literal["classify", "segment", "embed", "custom"] = "classify"
     input_size: Size
     network: dict[str, Any]
     layout: str | None = None
@@ -152,6 +152,8 @@ class ModelCard(_Strict):
             raise ValueError(f"preprocessing gives {result[0]}x{result[1]}; input_size is {self.input_size}")
         if resize is not None and crop is not None and (crop[0] > resize.size[0] or crop[1] > resize.size[1]):
             raise ValueError(f"cannot crop {crop[0]}x{crop[1]} from {resize.size[0]}x{resize.size[1]}")
+        if self.task == "segment" and (crop is not None or (resize is not None and resize.mode != "exact")):
+            raise ValueError("segment answers every pixel: preprocessing must resize to the exact size, without a crop")
         return self
 
 

@@ -56,7 +56,8 @@ class Comparison:
         between: largest error of the differences between samples, over the largest such difference; an output that
             ignores its input scores 1 here however close its values are. NaN for a single sample.
         cosine: smallest cosine of a sample with its reference.
-        top1: share of samples with the reference's largest class; None without classes.
+        top1: share of samples, of pixels where outputs are dense, with the reference's largest class; None without
+            classes.
     """
 
     max_abs: float
@@ -77,7 +78,7 @@ def compare(output: Array, reference: Array, *, classes: bool = True) -> Compari
     Args:
         output: what is to be judged.
         reference: what it should be.
-        classes: whether the second axis is classes, so that a top-1 exists.
+        classes: whether axis 1 is classes, so that a top-1 exists: (N, classes), or (N, classes, H, W) where dense.
 
     Raises:
         VerificationError: the shapes differ, or the output is not finite.
@@ -115,14 +116,16 @@ def allowed_error(precision: str, floor: float) -> float:
     return TOLERANCES[precision].floor_ratio * floor
 
 
-def require_close(what: str, output: Array, reference: Array, *, floor: float, precision: str = "fp32") -> Comparison:
-    """The comparison of two outputs that are close enough.
+def require_close(  # noqa: PLR0913 - what is compared, and how it is judged
+    what: str, output: Array, reference: Array, *, floor: float, precision: str = "fp32", classes: bool = True
+) -> Comparison:
+    """The comparison of two outputs that are close enough; `classes` as in `compare`.
 
     Raises:
         VerificationError: they are not; the message names `what`.
     """
     try:
-        result = compare(output, reference)
+        result = compare(output, reference, classes=classes)
     except VerificationError as error:
         raise VerificationError(f"{what}: {error}") from None
     allowed = allowed_error(precision, floor)

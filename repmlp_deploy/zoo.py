@@ -22,7 +22,7 @@ from repmlp_deploy.convert.pipeline import load_trained
 from repmlp_deploy.errors import CardError, InputError
 from repmlp_deploy.nets.families import build_network
 from repmlp_deploy.runtime.images import ImageLike, preprocess, to_image
-from repmlp_deploy.runtime.predictor import predictions_from_logits
+from repmlp_deploy.runtime.tasks import predictions_from_logits
 
 __all__ = ["cache_folder", "download_weights", "get_model", "inference_model"]
 
@@ -70,6 +70,8 @@ def inference_model(model: nn.Module | str, image: ImageLike) -> dict[str, Any]:
     card = getattr(network, "card", None)
     if not isinstance(card, ModelCard):
         raise InputError(f"{type(network).__name__} carries no card: make it with get_model(), or set model.card")
+    if card.task != "classify":
+        raise InputError(f"{card.name} is made to {card.task}; inference_model classifies: export it and use Predictor")
     inputs = preprocess(to_image(image, array_order="BGR"), card.preprocessing)
     logits = network(torch.from_numpy(inputs[None])).numpy()
     prediction = predictions_from_logits(np.asarray(logits, np.float32), load_labels(card))[0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from repmlp_deploy.cli.console import print_json, print_table, run_command, typer
-from repmlp_deploy.errors import InputError
+from repmlp_deploy.errors import InputError, OutputError
 from repmlp_deploy.runtime.predictor import Predictor
 
 __all__ = ["main"]
@@ -24,36 +26,111 @@ def predict_command(  # noqa: PLR0913 - one an option
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
     top: Annotated[int, typer.Option(help="Classes to show.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="segment: folder for NAME-mask.png and NAME-overlay.png.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Run the probe first; exit 3 if it fails.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
-    """Predict the classes of images with an exported bundle."""
+    """Say what an exported bundle makes of images: classes, masks or embeddings."""
     if top < 1:
         raise InputError(f"--top is {top}; it must be at least 1")
     with Predictor(bundle, format=artifact, device=device, threads=threads) as predictor:
         if check:
             predictor.self_check()
-        predictions = predictor(images)
-        labels = predictor.labels
+        show = _SHOWN[predictor.manifest.task]
+        if out is not None and show is not _show_segmentations:
+            raise InputError(f"--out keeps masks; {predictor.manifest.name} is made to {predictor.manifest.task}")
+        shown = show(_Answers(images, predictor(images), predictor.labels, top, out))
         title = f"{predictor.manifest.name}, {predictor.format} on {predictor.device}"
-    tops = [
-        [(str(label) if labels is None else labels[label], label, score) for label, score in prediction.top(top)]
-        for prediction in predictions
-    ]
+        about = {"bundle": str(bundle), "format": predictor.format, "device": predictor.device}
     if json:
-        found = [
+        print_json({**about, "predictions": shown.report})
+    else:
+        print_table(title, shown.columns, shown.rows, left=2)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The answers to images, and what of them is asked for."""
+
+    images: Sequence[Path]
+    answers: Sequence[Any]
+    labels: Sequence[str] | None
+    top: int
+    out: Path | None
+
+    def name(self, label: int) -> str:
+        return str(label) if self.labels is None else self.labels[label]
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Answers for a table and for JSON."""
+
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    report: list[dict[str, Any]]
+
+
+def _show_predictions(said: _Answers) -> _Shown:
+    tops = [[(said.name(label), label, score) for label, score in answer.top(said.top)] for answer in said.answers]
+    pairs = list(zip(said.images, tops, strict=True))
+    return _Shown(
+        ("image", "class", "score"),
+        [(str(path), name, f"{score:.4f}") for path, best in pairs for name, _, score in best],
+        [
             {
                 "image": str(path),
                 "top": [{"label": label, "class": name, "score": score} for name, label, score in best],
             }
-            for path, best in zip(images, tops, strict=True)
-        ]
-        print_json(
-            {"bundle": str(bundle), "format": predictor.format, "device": predictor.device, "predictions": found}
-        )
-        return
-    rows = [
-        (str(path), name, f"{score:.4f}") for path, best in zip(images, tops, strict=True) for name, _, score in best
-    ]
-    print_table(title, ("image", "class", "score"), rows, left=2)
+            for path, best in pairs
+        ],
+    )
+
+
+def _show_segmentations(said: _Answers) -> _Shown:
+    if said.out is not None and len({path.stem for path in said.images}) < len(said.images):
+        raise InputError("--out names masks after their images, and two of these have one name: run them apart")
+    rows, report = [], []
+    for path, answer in zip(said.images, said.answers, strict=True):
+        shares = [(said.name(label), label, share) for label, share in answer.shares()]
+        rows += [(str(path), name, f"{100 * share:.2f} %") for name, _, share in shares]
+        about = {"image": str(path), "size": list(answer.mask.shape)}
+        about["classes"] = [{"label": label, "class": name, "share": share} for name, label, share in shares]
+        if said.out is not None:
+            about |= _save_mask(said.out, path, answer)
+        report.append(about)
+    return _Shown(("image", "class", "share of pixels"), rows, report)
+
+
+def _save_mask(out: Path, path: Path, answer: Any) -> dict[str, str]:
+    """Write the mask and the overlay of one image; their paths."""
+    made = {"mask": out / f"{path.stem}-mask.png", "overlay": out / f"{path.stem}-overlay.png"}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        answer.mask_image().save(made["mask"])
+        answer.overlay(path).save(made["overlay"])
+    except OSError as error:
+        raise OutputError(f"could not write to {out}: {error.strerror or error}") from None
+    return {kind: str(file) for kind, file in made.items()}
+
+
+def _show_embeddings(said: _Answers) -> _Shown:
+    first = said.answers[0]
+    cosines = [first.similarity(answer) for answer in said.answers]
+    return _Shown(
+        ("image", "compared with", "cosine"),
+        [(str(path), str(said.images[0]), f"{c:.4f}") for path, c in zip(said.images, cosines, strict=True)],
+        [
+            {"image": str(path), "embedding": answer.vector.tolist(), "similarity_to_first": cosine}
+            for path, answer, cosine in zip(said.images, said.answers, cosines, strict=True)
+        ],
+    )
+
+
+_SHOWN: dict[str, Callable[[_Answers], _Shown]] = {
+    "classify": _show_predictions,
+    "segment": _show_segmentations,
+    "embed": _show_embeddings,
+}
+"""Task to how its answers are shown."""

@@ -12,14 +12,12 @@ from repmlp_deploy.bundle import BatchRange, Bundle, Hop, Probe
 from repmlp_deploy.errors import MissingDependency, MissingDevice, VerificationError
 from repmlp_deploy.numerics import allowed_error, compare, noise_floor
 from repmlp_deploy.runtime.runner import RUNNERS, RunnerOptions, open_runner
+from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["Certifier", "Run", "batch_sizes", "recertify"]
 
 Run = Callable[..., NDArray[Any] | Sequence[NDArray[Any]]]
 """Inputs by position to the output, or to the outputs in their order."""
-
-
-_CLASS_AXES = 2  # (N, classes)
 
 
 class Certifier:
@@ -28,16 +26,21 @@ class Certifier:
     Args:
         probe: inputs and the trained network's answers.
         sizes: batch sizes to run every step at.
-        task_has_classes: whether a top-1 exists.
+        class_axes: axes of an output whose axis 1 is classes, so that a top-1 exists; None for none.
         outputs: names, where there are several; each is compared with its own noise floor.
     """
 
     def __init__(
-        self, probe: Probe, sizes: Sequence[int], *, task_has_classes: bool = True, outputs: Sequence[str] = ()
+        self,
+        probe: Probe,
+        sizes: Sequence[int],
+        *,
+        class_axes: int | None = find_task("classify").class_axes,
+        outputs: Sequence[str] = (),
     ) -> None:
         self._probe = probe
         self._sizes = tuple(sizes)
-        self._classes = task_has_classes
+        self._class_axes = class_axes
         self._suffixes = [f": {name}" for name in outputs] if len(outputs) > 1 else [""]
         self._floors = [noise_floor(float32, reference) for reference, float32 in probe.answers()]
         self.floor = self._floors[0]
@@ -85,7 +88,7 @@ class Certifier:
     def _hop(
         self, name: str, index: int, output: NDArray[Any], reference: NDArray[np.float64], *, allowed: float
     ) -> Hop:
-        result = compare(output, reference, classes=self._classes and reference.ndim == _CLASS_AXES)
+        result = compare(output, reference, classes=reference.ndim == self._class_axes)
         return Hop.model_validate(
             {
                 "name": name + self._suffixes[index],
@@ -124,7 +127,8 @@ def recertify(
     for entry in bundle.files():
         bundle.read(entry)
     names = [spec.name for spec in bundle.manifest.outputs]
-    certifier = Certifier(bundle.probe(), batch_sizes(bundle.manifest.batch), outputs=names)
+    axes = find_task(bundle.manifest.task).class_axes
+    certifier = Certifier(bundle.probe(), batch_sizes(bundle.manifest.batch), class_axes=axes, outputs=names)
     hops, notes = list(certifier.hops), []
     for name, entry in bundle.manifest.artifacts.items():
         if artifact_format not in (None, name):

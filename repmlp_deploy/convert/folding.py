@@ -14,6 +14,7 @@ the second form, one pass over the map cheaper, wherever m/a stays in the range 
 
 **prebn2** goes into the first convolution of the FFN, which is 1×1 without padding: W(a x + b) = (W·a) x + W b.
 **A BatchNorm behind a convolution** scales its rows. **The head's BatchNorm** goes through the mean into the head.
+Without such a head the last map is a result of its own: its BatchNorm stays as the a·x + b it is.
 
 **The block of 2021** keeps no BatchNorm once merged; its permutations in front of and behind FC3 become one each.
 
@@ -32,10 +33,10 @@ from torch.nn import functional as F  # noqa: N812 - torch's own custom
 from repmlp_deploy.nets.blocks import FFN, ConvBN, GlobalPerceptron, RepMLPBlock, RepMLPUnit
 from repmlp_deploy.nets.reparam import affine_of_batch_norm, convolution_with, fuse_batch_norm
 from repmlp_deploy.nets.repmlp import RepMLP, grouped_product
-from repmlp_deploy.nets.repmlpnet import RepMLPNet
+from repmlp_deploy.nets.repmlpnet import RepMLPBackbone, RepMLPNet, RepMLPTrunk
 from repmlp_deploy.nets.surgery import with_replaced
 
-__all__ = ["FoldedBlock", "FoldedConv", "FoldedRepMLP", "FoldedUnit", "fold_affine"]
+__all__ = ["ChannelAffine", "FoldedBlock", "FoldedConv", "FoldedRepMLP", "FoldedUnit", "fold_affine"]
 
 _LARGEST_OFFSET = 1e3  # of m/a: far inside float16's 65504, whatever W x adds to it
 
@@ -81,6 +82,19 @@ class FoldedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(x)
         return F.relu(y) if self.relu else y
+
+
+class ChannelAffine(nn.Module):
+    """a·x + b per channel: (N, C, H, W) -> (N, C, H, W), what a BatchNorm is where nothing linear is its neighbour."""
+
+    def __init__(self, bn: nn.BatchNorm2d) -> None:
+        super().__init__()
+        dtype = torch.get_default_dtype() if bn.running_mean is None else bn.running_mean.dtype
+        a, b = (part.view(-1, 1, 1).to(dtype) for part in affine_of_batch_norm(bn))
+        self.scale, self.shift = _constant(a), _constant(b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
 
 
 class FoldedUnit(nn.Module):
@@ -238,11 +252,17 @@ def _fold_head(module: RepMLPNet) -> dict[nn.Module, nn.Module]:
     return {module.head_norm: nn.Identity(), module.head: head}
 
 
+def _fold_final_norm(module: RepMLPTrunk) -> dict[nn.Module, nn.Module]:
+    return {module.head_norm: ChannelAffine(module.head_norm)}
+
+
 RULES: dict[type[nn.Module], Callable[..., dict[nn.Module, nn.Module]]] = {
     ConvBN: _fold_conv_bn,
     RepMLPUnit: _fold_unit,
     RepMLPBlock: _fold_block,
     RepMLP: _fold_repmlp,
     RepMLPNet: _fold_head,
+    RepMLPTrunk: _fold_final_norm,
+    RepMLPBackbone: _fold_final_norm,
 }
 """Module type to what replaces it or its children; looked at from the outside in."""

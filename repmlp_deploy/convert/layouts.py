@@ -77,6 +77,8 @@ LAYOUTS = (
             (".norm2.", ".prebn2."),
         ),
     ),
+    Layout("own", "pspnet", "backbone.conv_embedding.conv.weight"),
+    Layout("own", "mobilefacenet", "gdc.conv.weight"),
 )
 
 OWN = Layout("own", "custom", "")

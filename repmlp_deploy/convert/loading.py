@@ -106,6 +106,7 @@ def _own_card(name: str, family: str, spec: dict[str, object], preprocessing: Pr
             {
                 "name": allowed or family,
                 "family": family,
+                "task": FAMILIES[family].task,
                 "input_size": spec.pop("input_size"),
                 "network": spec,
                 "preprocessing": preprocessing,

@@ -64,10 +64,11 @@ from repmlp_deploy.nets.flat import Flat
 from repmlp_deploy.numerics import TOLERANCES
 from repmlp_deploy.runtime.onnx_runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
+from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["Trained", "describe_checkpoint", "export", "load_trained"]
 
-INPUT, OUTPUT = "images", "logits"
+INPUT = "images"
 
 Progress = Callable[[str], None]
 
@@ -218,7 +219,12 @@ def export(  # noqa: PLR0913 - one a command-line option
     interface = _interface(trained)
     with clock.step("probe"):
         probe = record_probe(trained.network, *(probe_like(example.numpy()) for example in interface.examples))
-    certifier = Certifier(probe, batch_sizes(request.batch), outputs=interface.outputs)
+    certifier = Certifier(
+        probe,
+        batch_sizes(request.batch),
+        class_axes=find_task(trained.card.task).class_axes,
+        outputs=interface.outputs,
+    )
     merged, network = _reparameterize(trained, request, certifier, clock)
     made = _Artifacts(request.precision, notes=list(trained.notes))
     if "checkpoint" in request.formats:
@@ -371,11 +377,11 @@ def _manifest(  # noqa: PLR0913 - the values that meet here
 
 
 def _interface(trained: Trained) -> Interface:
-    """How the network is called; images to logits, where its card says so."""
+    """How the network is called; images to what its task's output is called, where its card says so."""
     if trained.interface is not None:
         return trained.interface
     images = torch.zeros(1, card_spec(trained.card).in_channels, *trained.card.input_size)
-    return Interface((INPUT,), (images,), (OUTPUT,))
+    return Interface((INPUT,), (images,), (find_task(trained.card.task).output,))
 
 
 def _merged(trained: Trained) -> nn.Module:

@@ -19,7 +19,15 @@ from repmlp_deploy.nets.reparam import (
     sum_kernels,
 )
 
-__all__ = ["FFN", "ConvBN", "GlobalPerceptron", "MergeableConvBN", "RepMLPBlock", "RepMLPUnit"]
+__all__ = [
+    "FFN",
+    "ConvBN",
+    "GlobalPerceptron",
+    "MergeableConvBN",
+    "RepMLPBlock",
+    "RepMLPUnit",
+    "switch_blocks",
+]
 
 
 class ConvBN(nn.Module):
@@ -29,7 +37,7 @@ class ConvBN(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
+        kernel_size: int | tuple[int, int],
         *,
         stride: int = 1,
         padding: int = 0,
@@ -263,3 +271,11 @@ class RepMLPUnit(nn.Module):
         y = x + self.repmlp_block(self.prebn1(x))
         z: Tensor = y + self.ffn_block(self.prebn2(y))
         return z
+
+
+@torch.no_grad()
+def switch_blocks(root: nn.Module) -> None:
+    """Merge every RepMLP block inside `root` in place; those that are merged already stay as they are."""
+    for module in list(root.modules()):
+        if isinstance(module, RepMLPBlock):
+            module.switch_to_deploy()

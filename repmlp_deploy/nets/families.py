@@ -12,6 +12,8 @@ from torch import nn
 
 from repmlp_deploy.card import ModelCard
 from repmlp_deploy.errors import CardError
+from repmlp_deploy.nets.mobilefacenet import MobileFaceNet, MobileFaceNetSpec, infer_mobilefacenet
+from repmlp_deploy.nets.pspnet import PSPNetSpec, build_pspnet, infer_pspnet
 from repmlp_deploy.nets.pure_mlp import PureMLP, PureMLPSpec, infer_pure_mlp
 from repmlp_deploy.nets.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec, infer_repmlp_resnet
 from repmlp_deploy.nets.repmlpnet import RepMLPNet, RepMLPNetSpec, infer_repmlpnet
@@ -27,15 +29,19 @@ class Family:
         spec: hyper-parameters, `input_size` among them.
         build: (spec, deploy=…) -> the network.
         infer: (state-dict shapes, input size or None) -> the hyper-parameters; raises KeyError or ValueError.
+        task: what its outputs mean, an entry of `runtime.tasks.TASKS`.
     """
 
     spec: type[BaseModel]
     build: Callable[..., nn.Module]
     infer: Callable[[Mapping[str, Sequence[int]], tuple[int, int] | None], BaseModel]
+    task: str = "classify"
 
 
 FAMILIES: dict[str, Family] = {
     "repmlpnet": Family(RepMLPNetSpec, RepMLPNet, infer_repmlpnet),
+    "pspnet": Family(PSPNetSpec, build_pspnet, infer_pspnet, task="segment"),
+    "mobilefacenet": Family(MobileFaceNetSpec, MobileFaceNet, infer_mobilefacenet, task="embed"),
     "repmlp-resnet": Family(RepMLPResNetSpec, RepMLPResNet, infer_repmlp_resnet),
     "pure-mlp": Family(PureMLPSpec, PureMLP, infer_pure_mlp),
 }
@@ -51,6 +57,8 @@ def card_spec(card: ModelCard) -> Any:
         near = difflib.get_close_matches(card.family, FAMILIES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(FAMILIES)}"
         raise CardError(f"{card.name}: no family {card.family!r}; {hint}")
+    if card.task != FAMILIES[card.family].task:
+        raise CardError(f"{card.name}: task is {card.task}; a {card.family} can only {FAMILIES[card.family].task}")
     try:
         return FAMILIES[card.family].spec.model_validate({**card.network, "input_size": card.input_size})
     except ValidationError as error:

@@ -1,24 +1,36 @@
-"""RepMLPNet, the hierarchical network of CVPR 2022: a patch embedding, stages of RepMLP units, a linear head."""
+"""RepMLPNet, the hierarchical network of CVPR 2022: a patch embedding, stages of RepMLP units, a linear head.
+
+`RepMLPTrunk` is all of it but the head, for tasks whose head is another; `RepMLPBackbone` gives the maps of its stages.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from repmlp_deploy.nets.blocks import ConvBN, RepMLPBlock, RepMLPUnit
+from repmlp_deploy.nets.blocks import ConvBN, RepMLPBlock, RepMLPUnit, switch_blocks
 
-__all__ = ["RepMLPNet", "RepMLPNetSpec", "infer_repmlpnet"]
+__all__ = [
+    "RepMLPBackbone",
+    "RepMLPBackboneSpec",
+    "RepMLPNet",
+    "RepMLPNetSpec",
+    "RepMLPTrunk",
+    "RepMLPTrunkSpec",
+    "infer_backbone",
+    "infer_repmlpnet",
+    "infer_trunk",
+]
 
 Count = Annotated[int, Field(gt=0)]
 
 
-class RepMLPNetSpec(BaseModel):
-    """Hyper-parameters of a RepMLPNet; sequences have one entry a stage.
+class RepMLPTrunkSpec(BaseModel):
+    """Hyper-parameters of a RepMLPNet without its head; sequences have one entry a stage.
 
     Attributes:
         input_size: (H, W) of the images; part of the model, as FC3 is tied to positions.
@@ -31,7 +43,6 @@ class RepMLPNetSpec(BaseModel):
         expansion: width of the FFN over C.
         patch: edge and stride of the patch embedding.
         in_channels: 3 for RGB.
-        classes: width of the head.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +57,6 @@ class RepMLPNetSpec(BaseModel):
     expansion: Count = 4
     patch: Count = 4
     in_channels: Count = 3
-    classes: Count = 1000
 
     def maps(self) -> list[tuple[int, int]]:
         """(H, W) of the map that every stage works on."""
@@ -54,8 +64,39 @@ class RepMLPNetSpec(BaseModel):
         return [(self.input_size[0] // stride, self.input_size[1] // stride) for stride in strides]
 
 
-class RepMLPNet(nn.Module):
-    """RepMLPNet: (N, in_channels, H, W) float -> (N, classes) logits.
+class RepMLPNetSpec(RepMLPTrunkSpec):
+    """Hyper-parameters of a RepMLPNet.
+
+    Attributes:
+        classes: width of the head.
+    """
+
+    classes: Count = 1000
+
+
+class RepMLPBackboneSpec(RepMLPTrunkSpec):
+    """Hyper-parameters of a RepMLPNet that gives feature maps.
+
+    Attributes:
+        out_indices: stages whose maps are given, rising; None for the last alone, mmpretrain's default.
+    """
+
+    out_indices: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+
+    @model_validator(mode="after")
+    def _rising_stages(self) -> RepMLPBackboneSpec:
+        taken = self.taken()
+        if not taken or list(taken) != sorted(set(taken)) or taken[-1] >= len(self.channels):
+            raise ValueError(f"out_indices is {taken}; expected rising stages of 0 to {len(self.channels) - 1}")
+        return self
+
+    def taken(self) -> tuple[int, ...]:
+        """The stages whose maps are given."""
+        return (len(self.channels) - 1,) if self.out_indices is None else self.out_indices
+
+
+class RepMLPTrunk(nn.Module):
+    """A RepMLPNet without its head: (N, in_channels, H, W) float -> (N, C, h, w), the last stage's map, normalised.
 
     The state dict has the keys of the official release.
 
@@ -67,7 +108,7 @@ class RepMLPNet(nn.Module):
         ValueError: sizes that do not fit one another.
     """
 
-    def __init__(self, spec: RepMLPNetSpec, *, deploy: bool = False) -> None:
+    def __init__(self, spec: RepMLPTrunkSpec, *, deploy: bool = False) -> None:
         super().__init__()
         self.spec = spec
         channels, maps = spec.channels, spec.maps()
@@ -89,21 +130,43 @@ class RepMLPNet(nn.Module):
             if i + 1 < len(channels):
                 self.embeds.append(ConvBN(C, channels[i + 1], 2, stride=2, relu=True))
         self.head_norm = nn.BatchNorm2d(channels[-1])
-        self.head = nn.Linear(channels[-1], spec.classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """The map that every stage hands on: behind its downsampling, the last one behind the final norm.
+
+        These are the places where mmpretrain's `out_indices` taps.
+        """
         expected = (self.spec.in_channels, *self.spec.input_size)
         if tuple(x.shape[1:]) != expected:
             takes = ", ".join(str(edge) for edge in expected)
             raise ValueError(f"input is {tuple(x.shape)}; this network takes (N, {takes})")
         x = self.conv_embedding(x)
+        handed = []
         for i, stage in enumerate(self.stages):
             for unit in stage:  # type: ignore[attr-defined]
                 x = unit(x)
-            if i < len(self.embeds):
-                x = self.embeds[i](x)  # (N, C, H, W) -> (N, C', H/2, W/2)
-        x = self.head_norm(x).mean(dim=(2, 3))  # (N, C, H, W) -> (N, C)
-        logits: Tensor = self.head(x)
+            x = self.embeds[i](x) if i < len(self.embeds) else self.head_norm(x)  # (N, C, H, W) -> (N, C', H/2, W/2)
+            handed.append(x)
+        return handed
+
+    def forward(self, x: Tensor) -> Any:
+        return self.feature_maps(x)[-1]
+
+    def switch_to_deploy(self) -> None:
+        """Merge every block in place, as mmpretrain's users expect; `merge_branches` leaves its input untouched."""
+        switch_blocks(self)
+
+
+class RepMLPNet(RepMLPTrunk):
+    """RepMLPNet: (N, in_channels, H, W) float -> (N, classes) logits; see `RepMLPTrunk`."""
+
+    def __init__(self, spec: RepMLPNetSpec, *, deploy: bool = False) -> None:
+        super().__init__(spec, deploy=deploy)
+        self.head = nn.Linear(spec.channels[-1], spec.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.feature_maps(x)[-1].mean(dim=(2, 3))  # (N, C, H, W) -> (N, C)
+        logits: Tensor = self.head(pooled)
         return logits
 
     @property
@@ -111,16 +174,36 @@ class RepMLPNet(nn.Module):
         """The network itself: mmpretrain's users write `model.backbone.switch_to_deploy()`."""
         return self
 
-    @torch.no_grad()
-    def switch_to_deploy(self) -> None:
-        """Merge every block in place, as mmpretrain's users expect; `merge_branches` leaves its input untouched."""
-        for module in list(self.modules()):
-            if isinstance(module, RepMLPBlock):
-                module.switch_to_deploy()
+
+class RepMLPBackbone(RepMLPTrunk):
+    """A RepMLPNet as a backbone: (N, in_channels, H, W) float -> {"stage0": (N, C, h, w), …}, of `feature_maps`."""
+
+    def __init__(self, spec: RepMLPBackboneSpec, *, deploy: bool = False) -> None:
+        super().__init__(spec, deploy=deploy)
+        self.out_indices = spec.taken()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = self.feature_maps(x)
+        return {f"stage{i}": maps[i] for i in self.out_indices}
 
 
 def infer_repmlpnet(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> RepMLPNetSpec:
-    """The hyper-parameters of the RepMLPNet whose state dict has these keys and shapes.
+    """The hyper-parameters of the RepMLPNet whose state dict has these keys and shapes; see `infer_trunk`."""
+    trunk = infer_trunk(shapes, input_size)
+    return RepMLPNetSpec(**trunk.model_dump(), classes=shapes["head.weight"][0])
+
+
+def infer_backbone(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> RepMLPBackboneSpec:
+    """The hyper-parameters of the backbone whose state dict has these keys and shapes, every stage's map given.
+
+    Which stages were tapped is not among the weights; see `infer_trunk`.
+    """
+    trunk = infer_trunk(shapes, input_size)
+    return RepMLPBackboneSpec(**trunk.model_dump(), out_indices=tuple(range(len(trunk.channels))))
+
+
+def infer_trunk(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> RepMLPTrunkSpec:
+    """The hyper-parameters of the RepMLPNet whose state dict has these keys and shapes, but for its head.
 
     Args:
         shapes: state-dict key to shape, trained or merged.
@@ -150,7 +233,7 @@ def infer_repmlpnet(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, 
     patch, areas = embedding[2], [shape[1] for shape in fc3]
     if input_size is None:
         input_size = _square_input(areas, patch)
-    spec = RepMLPNetSpec(
+    spec = RepMLPTrunkSpec(
         input_size=input_size,
         channels=tuple(channels),
         depths=tuple(depths),
@@ -160,7 +243,6 @@ def infer_repmlpnet(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, 
         expansion=max(1, ffn[0][0] // channels[0]),
         patch=patch,
         in_channels=embedding[1],
-        classes=shapes["head.weight"][0],
     )
     partitions = tuple(_partition(area, map_) for area, map_ in zip(areas, spec.maps(), strict=True))
     return spec if list(partitions) == spec.maps() else spec.model_copy(update={"partitions": partitions})

@@ -1,9 +1,8 @@
-"""`Predictor`: a bundle as a function from images to predictions, for use in services."""
+"""`Predictor`: a bundle as a function from images to answers, for use in services."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -16,59 +15,19 @@ from repmlp_deploy.errors import InputError
 from repmlp_deploy.numerics import Comparison, noise_floor, require_close
 from repmlp_deploy.runtime.images import ImageLike, preprocess, to_image
 from repmlp_deploy.runtime.runner import RunnerOptions, open_runner
+from repmlp_deploy.runtime.tasks import (
+    Answer,
+    Embedding,
+    Prediction,
+    Segmentation,
+    find_task,
+    predictions_from_logits,
+    softmax,
+)
 
-__all__ = ["Prediction", "Predictor", "predictions_from_logits", "softmax"]
+__all__ = ["Embedding", "Prediction", "Predictor", "Segmentation", "predictions_from_logits", "softmax"]
 
 F32 = NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Prediction:
-    """What the network says of one image; also reads like a mapping, `prediction["pred_class"]`.
-
-    Attributes:
-        pred_label: index of the most likely class.
-        pred_class: its name, or None where the labels are unknown.
-        pred_score: its probability.
-        pred_scores: (classes,) float32, every probability.
-    """
-
-    pred_label: int
-    pred_class: str | None
-    pred_score: float
-    pred_scores: F32
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self.keys():
-            raise KeyError(key)
-        return getattr(self, key)
-
-    @classmethod
-    def keys(cls) -> tuple[str, ...]:
-        """The names of the fields."""
-        return tuple(f.name for f in fields(cls))
-
-    def top(self, k: int = 5) -> list[tuple[int, float]]:
-        """The k most likely classes and their probabilities, best first."""
-        order = np.argsort(-self.pred_scores, kind="stable")[:k]
-        return [(int(i), float(self.pred_scores[i])) for i in order]
-
-
-def softmax(logits: F32) -> F32:
-    """Probabilities along the last axis, in float32."""
-    raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities: F32 = raised / raised.sum(axis=-1, keepdims=True)
-    return probabilities
-
-
-def predictions_from_logits(logits: F32, labels: Sequence[str] | None) -> list[Prediction]:
-    """One prediction a row of (N, classes) logits."""
-    scores = softmax(logits)
-    best = scores.argmax(axis=1)
-    return [
-        Prediction(int(i), None if labels is None else labels[i], float(row[i]), row.copy())
-        for i, row in zip(best, scores, strict=True)
-    ]
 
 
 def _require_single(manifest: Manifest) -> None:
@@ -111,6 +70,7 @@ class Predictor:
             raise InputError(f"array_order is {array_order!r}; expected RGB or BGR")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         self.manifest = self.bundle.manifest
+        self._task = find_task(self.manifest.task)
         _require_single(self.manifest)
         self._array_order = array_order
         self._runner = open_runner(self.bundle, format, RunnerOptions(device, threads))
@@ -136,26 +96,25 @@ class Predictor:
         return dict(self._runner.details)
 
     @overload
-    def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[Prediction]: ...
+    def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[Any]: ...
     @overload
-    def __call__(self, images: ImageLike) -> Prediction: ...
+    def __call__(self, images: ImageLike) -> Any: ...
 
-    def __call__(self, images: ImageLike | list[Any] | tuple[Any, ...]) -> Prediction | list[Prediction]:
-        """The prediction for an image, or the predictions for a list of them.
+    def __call__(self, images: ImageLike | list[Any] | tuple[Any, ...]) -> Any:
+        """The answer for an image, or the answers for a list of them.
 
-        An image is a path, the bytes of a file, a Pillow image, or an (H, W, 3) or (H, W) uint8 array.
+        An answer is what the bundle's task makes it: a `Prediction` for `classify`, a `Segmentation` for `segment`, an
+        `Embedding` for `embed`. An image is a path, the bytes of a file, a Pillow image, or an (H, W, 3) or (H, W)
+        uint8 array.
 
         Raises:
             ImageError: one of them is no image.
             InputError: the network was exported without a card, so that nobody said what images it takes.
         """
-        if self.manifest.task == "custom":
-            raise InputError(
-                f"{self.manifest.name} has no card, so how it takes images is unknown: "
-                "call logits(), or export it with card="
-            )
+        if self._task.refusal:
+            raise InputError(f"{self.manifest.name} {self._task.refusal}")
         if isinstance(images, list | tuple):
-            return [p for chunk in self._chunks(images) for p in self._predict(chunk)]
+            return [answer for chunk in self._chunks(images) for answer in self._predict(chunk)]
         return self._predict([images])[0]
 
     def logits(self, batch: F32) -> F32:
@@ -165,7 +124,8 @@ class Predictor:
             batch: (N, C, H, W) float32, as `preprocess` makes it; it is not modified.
 
         Returns:
-            (N, classes) float32, an array the caller owns. Batches larger than the artifact's maximum are split,
+            (N, classes) float32, an array the caller owns; (N, classes, H, W) for `segment`, embeddings as they leave
+            the network, not normalised, for `embed`. Batches larger than the artifact's maximum are split,
             smaller ones than its minimum are padded.
 
         Raises:
@@ -202,7 +162,17 @@ class Predictor:
             inputs, reference = probe.batch(size)
             what = f"{self.format} on {self.device} at batch {size}"
             results.append(
-                (size, require_close(what, self.logits(inputs), reference, floor=floor, precision=precision))
+                (
+                    size,
+                    require_close(
+                        what,
+                        self.logits(inputs),
+                        reference,
+                        floor=floor,
+                        precision=precision,
+                        classes=self._task.class_axes == reference.ndim,
+                    ),
+                )
             )
         return results
 
@@ -218,11 +188,15 @@ class Predictor:
     ) -> None:
         self.close()
 
-    def _predict(self, images: Sequence[ImageLike]) -> list[Prediction]:
+    def _predict(self, images: Sequence[ImageLike]) -> list[Answer]:
         if not images:
             return []
-        batch = np.stack([self.preprocess(image) for image in images])
-        return predictions_from_logits(self.logits(batch), self.labels)
+        inputs, sizes = [], []
+        for source in images:  # one by one: a decoded image is far larger than the network's input
+            image = to_image(source, array_order=self._array_order)
+            sizes.append((image.height, image.width))
+            inputs.append(preprocess(image, self.manifest.preprocessing))
+        return self._task.answer(self.logits(np.stack(inputs)), sizes, self.labels)
 
     def _chunks(self, images: Sequence[ImageLike]) -> Iterator[Sequence[ImageLike]]:
         """Lists of at most the largest batch, so that a long list is never decoded all at once."""
