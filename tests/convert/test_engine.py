@@ -52,9 +52,7 @@ def test_the_plan_is_raw_and_not_wrapped(bundle: Bundle) -> None:
 
 def test_a_parser_error_names_the_node() -> None:
     with pytest.raises(BuildError, match=r"the_odd_node .*NonMaxSuppressionOfDreams"):
-        build_engine(
-            "trt-rtx", graph_with("NonMaxSuppressionOfDreams"), inputs={"images": (3, 4, 4)}, batch=BATCH
-        )
+        build_engine("trt-rtx", graph_with("NonMaxSuppressionOfDreams"), inputs={"images": (3, 4, 4)}, batch=BATCH)
 
 
 def test_what_is_no_graph_is_refused() -> None:
