@@ -20,7 +20,7 @@ from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.merging import merge_branches
 from repmlp_deploy.convert.options import FORMATS
 from repmlp_deploy.convert.pipeline import export, load_trained
-from repmlp_deploy.convert.probing import record_probe
+from repmlp_deploy.convert.probing import probe_inputs, record_probe
 from repmlp_deploy.errors import InputError, RepMLPError
 from repmlp_deploy.nets.families import card_spec
 
@@ -89,7 +89,7 @@ class Target:
         if not path.is_file() and self.checkpoint is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             trained = load_trained(self.checkpoint, self.card)
-            path.write_bytes(record_probe(trained.network, self.shape).to_bytes())
+            path.write_bytes(record_probe(trained.network, probe_inputs(self.shape)).to_bytes())
         return path
 
     def count_networks(self) -> None:

@@ -75,8 +75,8 @@ def _tiny(**network) -> ModelCard:
 
 
 def _graph(network: nn.Module, shape) -> onnx.ModelProto:
-    traced = trace_network(network, shape, BatchRange(min=1, opt=2, max=4))
-    return export_graph(traced, input_name="images", output_names=["logits"])
+    traced = trace_network(network, [torch.zeros(1, *shape)], BatchRange(min=1, opt=2, max=4))
+    return export_graph(traced, input_names=["images"], output_names=["logits"])
 
 
 @pytest.mark.parametrize(
