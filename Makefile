@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := export,cpu,rtx,dev
+EXTRAS := export,cpu,openvino,rtx,bench,dev
 
 .PHONY: venv demo test check clean
 

@@ -164,22 +164,36 @@ class FoldedBlock(RepMLPBlock):
         return grouped_product(rows.flatten(1), self.weight).view_as(rows) + self.bias
 
 
-class FoldedRepMLP(RepMLP):
-    """A merged RepMLP block of 2021 with FC3 transposed once and for all; `weight` is (g, C/g·h·w, O/g·h·w)."""
+class FoldedRepMLP(nn.Module):
+    """A merged RepMLP block of 2021: (N, C, H, W) -> (N, O, H, W); letters as in `nets.repmlp`.
+
+    Cutting into partitions and sharing channels out to groups are one permutation here, and so are their inverses.
+    Holds `fc3`, every group's matrix transposed, (g, C/g·h·w, O/g·h·w), and `bias`, (g, 1, O/g·h·w).
+    """
 
     def __init__(self, block: RepMLP) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         if block.fc3.bias is None:
             raise ValueError("a RepMLP block still has its branches: merge before folding")
-        self.C, self.O, self.groups, self.kernels = block.C, block.O, block.groups, ()
+        self.C, self.O, self.g = block.C, block.O, block.groups
         self.H, self.W, self.h, self.w = block.H, block.W, block.h, block.w
-        self.fc1_fc2, self.avg, self.fc3_bn = block.fc1_fc2, None, None
-        matrix = block.fc3.weight.detach().view(block.groups, -1, block.fc3.in_channels // block.groups)
-        self.weight = _constant(matrix.transpose(1, 2).contiguous())
-        self.bias = _constant(block.fc3.bias.detach())
+        matrix = block.fc3.weight.detach().view(self.g, -1, block.fc3.in_channels // self.g)
+        self.fc1_fc2 = block.fc1_fc2
+        self.fc3 = _constant(matrix.transpose(1, 2).contiguous())
+        self.bias = _constant(block.fc3.bias.detach().view(self.g, 1, -1))
 
-    def _apply_fc3(self, rows: Tensor) -> Tensor:
-        return grouped_product(rows, self.weight) + self.bias
+    def forward(self, x: Tensor) -> Tensor:
+        g, C, O, h, w = self.g, self.C, self.O, self.h, self.w
+        rows, columns = self.H // h, self.W // w
+        cut = x.reshape(-1, g, C // g, rows, h, columns, w)
+        if self.fc1_fc2 is not None:
+            pooled = F.avg_pool2d(x, (h, w))  # (N, C, H, W) -> (N, C, rows, columns)
+            added = self.fc1_fc2(pooled.reshape(-1, C * rows * columns))
+            cut = cut + added.reshape(-1, g, C // g, rows, 1, columns, 1)
+        cut = cut.permute(1, 0, 3, 5, 2, 4, 6)  # (g, N, rows, columns, C/g, h, w)
+        y = cut.reshape(g, -1, C // g * h * w) @ self.fc3 + self.bias  # (g, N·partitions, O/g·h·w)
+        y = y.reshape(g, -1, rows, columns, O // g, h, w)
+        return y.permute(1, 0, 4, 2, 5, 3, 6).reshape(-1, O, self.H, self.W)
 
 
 def _constant(value: Tensor) -> nn.Parameter:

@@ -52,14 +52,12 @@ def test_the_plan_is_raw_and_not_wrapped(bundle: Bundle) -> None:
 
 def test_a_parser_error_names_the_node() -> None:
     with pytest.raises(BuildError, match=r"the_odd_node .*NonMaxSuppressionOfDreams"):
-        build_engine(
-            "trt-rtx", graph_with("NonMaxSuppressionOfDreams"), input_name="images", shape=(3, 4, 4), batch=BATCH
-        )
+        build_engine("trt-rtx", graph_with("NonMaxSuppressionOfDreams"), inputs={"images": (3, 4, 4)}, batch=BATCH)
 
 
 def test_what_is_no_graph_is_refused() -> None:
     with pytest.raises(BuildError, match="cannot parse the graph"):
-        build_engine("trt-rtx", b"not a graph", input_name="images", shape=(3, 4, 4), batch=BATCH)
+        build_engine("trt-rtx", b"not a graph", inputs={"images": (3, 4, 4)}, batch=BATCH)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test lacks")
@@ -87,14 +85,14 @@ def test_both_flavours_share_one_code_path(monkeypatch: pytest.MonkeyPatch) -> N
     """The other flavour, given the module that is at hand, builds by the same code."""
     stand_in = Flavour("trt", "tensorrt_rtx", "trt", needs_gpu=False)
     monkeypatch.setitem(engine.FLAVOURS, "trt", stand_in)
-    built = build_engine("trt", graph_with("Relu"), input_name="images", shape=(3, 4, 4), batch=BATCH)
+    built = build_engine("trt", graph_with("Relu"), inputs={"images": (3, 4, 4)}, batch=BATCH)
     assert built.details["flavour"] == "trt"
     assert len(built.plan) > 1000
 
 
 @pytest.mark.gpu
 def test_a_trt_engine_is_built_on_this_gpu() -> None:
-    built = build_engine("trt", graph_with("Relu"), input_name="images", shape=(3, 4, 4), batch=BATCH)
+    built = build_engine("trt", graph_with("Relu"), inputs={"images": (3, 4, 4)}, batch=BATCH)
     assert built.details["layer_types"] == {"float": 1}
 
 
@@ -110,5 +108,5 @@ def test_layer_types_follow_the_graph() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.checker.check_model(model)
-    built = build_engine("trt-rtx", model.SerializeToString(), input_name="images", shape=(4, 4, 3), batch=BATCH)
+    built = build_engine("trt-rtx", model.SerializeToString(), inputs={"images": (4, 4, 3)}, batch=BATCH)
     assert set(built.details["layer_types"]) == {"half"}

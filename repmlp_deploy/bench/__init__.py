@@ -1,0 +1,1 @@
+"""Benchmarks: what is compared, how it is timed, what is counted, and what the machine could do at best."""

@@ -1,0 +1,146 @@
+"""The machine: what a figure must be read with, and resident memory."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import repmlp_deploy
+from repmlp_deploy.errors import MissingDependency
+
+try:
+    import psutil
+except ImportError:
+    raise MissingDependency("psutil", "bench") from None
+
+__all__ = ["describe_machine", "has_nvidia_gpu", "peak_bytes", "reset_peak", "resident_bytes", "usable_cores"]
+
+_PACKAGES = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxsim",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx-cu12",
+    "numpy",
+    "pillow",
+)
+_TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "sve")
+
+
+def usable_cores() -> int:
+    """Cores this process may run on; physical ones where the system tells them apart."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether an NVIDIA driver is there."""
+    return ctypes.util.find_library("cuda") is not None
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, memory, accelerator, system, versions and commit; None for what the system does not say."""
+    cpu = _cpu()
+    frequency = psutil.cpu_freq()
+    return {
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cpu_flags": [flag for flag in _TELLING_FLAGS if flag in (cpu.get("flags") or cpu.get("Features", "")).split()],
+        "cores_logical": psutil.cpu_count(),
+        "cores_physical": psutil.cpu_count(logical=False),
+        "cores_usable": usable_cores(),
+        "frequency_mhz": round(frequency.max or frequency.current) if frequency else None,
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "virtual_machine": "hypervisor" in cpu.get("flags", "").split(),
+        "load_average": [round(load, 2) for load in psutil.getloadavg()],
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": _nvidia("name"),
+        "gpu_driver": _nvidia("driver_version"),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {"repmlp-deploy": repmlp_deploy.__version__}
+        | {name: version for name in _PACKAGES if (version := _version(name))},
+        "commit": _commit(),
+    }
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process since it began, or since `reset_peak` where that works."""
+    status = _read("/proc/self/status") or ""
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # noqa: PLC0415 - not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak() -> bool:
+    """Begin a new peak at the present resident memory; False where the system has no way to."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _cpu() -> dict[str, str]:
+    """The first processor's lines of /proc/cpuinfo."""
+    first = (_read("/proc/cpuinfo") or "").split("\n\n", 1)[0]
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _nvidia(field: str) -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    return _output(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"])
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked where files differ from it; None for an installed package."""
+    root = Path(repmlp_deploy.__file__).resolve().parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    commit = _output(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])
+    changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+    return f"{commit} with changes" if commit and changed else commit
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)  # noqa: S603 - ours
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,99 @@
+"""Settings of a run: what the command line or a suite asks for."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from repmlp_deploy.bench.subjects import BASELINE
+from repmlp_deploy.errors import InputError
+
+__all__ = ["DEFAULT_MODEL", "Settings", "read_settings"]
+
+DEFAULT_MODEL = "repmlpnet-b224"
+
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """What is measured, and for how long.
+
+    Attributes:
+        models: cards; their weights are seeded, or the card's own where they ship with the package.
+        formats: entries of `SUBJECTS`; None for all that are not opt-in.
+        precision: those that rows compute in, where their format has them.
+        batch: images a call.
+        threads: of one inference; None for all usable cores.
+        seconds: of timing a row.
+        limit_seconds: of the whole run: rounds end then, and rows that got fewer than planned say so.
+        baseline: format that ratios are against.
+        idle_ms: gap before every call of an idle row; None for no such rows.
+        end_to_end: also measure from JPEG bytes to classes.
+        profile: also measure time per stage and operation.
+        ckpt: trained checkpoint to use instead of `models`.
+        bundle: bundle to use instead of `models`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: Annotated[tuple[str, ...], Field(min_length=1)] = (DEFAULT_MODEL,)
+    formats: tuple[str, ...] | None = None
+    precision: Annotated[tuple[str, ...], Field(min_length=1)] = ("fp32", "bf16")
+    batch: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
+    threads: Count | None = None
+    seconds: Positive = 8.0
+    limit_seconds: Positive = 300.0
+    baseline: str = BASELINE
+    idle_ms: Positive | None = None
+    end_to_end: bool = False
+    profile: bool = False
+    ckpt: Path | None = None
+    bundle: Path | None = None
+
+
+def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
+    """The settings of a suite's TOML file, with what the command line gives in their place.
+
+    Args:
+        suite: the file; None for the defaults.
+        given: the command line's settings, lists as comma-separated words; None stands for what was not given.
+
+    Raises:
+        InputError: the file cannot be read, or a setting is wrong or contradicts another.
+    """
+    found: dict[str, Any] = {}
+    if suite is not None:
+        try:
+            found = tomllib.loads(suite.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InputError(f"--suite {suite}: {getattr(error, 'strerror', None) or error}") from None
+    named = {name: _parsed(name, value) for name, value in given.items() if value is not None}
+    try:
+        settings = Settings.model_validate(found | named)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        where = f"--{name}" if name in named else f"{suite}: {name}"
+        raise InputError(f"{where}: {first['msg']}; got {first['input']!r}") from None
+    if settings.ckpt is not None and settings.bundle is not None:
+        raise InputError("--ckpt and --bundle were both given; one of them says what is measured")
+    if (settings.ckpt or settings.bundle) and "models" in named:
+        raise InputError("--models is for seeded networks; with --ckpt or --bundle leave it out")
+    return settings
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """A setting of the command line, its list read."""
+    if not isinstance(value, str) or name not in ("models", "formats", "precision", "batch"):
+        return value
+    words = tuple(dict.fromkeys(word.strip() for word in value.split(",") if word.strip()))
+    if name != "batch":
+        return words
+    if not words or not all(word.isascii() and word.isdigit() and int(word) for word in words):
+        raise InputError(f"--batch is {value!r}; expected positive numbers, such as 1,8,64")
+    return tuple(sorted({int(word) for word in words}))

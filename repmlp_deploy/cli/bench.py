@@ -1,0 +1,158 @@
+"""`repmlp-bench`: latency, memory and FLOPs of one network in every format, with proof of what ran.
+
+Exit codes beyond the common ones: 3 when `--compare` finds a row slower than before, beyond noise and threshold;
+130 when interrupted, after the report of what had been measured.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from repmlp_deploy.cli.console import INTERRUPTED, print_json, print_table, progress, run_command, typer
+from repmlp_deploy.errors import InputError, OutputError, VerificationError
+
+if TYPE_CHECKING:
+    from repmlp_deploy.bench.results import Report
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Entry point."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that children and folders are removed
+    run_command(bench_command)
+
+
+def bench_command(  # noqa: PLR0913 - one an option
+    models: Annotated[str | None, typer.Option(help="Cards, comma-separated; default repmlpnet-b224, seeded.")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Formats, comma-separated; default: all but torch-folded, torch-compile.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="Of fp32, fp16, bf16, int8; default fp32,bf16.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Images a call, comma-separated; default 1.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of one inference; default: all cores.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Of timing a row; default 8.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Seconds for the whole run; default 300.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Format that ratios are against; default torch-merged.")] = None,
+    idle: Annotated[float | None, typer.Option(metavar="MS", help="Also with a gap of MS before every call.")] = None,
+    end_to_end: Annotated[bool | None, typer.Option("--end-to-end", help="Also from JPEG bytes to classes.")] = None,
+    profile: Annotated[bool | None, typer.Option("--profile", help="Also time per stage and operation.")] = None,
+    ckpt: Annotated[Path | None, typer.Option(help="Trained checkpoint to measure.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle to measure; no PyTorch rows.")] = None,
+    suite: Annotated[Path | None, typer.Option(help="TOML file with these settings.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Report with every latency; - for stdout.")] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="One line a row.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="The tables as Markdown.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="One self-contained page with figures.")] = None,
+    compare: Annotated[Path | None, typer.Option(metavar="OLD.json", help="Earlier report to compare with.")] = None,
+    threshold: Annotated[float, typer.Option(help="Change of latency in percent that --compare tells.")] = 5.0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
+) -> None:
+    """Measure latency, memory and multiply-adds of a RepMLP network in every format, against the machine's limit."""
+    outputs = {"json": json, "csv": csv, "markdown": markdown, "html": html}
+    given = {
+        "models": models,
+        "formats": formats,
+        "precision": precision,
+        "batch": batch,
+        "threads": threads,
+        "seconds": seconds,
+        "limit_seconds": limit,
+        "baseline": baseline,
+        "idle_ms": idle,
+        "end_to_end": end_to_end,
+        "profile": profile,
+        "ckpt": ckpt,
+        "bundle": bundle,
+    }
+    if threshold <= 0:
+        raise InputError(f"--threshold is {threshold:g}; it must be positive")
+    for path in outputs.values():
+        _check_writable(path)
+    with progress() as show:
+        show("loading")
+        # seconds of imports: not for --help or a path that cannot be written
+        from repmlp_deploy.bench.results import load_report  # noqa: PLC0415
+        from repmlp_deploy.bench.session import run_benchmark  # noqa: PLC0415
+        from repmlp_deploy.bench.settings import read_settings  # noqa: PLC0415
+
+        if html is not None:  # a missing package is told before minutes of measuring, not after
+            pass
+
+        old = None if compare is None else load_report(compare)
+        report = run_benchmark(read_settings(suite, given), show)
+    _print_report(report, outputs)
+    if old is not None:
+        _compare(old, report, str(compare), threshold)
+    if report.interrupted:
+        sys.stderr.write("interrupted: the report is of what had been measured\n")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _print_report(report: Report, outputs: dict[str, Path | None]) -> None:
+    """The tables on stdout, or the JSON where that was asked for; and every file."""
+    from repmlp_deploy.bench.report import conventions, facts, tables, to_csv, to_markdown  # noqa: PLC0415 - see above
+
+    writers: dict[str, Callable[[], str]] = {
+        "json": report.to_json,
+        "csv": lambda: to_csv(report),
+        "markdown": lambda: to_markdown(report),
+        "html": lambda: _page(report),
+    }
+    on_stdout = str(outputs["json"]) == "-"
+    if on_stdout:
+        print_json(report.model_dump(mode="json"))
+    else:
+        for table in tables(report):
+            print_table(table.title, table.columns, table.rows, left=table.left)
+        for line in (*facts(report), *conventions(report)):
+            sys.stdout.write(f"{line}\n")
+    for name, path in outputs.items():
+        if path is not None and not (name == "json" and on_stdout):
+            _write(path, writers[name]())
+
+
+def _page(report: Report) -> str:
+    from repmlp_deploy.bench.html import to_html  # noqa: PLC0415 - matplotlib is needed for the page alone
+
+    return to_html(report)
+
+
+def _compare(old: Report, new: Report, name: str, threshold: float) -> None:
+    """Print what changed.
+
+    Raises:
+        VerificationError: something became slower.
+    """
+    from repmlp_deploy.bench.compare import compare_reports, comparison_table  # noqa: PLC0415 - see above
+
+    found = compare_reports(old, new, threshold / 100)
+    table = comparison_table(found)
+    print_table(table.title, table.columns, table.rows, left=table.left)
+    for note in found.notes:
+        sys.stdout.write(f"note: {note}\n")
+    slower = [f"{c.row.name} at batch {c.row.batch} ({100 * (c.ratio - 1):+.0f} %)" for c in found.slower]
+    slower += [f"all rows ({100 * (found.drift - 1):+.0f} %)"] if found.drifted else []
+    if slower:
+        raise VerificationError(f"slower than {name}, beyond noise and {threshold:g} %: {', '.join(slower)}")
+
+
+def _check_writable(path: Path | None) -> None:
+    """Raise before the run, not after it, where a report could not be written."""
+    if path is None or str(path) == "-":
+        return
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file")
+    if not path.resolve().parent.is_dir():
+        raise OutputError(f"could not write {path}: {path.resolve().parent} does not exist")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"could not write {path}: {error.strerror or error}") from None

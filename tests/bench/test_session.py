@@ -1,0 +1,211 @@
+"""A whole run on the small trained network: every row has figures or a reason, and proof."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from bench_reports import make_report
+
+from repmlp_deploy.bench import session, targets
+from repmlp_deploy.bench.crew import Child
+from repmlp_deploy.bench.session import run_benchmark
+from repmlp_deploy.bench.settings import Settings
+from repmlp_deploy.bundle import Bundle
+from repmlp_deploy.card import data_root
+from repmlp_deploy.cli.bench import bench_command
+from repmlp_deploy.cli.console import _run, typer
+from repmlp_deploy.convert.pipeline import export
+
+SETTINGS = Settings(
+    models=("repmlp-digits",),
+    formats=("torch-merged", "onnx", "openvino", "trt"),
+    batch=(2,),
+    seconds=0.1,
+    threads=1,
+    idle_ms=1.0,
+    end_to_end=True,
+    profile=True,
+)
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return []
+
+
+@pytest.fixture(scope="module")
+def report(steps):
+    return run_benchmark(SETTINGS, steps.append)
+
+
+@pytest.fixture
+def no_peaks(monkeypatch):
+    """Seconds that tests without a roofline need not spend."""
+    monkeypatch.setattr(session._Session, "_measure_peaks", lambda _self: None)
+
+
+def test_every_row_that_was_asked_for_is_there(report):
+    names = ["torch-merged fp32", "onnx fp32", "openvino fp32", "openvino bf16", "trt fp32"]
+    for mode in ("steady", "idle", "end-to-end"):
+        assert [row.name for row in report.rows if row.mode == mode] == names
+    for row in report.rows:
+        assert (row.summary is None) == (row.status != "measured")
+        assert row.summary is not None or row.reason
+
+
+def test_fp32_rows_are_measured_and_proved_equal(report):
+    rows = [row for row in report.rows if row.precision == "fp32" and row.format != "trt"]
+    assert len(rows) == 9
+    for row in rows:
+        assert row.status == "measured", row.reason
+        assert row.summary.calls >= 3
+        assert row.error.max_abs <= row.error.allowed
+        assert row.memory.peak_bytes > row.memory.imports_bytes > 0
+        assert row.cold.load_s > 0
+        assert row.cold.batch == 2
+        assert row.proof["threads"] == 1
+        assert row.proof["dtype"] in ("float32", "fp32", "f32")
+
+
+def test_providers_and_devices_are_the_runtimes_own_words(report):
+    proofs = {row.name: row.proof for row in report.rows}
+    assert proofs["onnx fp32"]["providers"] == ["CPUExecutionProvider"]
+    assert proofs["openvino fp32"]["device"] == "CPU"
+    assert set(proofs["openvino fp32"]["products"]) == {"f32"}
+
+
+def test_the_lower_precision_is_measured_or_refused_but_never_replaced(report):
+    row = next(row for row in report.rows if row.name == "openvino bf16")
+    if row.status == "measured":
+        assert row.proof["dtype"] == "bf16"
+        assert row.error.max_abs > next(r for r in report.rows if r.name == "openvino fp32").error.max_abs
+    else:
+        assert "bf16" in row.reason
+
+
+def test_ratios_are_against_the_baseline_and_shares_of_a_measured_roof(report):
+    rows = {(row.name, row.mode): row for row in report.rows}
+    assert rows["torch-merged fp32", "steady"].ratio is None
+    assert rows["onnx fp32", "steady"].ratio.value > 0
+    assert report.machine.peak_gflops["fp32"] > 0
+    assert rows["onnx fp32", "steady"].roofline.share > 0
+    assert rows["onnx fp32", "idle"].roofline is None
+
+
+def test_counts_of_network_and_graph_are_in_the_report(report):
+    counts = report.counts["repmlp-digits"]
+    assert counts["folded"].macs == counts["folded ONNX"].macs
+    assert counts["folded"].parameters == counts["folded ONNX"].parameters
+    assert counts["trained"].macs > counts["folded"].macs
+
+
+def test_profiles_name_stages(report):
+    for name in ("onnx", "openvino"):
+        stages = {line.stage for line in report.profile if line.format == name}
+        assert {"embedding", "stage 0", "stage 1", "stage 2", "head"} <= stages
+
+
+def test_steps_tell_the_time_left(steps, report):
+    assert any("left" in step for step in steps)
+    assert report.weights["repmlp-digits"].endswith("shipped")
+
+
+@pytest.mark.usefixtures("no_peaks")
+def test_results_are_kept_when_interrupted():
+    """Ctrl-C in the second round: the first round's figures are in the report, which says so; no child is left."""
+
+    def interrupt(step):
+        if "round 2" in step:
+            raise KeyboardInterrupt
+
+    quick = SETTINGS.model_copy(update={"formats": ("torch-merged",), "idle_ms": None, "profile": False})
+    report = run_benchmark(quick, interrupt)
+    assert report.interrupted
+    first, second = report.rows
+    assert first.status == "measured"
+    assert len(first.rounds) == 1
+    assert (second.status, second.reason) == ("unavailable", "not reached")
+
+
+@pytest.fixture(scope="module")
+def digits_bundle(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "bundle"
+    return export(data_root() / "weights" / "repmlp-digits.safetensors", batch="1:2:4", out=out)
+
+
+@pytest.mark.usefixtures("no_peaks")
+def test_a_bundle_can_be_measured_without_its_checkpoint(digits_bundle):
+    settings = Settings(
+        bundle=digits_bundle.folder, formats=("torch-merged", "onnx", "onnx-merged"), seconds=0.05, threads=1
+    )
+    rows = {row.format: row for row in run_benchmark(settings, lambda _: None).rows}
+    assert rows["onnx"].status == "measured", rows["onnx"].reason
+    assert rows["torch-merged"].reason == "a bundle holds no trained network: pass --ckpt"
+    assert "not the merged one" in rows["onnx-merged"].reason
+
+
+@pytest.mark.usefixtures("no_peaks")
+def test_a_wrong_answer_is_not_timed(digits_bundle, tmp_path, monkeypatch):
+    """A row whose output is not the trained network's has a reason and no figures."""
+    probe = digits_bundle.probe()
+    wrong = type(probe)(probe.inputs, probe.reference + np.float64(1e-3), probe.float32 + np.float32(1e-3))
+    file = tmp_path / "probe.npz"
+    file.write_bytes(wrong.to_bytes())
+    monkeypatch.setattr(targets.Target, "probe", lambda _self: file)
+    settings = Settings(bundle=digits_bundle.folder, formats=("onnx",), seconds=0.05, threads=1)
+    (row,) = run_benchmark(settings, lambda _: None).rows
+    assert row.status == "failed"
+    assert "differs from the trained network" in row.reason
+    assert row.summary is None
+
+
+@pytest.mark.usefixtures("no_peaks")
+def test_a_child_that_dies_is_a_row_and_not_the_end(digits_bundle, monkeypatch):
+    def dying(self, command, **arguments):
+        if command == "time":
+            os.kill(self._process.pid, 9)
+        return ask(self, command, **arguments)
+
+    ask = Child.ask
+    monkeypatch.setattr(session.Child, "ask", dying)
+    settings = Settings(bundle=digits_bundle.folder, formats=("onnx",), seconds=0.05, threads=1)
+    (row,) = run_benchmark(settings, lambda _: None).rows
+    assert row.status == "failed"
+    assert "signal 9" in row.reason
+
+
+def _bench(*arguments):
+    app = typer.Typer(add_completion=False)
+    app.command()(bench_command)
+    return _run(app, list(arguments))
+
+
+def test_the_command_writes_every_report_and_compares(tmp_path, monkeypatch, capsys):
+    """Exit 0 and four files; against a faster earlier run exit 3, naming the row; 2 for an unusable one."""
+    monkeypatch.setattr("repmlp_deploy.bench.session.run_benchmark", lambda *_: make_report(seed=1))
+    files = {name: tmp_path / f"r.{name}" for name in ("json", "csv", "markdown", "html")}
+    options = [word for name, path in files.items() for word in (f"--{name}", str(path))]
+    assert _bench(*options) == 0
+    assert all(path.stat().st_size for path in files.values())
+    assert json.loads(files["json"].read_text())["schema_version"] == 1
+    assert _bench("--compare", str(files["json"])) == 0
+    slower = make_report(seed=2, slower={"onnx fp32": 1.15})
+    monkeypatch.setattr("repmlp_deploy.bench.session.run_benchmark", lambda *_: slower)
+    assert _bench("--compare", str(files["json"])) == 3
+    assert "onnx fp32 at batch 1" in capsys.readouterr().err
+    assert _bench("--compare", str(files["csv"])) == 2
+    assert _bench("--json", str(tmp_path / "absent" / "r.json")) == 5
+    assert _bench("--batch", "0") == 2
+    assert _bench("--threshold", "0") == 2
+
+
+def test_an_interrupted_command_reports_and_ends_with_130(monkeypatch, capsys):
+    interrupted = make_report().model_copy(update={"interrupted": True})
+    monkeypatch.setattr("repmlp_deploy.bench.session.run_benchmark", lambda *_: interrupted)
+    assert _bench() == 130
+    assert "onnx" in capsys.readouterr().out
+
+
+def test_a_saved_bundle_is_left_alone(digits_bundle):
+    assert Bundle.load(digits_bundle.folder).manifest == digits_bundle.manifest
