@@ -134,7 +134,7 @@ class ModelCard(_Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
     family: str
-    task: Literal["classify", "segment", "embed", "custom"] = "classify"
+    task: Literal["classify", "segment", "embed", "features", "custom"] = "classify"
     input_size: Size
     network: dict[str, Any]
     layout: str | None = None

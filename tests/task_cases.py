@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from golden import fill
 from repmlp_deploy.card import ModelCard
 from repmlp_deploy.nets.families import build_network
-
-sys.path.insert(0, str(Path(__file__).parent / "golden"))
-import fill
 
 _LEVELS = {"mean": (120.0, 115.0, 100.0), "std": (60.0, 57.0, 55.0)}
 

@@ -36,12 +36,14 @@ class Layout:
         family: an entry of `nets.families.FAMILIES`.
         anchor: a key that every state dict of this layout has.
         renames: (theirs, ours), applied in order; every ours is theirs again in reverse.
+        without: what no key begins with, where that tells it from another layout of the same anchor.
     """
 
     name: str
     family: str
     anchor: str
     renames: tuple[tuple[str, str], ...] = ()
+    without: str = ""
 
     def ours(self, key: str) -> str:
         """What our network calls `key`."""
@@ -56,7 +58,22 @@ class Layout:
         return key
 
 
+_MMPRETRAIN_TRUNK = (
+    ("patch_embed.projection.", "conv_embedding.conv."),
+    ("patch_embed.norm.", "conv_embedding.bn."),
+    ("stages.", "stages."),
+    ("downsample_layers.", "embeds."),
+    ("final_norm.", "head_norm."),
+)
+_MMPRETRAIN_UNIT = (
+    (".gp.conv1.conv.", ".gp.fc1."),
+    (".gp.conv2.conv.", ".gp.fc2."),
+    (".norm1.", ".prebn1."),
+    (".norm2.", ".prebn2."),
+)
+
 LAYOUTS = (
+    Layout("official", "repmlpnet-backbone", "conv_embedding.conv.weight", without="head."),
     Layout("official", "repmlpnet", "conv_embedding.conv.weight"),
     Layout("official", "repmlp-resnet", "stage0.0.conv.weight"),
     Layout("own", "pure-mlp", "stages.0.0.repmlp.fc3.weight"),
@@ -65,17 +82,16 @@ LAYOUTS = (
         "repmlpnet",
         "backbone.patch_embed.projection.weight",
         (
-            ("backbone.patch_embed.projection.", "conv_embedding.conv."),
-            ("backbone.patch_embed.norm.", "conv_embedding.bn."),
-            ("backbone.stages.", "stages."),
-            ("backbone.downsample_layers.", "embeds."),
-            ("backbone.final_norm.", "head_norm."),
+            *((f"backbone.{theirs}", ours) for theirs, ours in _MMPRETRAIN_TRUNK),
             ("head.fc.", "head."),
-            (".gp.conv1.conv.", ".gp.fc1."),
-            (".gp.conv2.conv.", ".gp.fc2."),
-            (".norm1.", ".prebn1."),
-            (".norm2.", ".prebn2."),
+            *_MMPRETRAIN_UNIT,
         ),
+    ),
+    Layout(
+        "mmpretrain",
+        "repmlpnet-backbone",
+        "patch_embed.projection.weight",
+        (*_MMPRETRAIN_TRUNK, *_MMPRETRAIN_UNIT),
     ),
     Layout("own", "pspnet", "backbone.conv_embedding.conv.weight"),
     Layout("own", "mobilefacenet", "gdc.conv.weight"),
@@ -233,10 +249,10 @@ def _places(content: Mapping[Any, Any]) -> list[tuple[str, str]]:
 
 def _recognise(found: Mapping[str, Any], name: str) -> Layout:
     for layout in LAYOUTS:
-        if layout.anchor in found:
+        if layout.anchor in found and not (layout.without and any(str(k).startswith(layout.without) for k in found)):
             return layout
     if any(key.endswith("fc3.weight") for key in found):
-        anchors = [layout.anchor for layout in LAYOUTS]
+        anchors = dict.fromkeys(layout.anchor for layout in LAYOUTS)
         raise CheckpointError(f"{name} has RepMLP blocks but no known network's frame: it lacks {' or '.join(anchors)}")
     some = ", ".join(list(found)[:3])
     raise CheckpointError(f"{name} is no RepMLP: no key ends in fc3.weight; it begins with {some}")

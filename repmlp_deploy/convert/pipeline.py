@@ -59,7 +59,7 @@ from repmlp_deploy.convert.own_network import (
 from repmlp_deploy.convert.probing import SAMPLES, SEED, probe_like, record_probe, run_network
 from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
 from repmlp_deploy.errors import CheckpointError, InputError, VerificationError
-from repmlp_deploy.nets.families import card_spec
+from repmlp_deploy.nets.families import FAMILIES, card_spec
 from repmlp_deploy.nets.flat import Flat
 from repmlp_deploy.numerics import TOLERANCES
 from repmlp_deploy.runtime.onnx_runner import open_session
@@ -380,8 +380,10 @@ def _interface(trained: Trained) -> Interface:
     """How the network is called; images to what its task's output is called, where its card says so."""
     if trained.interface is not None:
         return trained.interface
-    images = torch.zeros(1, card_spec(trained.card).in_channels, *trained.card.input_size)
-    return Interface((INPUT,), (images,), (find_task(trained.card.task).output,))
+    spec, family = card_spec(trained.card), FAMILIES[trained.card.family]
+    images = torch.zeros(1, spec.in_channels, *trained.card.input_size)
+    names = (find_task(trained.card.task).output,) if family.outputs is None else family.outputs(spec)
+    return Interface((INPUT,), (images,), names)
 
 
 def _merged(trained: Trained) -> nn.Module:

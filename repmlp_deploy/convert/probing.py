@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from repmlp_deploy.bundle import Probe
 from repmlp_deploy.errors import InputError
+from repmlp_deploy.nets.flat import flatten_outputs
 
 __all__ = ["SAMPLES", "SEED", "probe_inputs", "probe_like", "record_probe", "run_network"]
 
@@ -61,9 +62,9 @@ def probe_like(example: NDArray[Any], samples: int = SAMPLES, seed: int = SEED) 
 
 @torch.no_grad()
 def run_network(network: nn.Module, *inputs: NDArray[Any]) -> NDArray[Any] | tuple[NDArray[Any], ...]:
-    """The network's output for a batch, as numpy; or its outputs, where it answers a tuple."""
+    """The network's output for a batch, as numpy; or its outputs, where it answers several."""
     answer = network(*(torch.from_numpy(np.ascontiguousarray(value)) for value in inputs))
-    return answer.numpy() if isinstance(answer, Tensor) else tuple(value.numpy() for value in answer)
+    return answer.numpy() if isinstance(answer, Tensor) else tuple(x.numpy() for x in flatten_outputs(answer).values())
 
 
 def record_probe(trained: nn.Module, *inputs: NDArray[Any]) -> Probe:

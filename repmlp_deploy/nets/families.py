@@ -16,7 +16,14 @@ from repmlp_deploy.nets.mobilefacenet import MobileFaceNet, MobileFaceNetSpec, i
 from repmlp_deploy.nets.pspnet import PSPNetSpec, build_pspnet, infer_pspnet
 from repmlp_deploy.nets.pure_mlp import PureMLP, PureMLPSpec, infer_pure_mlp
 from repmlp_deploy.nets.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec, infer_repmlp_resnet
-from repmlp_deploy.nets.repmlpnet import RepMLPNet, RepMLPNetSpec, infer_repmlpnet
+from repmlp_deploy.nets.repmlpnet import (
+    RepMLPBackbone,
+    RepMLPBackboneSpec,
+    RepMLPNet,
+    RepMLPNetSpec,
+    infer_backbone,
+    infer_repmlpnet,
+)
 
 __all__ = ["FAMILIES", "Family", "build_network", "card_spec"]
 
@@ -30,16 +37,21 @@ class Family:
         build: (spec, deploy=…) -> the network.
         infer: (state-dict shapes, input size or None) -> the hyper-parameters; raises KeyError or ValueError.
         task: what its outputs mean, an entry of `runtime.tasks.TASKS`.
+        outputs: (hyper-parameters) -> names of the outputs in their order; None where the task names the only one.
     """
 
     spec: type[BaseModel]
     build: Callable[..., nn.Module]
     infer: Callable[[Mapping[str, Sequence[int]], tuple[int, int] | None], BaseModel]
     task: str = "classify"
+    outputs: Callable[[Any], tuple[str, ...]] | None = None
 
 
 FAMILIES: dict[str, Family] = {
     "repmlpnet": Family(RepMLPNetSpec, RepMLPNet, infer_repmlpnet),
+    "repmlpnet-backbone": Family(
+        RepMLPBackboneSpec, RepMLPBackbone, infer_backbone, task="features", outputs=RepMLPBackboneSpec.output_names
+    ),
     "pspnet": Family(PSPNetSpec, build_pspnet, infer_pspnet, task="segment"),
     "mobilefacenet": Family(MobileFaceNetSpec, MobileFaceNet, infer_mobilefacenet, task="embed"),
     "repmlp-resnet": Family(RepMLPResNetSpec, RepMLPResNet, infer_repmlp_resnet),

@@ -94,6 +94,10 @@ class RepMLPBackboneSpec(RepMLPTrunkSpec):
         """The stages whose maps are given."""
         return (len(self.channels) - 1,) if self.out_indices is None else self.out_indices
 
+    def output_names(self) -> tuple[str, ...]:
+        """What their maps are called."""
+        return tuple(f"stage{i}" for i in self.taken())
+
 
 class RepMLPTrunk(nn.Module):
     """A RepMLPNet without its head: (N, in_channels, H, W) float -> (N, C, h, w), the last stage's map, normalised.
@@ -180,11 +184,11 @@ class RepMLPBackbone(RepMLPTrunk):
 
     def __init__(self, spec: RepMLPBackboneSpec, *, deploy: bool = False) -> None:
         super().__init__(spec, deploy=deploy)
-        self.out_indices = spec.taken()
+        self.taken, self.names = spec.taken(), spec.output_names()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         maps = self.feature_maps(x)
-        return {f"stage{i}": maps[i] for i in self.out_indices}
+        return {name: maps[i] for name, i in zip(self.names, self.taken, strict=True)}
 
 
 def infer_repmlpnet(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> RepMLPNetSpec:

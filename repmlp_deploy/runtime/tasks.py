@@ -224,6 +224,12 @@ TASKS: Mapping[str, Task] = {
     "classify": Task("logits", 2, lambda outputs, _sizes, labels: predictions_from_logits(outputs, labels)),
     "segment": Task("logits", 4, masks_from_logits),
     "embed": Task("embedding", None, lambda outputs, _sizes, _labels: embeddings_from_outputs(outputs)),
+    "features": Task(
+        "features",
+        None,
+        lambda outputs, _sizes, _labels: list(outputs),
+        refusal="answers feature maps, which say nothing of an image by themselves: call logits() for the raw map",
+    ),
     "custom": Task(
         "output",
         2,

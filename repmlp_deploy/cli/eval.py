@@ -1,0 +1,169 @@
+"""`repmlp-eval BUNDLE --data FOLDER`: how good a bundle is on labelled data."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from repmlp_deploy.bundle import Bundle, hash_file
+from repmlp_deploy.cli.console import INTERRUPTED, print_json, print_table, run_command, typer
+from repmlp_deploy.errors import InputError
+from repmlp_deploy.evaluating.datasets import read_dataset
+from repmlp_deploy.evaluating.evaluation import TRAINED, Evaluation, Progress, Run, evaluate, state_folder, state_key
+from repmlp_deploy.runtime.predictor import Predictor
+
+__all__ = ["main"]
+
+_LINE_SECONDS = 5.0
+_SHARES = ("top1", "top5", "mean_iou", "pixel_accuracy", "accuracy", "deviation")
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(eval_command)
+
+
+def eval_command(  # noqa: PLR0913 - one an option
+    bundle: Annotated[Path, typer.Argument(help="The folder that repmlp-export wrote.")],
+    data: Annotated[Path, typer.Option(help="Class folders, images/ and masks/, or a list file.")],
+    formats: Annotated[
+        str | None, typer.Option("--format", help="Artifacts, comma-separated; default: the best here.")
+    ] = None,
+    ckpt: Annotated[
+        Path | None, typer.Option(help="The trained checkpoint: score it too, and count agreement with it.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the best here.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images a batch; default: the bundle's best.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that decode images; default: one a processor.")] = None,
+    state: Annotated[Path | None, typer.Option(help="State file, to go on after an interruption.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again, whatever an earlier run has done.")] = False,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Count unreadable images instead of stopping.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
+) -> None:
+    """Score a bundle on labelled data: accuracy, intersection over union, or verification."""
+    for option, value in (("--batch", batch), ("--workers", workers)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} is {value}; it must be at least 1")
+    loaded = Bundle.load(bundle)
+    dataset = read_dataset(data, loaded.manifest)
+    wanted = [None] if formats is None else list(dict.fromkeys(part.strip() for part in formats.split(",")))
+    with ExitStack() as stack:
+        predictors = [
+            stack.enter_context(Predictor(loaded, format=name, device=device, threads=threads)) for name in wanted
+        ]
+        runs: dict[str, Run] = {predictor.format: predictor.logits for predictor in predictors}
+        sha256 = hash_file(ckpt) if ckpt is not None and ckpt.is_file() else ""
+        key = state_key(loaded.manifest, tuple(runs), dataset, ckpt_sha256=sha256)
+        if ckpt is not None:
+            runs[TRAINED] = _trained_run(ckpt, loaded)
+        file = state if state is not None else state_folder() / f"{key[:32]}.json"
+        if fresh:
+            file.unlink(missing_ok=True)
+        try:
+            with _progress() as show:
+                found = evaluate(
+                    runs,
+                    loaded.manifest,
+                    dataset,
+                    state_file=file,
+                    key=key,
+                    batch=batch,
+                    workers=workers,
+                    skip_unreadable=skip_unreadable,
+                    progress=show,
+                )
+        except KeyboardInterrupt:
+            sys.stderr.write(f"error: interrupted; run again to go on from {file}\n")
+            raise typer.Exit(INTERRUPTED) from None
+    about = {"bundle": str(bundle), "task": loaded.manifest.task, "data": str(data), "read": dataset.remark}
+    about["devices"] = {predictor.format: predictor.device for predictor in predictors}  # type: ignore[assignment]
+    if json:
+        counts = {"count": found.count, "resumed": found.resumed, "unreadable": list(found.unreadable)}
+        print_json({**about, **counts, "seconds": round(found.seconds, 3), "scores": dict(found.scores)})
+    else:
+        _print_scores(loaded.manifest.name, found, loaded.manifest.labels)
+        sys.stdout.write(f"{data}: {dataset.remark}\n")
+
+
+def _trained_run(ckpt: Path, bundle: Bundle) -> Run:
+    """The trained network of a checkpoint, in float32.
+
+    Raises:
+        InputError: it takes other images than the bundle (CheckpointError among them: it cannot be read).
+    """
+    import torch  # noqa: PLC0415 - only with --ckpt
+
+    from repmlp_deploy.convert.pipeline import load_trained  # noqa: PLC0415 - loads torch
+
+    trained = load_trained(ckpt, allow_merged=True)
+    network, takes = trained.network, bundle.manifest.input.shape[2:]
+    if trained.card.input_size != takes or trained.card.task != bundle.manifest.task:
+        size, wanted = "x".join(map(str, trained.card.input_size)), "x".join(map(str, takes))
+        raise InputError(
+            f"--ckpt {ckpt} is made to {trained.card.task} {size} images; {bundle.manifest.name} to "
+            f"{bundle.manifest.task} {wanted}: give the checkpoint that the bundle was made of"
+        )
+
+    def run(batch: Any) -> Any:
+        with torch.no_grad():
+            return np.asarray(network(torch.from_numpy(batch)).numpy(), np.float32)
+
+    return run
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar with the running score on a terminal, a line every few seconds otherwise."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        told = [time.monotonic()]
+
+        def line(done: int, total: int, scores: Mapping[str, Any]) -> None:
+            if done == total or time.monotonic() - told[0] >= _LINE_SECONDS:
+                told[0] = time.monotonic()
+                console.print(f"... {done} of {total}: {_brief(scores)}", highlight=False, markup=False)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda done, total, scores: bar.update(task, completed=done, total=total, description=_brief(scores))
+
+
+def _brief(scores: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {100 * value:.2f} %" for name, value in scores.items())
+
+
+def _print_scores(title: str, found: Evaluation, labels: tuple[str, ...] | None) -> None:
+    """The table of scores, that of classes where they have some each, and the notes."""
+    first = next(iter(found.scores.values()))
+    columns = [name for name in (*_SHARES, "threshold", "agreement") if any(name in s for s in found.scores.values())]
+    rows = [(name, *(_cell(column, scores.get(column)) for column in columns)) for name, scores in found.scores.items()]
+    print_table(title, ("artifact", *columns), rows)
+    if "iou" in first:
+        names = labels or tuple(map(str, range(len(first["iou"]))))
+        shown = [(name, *(_cell("iou", s["iou"][i]) for s in found.scores.values())) for i, name in enumerate(names)]
+        print_table("IoU", ("class", *found.scores), shown)
+    sys.stdout.write(f"{found.count} samples, {found.resumed} of them from an earlier run, {found.seconds:.1f} s\n")
+    if found.unreadable:
+        sys.stdout.write(f"note: {len(found.unreadable)} unreadable, such as {found.unreadable[0]}\n")
+
+
+def _cell(column: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if column == "threshold" else f"{100 * value:.2f} %"

@@ -1,0 +1,202 @@
+"""Labelled data on a disk: what an evaluation reads, in an order that is always the same.
+
+classify   a folder with a folder of images for every class, or a text file of lines `path label`
+segment    a folder with `images/` and `masks/`, a PNG of class ids for every image, 255 for pixels that do not count
+embed      a text file of lines `path path same`, 1 for two pictures of one face and 0 otherwise
+
+Paths in a text file are relative to its folder, and hold no blanks unless the fields are separated by tabs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from repmlp_deploy.bundle import Manifest
+from repmlp_deploy.errors import InputError
+
+__all__ = ["DATASETS", "SUFFIXES", "Dataset", "Sample", "read_dataset"]
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One thing to be judged.
+
+    Attributes:
+        images: files that the network sees: one, or two to compare.
+        target: class id; or 1 for two images of one face, 0 otherwise.
+        mask: file of class ids, where every pixel has its own.
+    """
+
+    images: tuple[Path, ...]
+    target: int = 0
+    mask: Path | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples in their order.
+
+    Attributes:
+        samples: what is to be judged.
+        remark: how it was read, for the report.
+    """
+
+    samples: tuple[Sample, ...]
+    remark: str
+
+    def digest(self) -> str:
+        """A SHA-256 of the files' names, lengths and times, and of the targets; contents are not read."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            for path in (*sample.images, *([] if sample.mask is None else [sample.mask])):
+                digest.update(f"{path.resolve()}|{_state(path)}|".encode())
+            digest.update(f"{sample.target}\n".encode())
+        return digest.hexdigest()
+
+
+def read_dataset(path: Path, manifest: Manifest) -> Dataset:
+    """The labelled data in `path`, for a network of this manifest.
+
+    Raises:
+        InputError: the task has no kind of data, or `path` is not of that kind; the first thing wrong is named.
+    """
+    if manifest.task not in DATASETS:
+        raise InputError(f"{manifest.name} has task {manifest.task}; repmlp-eval knows {', '.join(DATASETS)}")
+    if not path.exists():
+        raise InputError(f"--data {path}: no such file or folder")
+    try:
+        dataset = DATASETS[manifest.task](path, manifest)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--data {path} cannot be read: {error}") from None
+    if not dataset.samples:
+        raise InputError(f"--data {path} holds no images; expected {', '.join(SUFFIXES)} files")
+    return dataset
+
+
+def _read_classes(path: Path, manifest: Manifest) -> Dataset:
+    classes = manifest.output.shape[1] or 0
+    if path.is_file():
+        return _read_class_list(path, manifest.labels, classes)
+    folders = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not folders:
+        raise InputError(f"--data {path} has no folders; expected one a class, or a list file of lines `path label`")
+    ids, remark = _match_folders([folder.name for folder in folders], manifest.labels, classes, path)
+    samples = tuple(
+        Sample((image,), target) for folder, target in zip(folders, ids, strict=True) for image in _images(folder)
+    )
+    return Dataset(samples, remark)
+
+
+def _match_folders(
+    names: Sequence[str], labels: Sequence[str] | None, classes: int, path: Path
+) -> tuple[list[int], str]:
+    """The class id of every folder: by its name, by the number it is called, or by its place in sorted order."""
+    known = _ids_by_name(labels)
+    if any(name in known for name in names):
+        return [_id_of(name, known, f"--data {path}: folder") for name in names], "folders matched by name"
+    if all(name.isdecimal() and int(name) < classes for name in names):
+        return [int(name) for name in names], "folders matched by number"
+    if len(names) == classes:
+        return list(range(classes)), "folders matched by sorted order"
+    raise InputError(
+        f"--data {path} has {len(names)} class folders, none with a label as its name; the network has {classes} "
+        "classes: rename the folders, or give a list file of lines `path label`"
+    )
+
+
+def _read_class_list(path: Path, labels: Sequence[str] | None, classes: int) -> Dataset:
+    known = _ids_by_name(labels)
+    samples = []
+    for where, fields in _lines(path, 2):
+        image, label = fields
+        target = int(label) if label.isdecimal() and label not in known else _id_of(label, known, f"{where}: label")
+        if target >= classes:
+            raise InputError(f"{where}: label is {target}; the network has classes 0 to {classes - 1}")
+        samples.append(Sample((path.parent / image,), target))
+    return Dataset(tuple(samples), "labels from a list")
+
+
+def _read_masks(path: Path, manifest: Manifest) -> Dataset:
+    del manifest
+    for part in ("images", "masks"):
+        if not (path / part).is_dir():
+            raise InputError(f"--data {path} has no folder {part}; expected images/ and masks/")
+    masks = {mask.stem: mask for mask in (path / "masks").iterdir() if mask.suffix.lower() == ".png"}
+    images = _images(path / "images")
+    lacking = [image.name for image in images if image.stem not in masks]
+    if lacking:
+        raise InputError(
+            f"--data {path}: {len(lacking)} images have no PNG of their name in masks/, such as {lacking[0]}"
+        )
+    return Dataset(tuple(Sample((image,), mask=masks[image.stem]) for image in images), "masks matched by name")
+
+
+def _read_pairs(path: Path, manifest: Manifest) -> Dataset:
+    del manifest
+    if not path.is_file():
+        raise InputError(f"--data {path} is a folder; embed takes a list file of lines `path path same`")
+    samples = []
+    for where, (first, second, same) in _lines(path, 3):
+        if same not in ("0", "1"):
+            raise InputError(f"{where}: the last field is {same!r}; expected 1 for one face or 0 for two")
+        samples.append(Sample((path.parent / first, path.parent / second), int(same)))
+    if len({sample.target for sample in samples}) == 1:
+        raise InputError(f"--data {path} has pairs of one kind only; verification needs both 1 and 0")
+    return Dataset(tuple(samples), "pairs from a list")
+
+
+DATASETS: Mapping[str, Callable[[Path, Manifest], Dataset]] = {
+    "classify": _read_classes,
+    "segment": _read_masks,
+    "embed": _read_pairs,
+}
+"""Task to what reads its data."""
+
+
+def _ids_by_name(labels: Sequence[str] | None) -> dict[str, list[int]]:
+    """Label to its class ids; a few ImageNet labels name two classes."""
+    ids: dict[str, list[int]] = {}
+    for i, label in enumerate(labels or ()):
+        ids.setdefault(label, []).append(i)
+    return ids
+
+
+def _id_of(name: str, known: Mapping[str, Sequence[int]], what: str) -> int:
+    ids = known.get(name, ())
+    if len(ids) == 1:
+        return ids[0]
+    reason = f"names {len(ids)} classes" if ids else "is no label of the network"
+    raise InputError(f"{what} {name!r} {reason}: use class numbers")
+
+
+def _images(folder: Path) -> list[Path]:
+    """Image files in `folder` and below it, sorted."""
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    return sorted(path for path in files if path.is_file())
+
+
+def _lines(path: Path, count: int) -> list[tuple[str, list[str]]]:
+    """(place, fields) of every line that is not empty."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        fields = [field.strip() for field in line.split("\t")] if "\t" in line else line.rsplit(None, count - 1)
+        fields = fields if len(fields) == count and all(fields) else []
+        if not fields:
+            raise InputError(f"{path}:{number}: {line.strip()[:80]!r} is no line of {count} fields")
+        found.append((f"{path}:{number}", fields))
+    return found
+
+
+def _state(path: Path) -> str:
+    try:
+        state = path.stat()
+    except OSError:
+        return "missing"
+    return f"{state.st_size}|{state.st_mtime_ns}"
