@@ -38,7 +38,8 @@ def headlines(report: Report) -> list[str]:
     for model, batch in dict.fromkeys((row.model, row.batch) for row in report.rows):
         rows = [r for r in report.rows if (r.model, r.batch, r.mode) == (model, batch, "steady") and r.summary]
         if rows:
-            lines.append(_headline(report, min(rows, key=_median_ms)))
+            base = next((row.name for row in rows if row.ratio is None), report.baseline)
+            lines.append(_headline(base, min(rows, key=_median_ms)))
     return lines
 
 
@@ -46,11 +47,11 @@ def _median_ms(row: Row) -> float:
     return float("inf") if row.summary is None else row.summary.p50_ms
 
 
-def _headline(report: Report, best: Row) -> str:
+def _headline(base: str, best: Row) -> str:
     told = f"{best.model}, batch {best.batch}: {best.name} is fastest with {_median_ms(best):.3g} ms a call"
     ratio = best.ratio
     if ratio is not None and ratio.low is not None and ratio.high is not None:
-        told += f", {ratio.value:.3g} times as fast as {report.baseline} (95 %: {ratio.low:.3g} to {ratio.high:.3g})"
+        told += f", {ratio.value:.3g} times as fast as {base} (95 %: {ratio.low:.3g} to {ratio.high:.3g})"
     if best.error is not None:
         told += f"; its logits are within {best.error.max_abs:.1e} of the trained network's"
     return f"{told}."

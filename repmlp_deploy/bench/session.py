@@ -244,6 +244,9 @@ class _Session:
             self._show(f"{what}: round {r + 1} of {rounds}, about {int(left // 60)}:{int(left % 60):02d} left")
             for record in running[r % len(running) :] + running[: r % len(running)]:
                 self._time_slice(record, seconds / rounds)
+            running = [record for record in running if record.status != "failed"]
+            if not running:
+                break
             if r == rounds // 2:
                 self._measure_peaks()
         for record in running:

@@ -126,6 +126,10 @@ def test_the_headline_names_the_fastest_row_and_how_sure_that_is():
     assert "openvino bf16 is fastest" in first
     assert "95 %" in first
     assert "batch 8" in second
+    assert "as fast as torch-merged fp32" in first
+    rows = make_report().rows[1:5]  # without the baseline the first row is what ratios are against
+    other = make_report().model_copy(update={"rows": (rows[0].model_copy(update={"ratio": None}), *rows[1:])})
+    assert "as fast as onnx-merged fp32" in headlines(other)[0]
 
 
 def test_a_report_without_any_figure_still_makes_a_page():
