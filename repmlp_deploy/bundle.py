@@ -320,9 +320,11 @@ class Bundle:
             for name, content in self.contents.items():
                 _write(partial / name, content)
             _write(partial / MANIFEST, self.manifest.to_json().encode())
-            _flush_folder(partial)
+            for name in (*self.contents, MANIFEST):  # behind all writes: the disk has been at work since the first
+                _flush(partial / name)
+            _flush(partial)
             _take_place(partial, target)
-            _flush_folder(target.parent)
+            _flush(target.parent)
         except OSError as error:
             raise OutputError(
                 f"could not write {out}: {error.strerror or error}; what was there is untouched"
@@ -378,14 +380,13 @@ def _foreign_files(folder: Path) -> list[str]:
 def _write(path: Path, content: bytes) -> None:
     with path.open("xb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
-    if sys.platform == "win32":  # there, folders cannot be opened
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    if sys.platform == "win32" and path.is_dir():  # there, folders cannot be opened
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

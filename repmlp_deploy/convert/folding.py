@@ -100,8 +100,8 @@ class ChannelAffine(nn.Module):
 class FoldedUnit(nn.Module):
     """A RepMLP unit without BatchNorms: (N, C, H, W) -> (N, C, H, W); letters as in the module's text, J = C/S.
 
-    Holds `fc3`, every W_s transposed, (S, h·w, h·w); `scale`, a, (J, S, 1); `offset`, (J, S, h·w), m/a where `divided`
-    and m otherwise.
+    Holds `fc3`, every W_s transposed, (S, h·w, h·w), or (h·w, h·w) where S = 1; `scale`, a, (J, S, 1); `offset`,
+    (J, S, h·w), m/a where `divided` and m otherwise.
     """
 
     def __init__(self, unit: RepMLPUnit) -> None:
@@ -118,7 +118,8 @@ class FoldedUnit(nn.Module):
         scale, shift = a.view(J, S, 1), b.view(J, S, 1)
         offset = shift * row_sum + bias.detach().double().view(S, area)  # m, (J, S, h·w)
         self.divided = bool((offset.abs() <= _LARGEST_OFFSET * scale.abs()).all()) and bool((a != 0).all())
-        self.fc3 = _constant(matrix.transpose(1, 2).contiguous())
+        transposed = matrix.transpose(1, 2).contiguous()
+        self.fc3 = _constant(transposed[0] if S == 1 else transposed)
         self.scale = _constant(scale.to(matrix.dtype))
         self.offset = _constant((offset / scale if self.divided else offset).to(matrix.dtype))
         self.gp = _gate_of_affine(block.gp, a, b)
@@ -145,7 +146,7 @@ class FoldedUnit(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         """W of every shareset times its rows: (M, S, h·w) -> (M, S, h·w)."""
         if self.S == 1:
-            return x @ self.fc3[0]
+            return x @ self.fc3
         return (x.transpose(0, 1) @ self.fc3).transpose(0, 1)  # (S, M, h·w) × (S, h·w, h·w)
 
 
