@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +25,11 @@ except ImportError as missing:
     sys.stderr.write(f"error: {MissingDependency(missing.name or 'rich', 'cli')}\n")
     raise SystemExit(MissingDependency.exit_code) from None
 
-__all__ = ["one_line", "print_json", "print_table", "progress", "run_command", "typer"]
+__all__ = ["interrupt", "one_line", "print_json", "print_table", "progress", "run_command", "typer"]
 
 INTERRUPTED = 130
+
+_interrupted = threading.Event()
 
 
 def run_command(command: Callable[..., None], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -80,18 +83,33 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def interrupt(*_: object) -> None:
+    """A handler of SIGINT that cannot be lost: libraries swallow exceptions, so the next step raises it again."""
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _stoppable(show: Callable[[str], None]) -> Callable[[str], None]:
+    def step(name: str) -> None:
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
+        show(name)
+
+    return step
+
+
 @contextmanager
 def progress(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """A display of the current step on stderr: a spinner on a terminal, a line a step otherwise."""
     console = Console(file=sys.stderr)  # bound now: steps may redirect sys.stderr while they run
     if quiet:
-        yield lambda _step: None
+        yield _stoppable(lambda _step: None)
     elif console.is_terminal:
         with console.status("starting") as status:
-            yield status.update
+            yield _stoppable(status.update)
     else:
         stream = sys.stderr
-        yield lambda step: print(f"... {step}", file=stream, flush=True)
+        yield _stoppable(lambda step: print(f"... {step}", file=stream, flush=True))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:

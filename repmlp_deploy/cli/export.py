@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 from repmlp_deploy.bundle import Bundle, Hop
-from repmlp_deploy.cli.console import print_json, print_table, progress, run_command, typer
+from repmlp_deploy.cli.console import interrupt, print_json, print_table, progress, run_command, typer
 from repmlp_deploy.convert.options import GRAPHS, parse_batch, parse_formats, parse_size, require_choice
 from repmlp_deploy.numerics import TOLERANCES
 
@@ -21,6 +21,7 @@ def main() -> None:
     """Entry point."""
     # Weights are hundreds of megabytes: torch then asks for huge pages, and faults a thousand times less.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary folders are removed
     run_command(export_command)
 

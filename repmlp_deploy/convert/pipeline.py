@@ -619,6 +619,10 @@ def _cpu_name() -> str:
 
 def _peak_bytes() -> int | None:
     """The largest resident size this process has had; None where the system does not say."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # of this program alone: getrusage also counts what it was started from
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
     if sys.platform == "win32":
         return None
     import resource  # noqa: PLC0415 - not on Windows
