@@ -1,6 +1,6 @@
 """A pure MLP for small images: RepMLP blocks of 2021 interleaved with fully-connected layers over channels.
 
-The paper (arXiv 2105.01883, section 4.2, on CIFAR-10) specifies: no kernel above 1×1 at inference; RepMLP blocks
+The paper (arXiv 2105.01883, section 4.1, on CIFAR-10) specifies: no kernel above 1×1 at inference; RepMLP blocks
 interleaved with regular FC layers, that is 1×1 convolutions; three stages of 16, 32 and 64 channels with max pooling
 between them, on 32×32 images. No code or weights of it were released. Ours are the choices it leaves open: a 1×1 layer
 from the image to the first stage and from stage to stage, behind the pool; a BatchNorm and a ReLU behind every 1×1
