@@ -214,7 +214,7 @@ def _gate_of_affine(gp: GlobalPerceptron, a: Tensor, b: Tensor) -> GlobalPercept
     """The global perceptron of a·x + b, as one of x."""
     result = GlobalPerceptron.__new__(GlobalPerceptron)
     nn.Module.__init__(result)
-    result.fc1, result.fc2 = _conv_of_affine(gp.fc1, a, b), with_replaced(gp.fc2, {})
+    result.fc1, result.fc2 = _conv_of_affine(gp.fc1, a, b), gp.fc2
     return result
 
 

@@ -76,7 +76,7 @@ def _merge_block(block: RepMLPBlock) -> RepMLPBlock:
     nn.Module.__init__(merged)
     merged.C, merged.S, merged.h, merged.w, merged.kernels = block.C, block.S, block.h, block.w, ()
     merged.as_convolution = block.as_convolution
-    merged.gp = with_replaced(block.gp, {})
+    merged.gp = block.gp
     merged.fc3 = block.merged_fc3()
     merged.fc3_bn = None
     return merged

@@ -20,9 +20,13 @@ def with_replaced(root: ModuleT, replacements: Mapping[nn.Module, nn.Module]) ->
     The copy has parameters and buffers of its own, over the same memory where nothing changed: hundreds of megabytes
     are not copied, and `copy.half()` leaves `root` alone, but training one in place would change the other.
     """
-    memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
-    for parameter in root.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    for buffer in root.buffers():
-        memo[id(buffer)] = buffer.detach()
+    memo: dict[int, Any] = {}
+    modules: list[nn.Module] = [root, *replacements.values()]
+    for module in modules:
+        for parameter in module.parameters():
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        for buffer in module.buffers():
+            memo[id(buffer)] = buffer.detach()
+    # replacements are copied as well: what they took over from `root` must not tie the copy to it
+    memo |= {id(old): copy.deepcopy(new, memo) for old, new in replacements.items()}
     return copy.deepcopy(root, memo)

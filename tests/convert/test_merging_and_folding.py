@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import randomize
+from repmlp_deploy import get_model
 from repmlp_deploy.convert.folding import FoldedUnit, fold_affine
 from repmlp_deploy.convert.merging import merge_branches, upstream_form
 from repmlp_deploy.nets.blocks import RepMLPBlock, RepMLPUnit
@@ -58,6 +59,17 @@ def test_merging_leaves_its_input_untouched(small_network: RepMLPNet) -> None:
     after = small_network.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) and after[key].dtype == before[key].dtype for key in before)
+
+
+@pytest.mark.parametrize("name", ["repmlp-digits", "pure-mlp-digits"])
+def test_neither_merging_nor_folding_ties_the_copy_to_its_input(name: str) -> None:
+    """Another type for the copy is none for what it was made of."""
+    trained = get_model(name, pretrained=True)
+    merged = merge_branches(trained)
+    fold_affine(merged).half()
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
+    merged.half()
+    assert {parameter.dtype for parameter in trained.parameters()} == {torch.float32}
 
 
 def test_merging_copies_no_weight_that_it_does_not_change(small_network: RepMLPNet) -> None:
