@@ -5,7 +5,7 @@ Shapes use the papers' letters: N batch, C channels, (H, W) the map, (h, w) a pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -275,7 +275,8 @@ class RepMLPUnit(nn.Module):
 
 @torch.no_grad()
 def switch_blocks(root: nn.Module) -> None:
-    """Merge every RepMLP block inside `root` in place; those that are merged already stay as they are."""
+    """Merge what can be merged below `root` in place; what is merged already stays as it is."""
     for module in list(root.modules()):
-        if isinstance(module, RepMLPBlock):
-            module.switch_to_deploy()
+        switch: Callable[[], None] | None = getattr(module, "switch_to_deploy", None)
+        if module is not root and switch is not None:
+            switch()

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
-from repmlp_deploy.nets.blocks import MergeableConvBN
+from repmlp_deploy.nets.blocks import MergeableConvBN, switch_blocks
 from repmlp_deploy.nets.repmlp import RepMLP
 from repmlp_deploy.nets.shapes import partition_of, read_block, square_input
 
@@ -130,9 +130,7 @@ class PureMLP(nn.Module):
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
         """Merge every block and FC layer in place; `merge_branches` leaves its input untouched."""
-        for module in list(self.modules()):
-            if isinstance(module, RepMLP | MergeableConvBN):
-                module.switch_to_deploy()
+        switch_blocks(self)
 
 
 def infer_pure_mlp(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> PureMLPSpec:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
-from repmlp_deploy.nets.blocks import MergeableConvBN
+from repmlp_deploy.nets.blocks import MergeableConvBN, switch_blocks
 from repmlp_deploy.nets.repmlp import RepMLP
 from repmlp_deploy.nets.shapes import partition_of, read_block, square_input
 
@@ -152,9 +152,7 @@ class RepMLPResNet(nn.Module):
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
         """Merge every block and convolution in place; `merge_branches` leaves its input untouched."""
-        for module in list(self.modules()):
-            if isinstance(module, RepMLP | MergeableConvBN):
-                module.switch_to_deploy()
+        switch_blocks(self)
 
 
 def _shortcut(in_channels: int, channels: int, stride: int, *, deploy: bool) -> nn.Module:
