@@ -19,8 +19,9 @@ from repmlp_deploy.card import ModelCard, data_root, load_card
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.merging import merge_branches
 from repmlp_deploy.convert.options import FORMATS
-from repmlp_deploy.convert.pipeline import export, load_trained
+from repmlp_deploy.convert.pipeline import export
 from repmlp_deploy.convert.probing import probe_inputs, record_probe
+from repmlp_deploy.convert.trained import load_trained
 from repmlp_deploy.errors import InputError, RepMLPError
 from repmlp_deploy.nets.families import card_spec
 

@@ -14,7 +14,7 @@ from repmlp_deploy.bench.results import ProfileLine
 from repmlp_deploy.bench.subjects import Job
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.merging import merge_branches, upstream_form
-from repmlp_deploy.convert.pipeline import load_trained
+from repmlp_deploy.convert.trained import load_trained
 from repmlp_deploy.errors import InputError
 
 __all__ = ["NetworkSubject", "open_network"]

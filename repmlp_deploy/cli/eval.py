@@ -106,7 +106,7 @@ def _trained_run(ckpt: Path, bundle: Bundle) -> Run:
     """
     import torch  # noqa: PLC0415 - only with --ckpt
 
-    from repmlp_deploy.convert.pipeline import load_trained  # noqa: PLC0415 - loads torch
+    from repmlp_deploy.convert.trained import load_trained  # noqa: PLC0415 - loads torch
 
     trained = load_trained(ckpt, allow_merged=True)
     network, takes = trained.network, bundle.manifest.input.shape[2:]

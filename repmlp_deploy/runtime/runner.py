@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,10 +24,12 @@ class RunnerOptions:
     Attributes:
         device: `cpu`, `cuda`, or None for the best that is there.
         threads: of one inference; None leaves the choice to the runtime.
+        cache: folder for what a runtime compiles or optimises, so that the next start is quick; None keeps nothing.
     """
 
     device: str | None = None
     threads: int | None = None
+    cache: Path | None = None
 
 
 class Runner(Protocol):

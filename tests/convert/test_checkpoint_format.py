@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from conftest import randomize
 from golden_cases import GoldenCase, assert_matches_golden
 from repmlp_deploy import Predictor, export
-from repmlp_deploy.convert.pipeline import load_trained
+from repmlp_deploy.convert.trained import load_trained
 from repmlp_deploy.errors import CheckpointError
 from repmlp_deploy.nets.families import FAMILIES
 from repmlp_deploy.nets.pure_mlp import PureMLPSpec

@@ -15,8 +15,8 @@ from repmlp_deploy.convert.checkpoint import read_checkpoint
 from repmlp_deploy.convert.layouts import find_state_dict
 from repmlp_deploy.convert.merging import merge_branches
 from repmlp_deploy.convert.options import parse_batch, parse_formats, parse_size
-from repmlp_deploy.convert.pipeline import load_trained
 from repmlp_deploy.convert.simplifying import SimplificationFailed
+from repmlp_deploy.convert.trained import load_trained
 from repmlp_deploy.errors import CheckpointError, InputError, VerificationError
 
 

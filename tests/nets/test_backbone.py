@@ -8,7 +8,7 @@ from torch import nn
 from repmlp_deploy import Predictor, export
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.merging import merge_branches
-from repmlp_deploy.convert.pipeline import load_trained
+from repmlp_deploy.convert.trained import load_trained
 from repmlp_deploy.errors import CardError, CheckpointError, InputError
 from repmlp_deploy.nets.families import build_network
 from repmlp_deploy.nets.repmlpnet import RepMLPNet, RepMLPNetSpec

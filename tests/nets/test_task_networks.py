@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from repmlp_deploy.card import list_cards, load_card
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.merging import merge_branches
-from repmlp_deploy.convert.pipeline import load_trained
+from repmlp_deploy.convert.trained import load_trained
 from repmlp_deploy.errors import CardError, CheckpointError
 from repmlp_deploy.nets.families import FAMILIES, build_network, card_spec
 from repmlp_deploy.nets.pspnet import PSPHead, PSPNet, _pooled

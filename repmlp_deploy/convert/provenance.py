@@ -1,0 +1,77 @@
+"""Provenance: what a bundle was made from, with what, where and how long it took."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import repmlp_deploy
+from repmlp_deploy.convert.probing import SAMPLES, SEED
+from repmlp_deploy.convert.trained import Trained
+
+__all__ = ["describe_provenance"]
+
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf", "numpy")
+
+
+def describe_provenance(trained: Trained, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Checkpoint, probe, versions, machine, seconds of every step and the largest resident size, for the manifest."""
+    source: dict[str, Any] = {"checkpoint": None}
+    if trained.checkpoint is not None and trained.state is not None:
+        source["checkpoint"] = {
+            "file": trained.checkpoint.path.name,
+            "sha256": trained.checkpoint.sha256,
+            "layout": trained.state.layout.name,
+            "container": trained.state.container,
+            "prefix": trained.state.prefix,
+            "merged": trained.state.merged,
+        }
+    return {
+        **source,
+        "parameters": sum(parameter.numel() for parameter in trained.network.parameters()),
+        "probe": {"seed": SEED, "samples": SAMPLES},
+        "versions": {"repmlp-deploy": repmlp_deploy.__version__, "python": platform.python_version()}
+        | {name: version for name in PACKAGES if (version := _version(name))},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "seconds": dict(seconds),
+        "peak_bytes": _peak_bytes(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _peak_bytes() -> int | None:
+    """The largest resident size this process has had; None where the system does not say."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # of this program alone: getrusage also counts what it was started from
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+    if sys.platform == "win32":
+        return None
+    import resource  # noqa: PLC0415 - not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
