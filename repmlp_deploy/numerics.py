@@ -3,6 +3,8 @@
 The reference is always the trained network in float64. Its own float32 run differs from that by rounding alone:
 the *noise floor*. An exact transformation run in float32 can only be expected to stay near that floor, and has
 no excuse to be far from it, so float32 tolerances are a multiple of the floor and not a guessed constant.
+
+Every sample has a floor of its own: an error on a quiet one cannot hide behind the rounding of a loud one.
 """
 
 from __future__ import annotations
@@ -15,7 +17,17 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.errors import VerificationError
 
-__all__ = ["TOLERANCES", "Comparison", "Tolerance", "allowed_error", "compare", "noise_floor", "require_close"]
+__all__ = [
+    "TOLERANCES",
+    "Comparison",
+    "Tolerance",
+    "allowed_error",
+    "compare",
+    "noise_floor",
+    "noise_floors",
+    "require_close",
+    "sample_errors",
+]
 
 Array = NDArray[Any]
 
@@ -39,8 +51,20 @@ TOLERANCES = {
         reason="the same arithmetic in another order: every step of every network measured stays below 1.5 floors, "
         "while one FC3 scaled by a thousandth is beyond 40 and a forgotten branch or bias beyond 10,000",
     ),
+    "fp64": Tolerance(
+        floor_ratio=1024 * 2.0**-29,
+        reason="merging and folding computed in float64, whose unit of rounding is 2⁻²⁹ of float32's: what the algebra "
+        "leaves is below 40 floors of that size, with redrawn BatchNorms too; a wrong formula, or one weight of FC3 "
+        "changed by a thousandth, is beyond 1,000,000",
+    ),
+    "weights": Tolerance(
+        floor_ratio=8.0,
+        reason="the floor is half a unit in the last place of a row's largest weight, one rounding to float32: merging "
+        "rounds once and folding twice more, which stays below 2.5, while one weight changed by a thousandth of its "
+        "row's largest is beyond 10,000",
+    ),
 }
-"""One row a precision. A comparison that no row fails would prove nothing: each has a test in which it must fail."""
+"""One row a kind of arithmetic. A comparison that no row fails would prove nothing: each has a test that it fails."""
 
 _FLOOR_EPS = 4.0  # a floor below 4 units in the last place of the largest output was luck, not precision
 
@@ -83,11 +107,7 @@ def compare(output: Array, reference: Array, *, classes: bool = True) -> Compari
     Raises:
         VerificationError: the shapes differ, or the output is not finite.
     """
-    if output.shape != reference.shape:
-        raise VerificationError(f"output has shape {output.shape}; the reference has {reference.shape}")
-    y, r = output.astype(np.float64), reference.astype(np.float64)
-    if not np.isfinite(y).all():
-        raise VerificationError(f"output has {np.count_nonzero(~np.isfinite(y))} values that are not finite")
+    y, r = _checked(output, reference)
     error = np.abs(y - r)
     n = len(r)
     flat_y, flat_r = y.reshape(n, -1), r.reshape(n, -1)
@@ -107,8 +127,30 @@ def compare(output: Array, reference: Array, *, classes: bool = True) -> Compari
 
 def noise_floor(float32_output: Array, reference: Array) -> float:
     """The largest absolute error that float32 alone gives the trained network, never below a few units in the last place."""  # noqa: E501
-    measured = compare(float32_output, reference, classes=False).max_abs
-    return max(measured, _FLOOR_EPS * float(np.finfo(np.float32).eps) * float(np.abs(reference).max()))
+    return float(noise_floors(float32_output, reference).max())
+
+
+def noise_floors(float32_output: Array, reference: Array) -> NDArray[np.float64]:
+    """The noise floor of every sample: (N, …) twice -> (N,).
+
+    Raises:
+        VerificationError: the shapes differ, or the float32 output is not finite.
+    """
+    measured = sample_errors(float32_output, reference)
+    least = _FLOOR_EPS * float(np.finfo(np.float32).eps) * np.abs(reference).reshape(len(reference), -1).max(axis=1)
+    floors: NDArray[np.float64] = np.maximum(measured, least)
+    return floors
+
+
+def sample_errors(output: Array, reference: Array) -> NDArray[np.float64]:
+    """The largest absolute error of every sample, in float64: (N, …) twice -> (N,).
+
+    Raises:
+        VerificationError: the shapes differ, or the output is not finite.
+    """
+    y, r = _checked(output, reference)
+    errors: NDArray[np.float64] = np.abs(y - r).reshape(len(r), -1).max(axis=1)
+    return errors
 
 
 def allowed_error(precision: str, floor: float) -> float:
@@ -135,3 +177,13 @@ def require_close(  # noqa: PLR0913 - what is compared, and how it is judged
             f"({TOLERANCES[precision].floor_ratio:g} times the noise floor)"
         )
     return result
+
+
+def _checked(output: Array, reference: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both in float64, if they can be compared."""
+    if output.shape != reference.shape:
+        raise VerificationError(f"output has shape {output.shape}; the reference has {reference.shape}")
+    y, r = output.astype(np.float64), reference.astype(np.float64)
+    if not np.isfinite(y).all():
+        raise VerificationError(f"output has {np.count_nonzero(~np.isfinite(y))} values that are not finite")
+    return y, r

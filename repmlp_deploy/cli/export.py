@@ -11,8 +11,7 @@ from typing import Annotated
 
 from repmlp_deploy.bundle import Bundle, Hop
 from repmlp_deploy.cli.console import interrupt, print_json, print_table, progress, run_command, typer
-from repmlp_deploy.convert.options import GRAPHS, parse_batch, parse_formats, parse_size, require_choice
-from repmlp_deploy.numerics import TOLERANCES
+from repmlp_deploy.convert.options import GRAPHS, PRECISIONS, parse_batch, parse_formats, parse_size, require_choice
 
 __all__ = ["main", "print_hops", "print_report"]
 
@@ -54,7 +53,7 @@ def export_command(  # noqa: PLR0913 - one an option
     wanted, sizes = parse_formats(formats), parse_batch(batch)
     size = None if input_size is None else parse_size(input_size)
     require_choice("--graph", graph, GRAPHS)
-    require_choice("--precision", precision, tuple(TOLERANCES))
+    require_choice("--precision", precision, PRECISIONS)
     with progress() as show:
         show("loading PyTorch")
         from repmlp_deploy.convert.pipeline import export  # noqa: PLC0415 - seconds: not for --help or a bad option

@@ -42,14 +42,13 @@ from repmlp_deploy.convert.layouts import to_layout
 from repmlp_deploy.convert.merging import merge_branches, upstream_form
 from repmlp_deploy.convert.onnx_export import Traced, export_graph, trace_network, with_metadata
 from repmlp_deploy.convert.onnx_proto import serialize_model
-from repmlp_deploy.convert.options import GRAPHS, parse_batch, parse_formats, require_choice
+from repmlp_deploy.convert.options import GRAPHS, PRECISIONS, parse_batch, parse_formats, require_choice
 from repmlp_deploy.convert.probing import probe_like, record_probe, run_network
 from repmlp_deploy.convert.provenance import describe_provenance
 from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
 from repmlp_deploy.convert.trained import OwnRequest, Trained, find_interface, load_own, take_trained
 from repmlp_deploy.errors import InputError, VerificationError
 from repmlp_deploy.nets.flat import Flat
-from repmlp_deploy.numerics import TOLERANCES
 from repmlp_deploy.runtime.onnx_runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.tasks import find_task
@@ -86,7 +85,7 @@ def export(  # noqa: PLR0913 - one a command-line option
         card: see `load_trained`; for a network that is no family's, only what it says of images, labels and the name.
         formats: of `FORMATS`, as a sequence or comma-separated.
         graph: `folded`, or `merged` for what upstream's own merge leaves.
-        precision: of the graph; a row of `numerics.TOLERANCES`.
+        precision: of the graph; of `PRECISIONS`.
         batch: sizes to serve, `MIN:OPT:MAX`, or one that is fixed.
         weights: see `load_trained`.
         input_size: see `load_trained`.
@@ -171,7 +170,7 @@ class _Request:
     def check(self) -> None:
         """Raise, before minutes are spent, if it cannot be had here."""
         require_choice("--graph", self.graph, GRAPHS)
-        require_choice("--precision", self.precision, tuple(TOLERANCES))
+        require_choice("--precision", self.precision, PRECISIONS)
         for name in self.formats:
             if name in FLAVOURS:
                 check_flavour(name)
