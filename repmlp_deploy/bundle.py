@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,6 +44,7 @@ __all__ = [
     "Manifest",
     "Probe",
     "TensorSpec",
+    "Verdict",
     "check_output_folder",
     "hash_file",
 ]
@@ -96,9 +97,12 @@ class BatchRange(_Frozen):
 class Hop(_Frozen):
     """One line of the certificate: what was compared with the trained network, and how close it came.
 
+    Every sample has a floor of its own; `max_abs`, `floor`, `allowed`, `ratio` and `margin` are those of the sample
+    that comes closest to what it is allowed.
+
     Attributes:
         name: the step.
-        batch: size of the batch it ran with; 0 when the samples ran one by one through all batch sizes.
+        batch: size of the batch it ran with; 0 where nothing ran and weights were compared.
         max_abs: largest absolute error against the trained network in float64.
         mean_abs: mean absolute error.
         max_rel: `max_abs` over the largest absolute reference.
@@ -109,6 +113,9 @@ class Hop(_Frozen):
         allowed: largest `max_abs` that passes.
         passed: whether it did; None for the floor itself.
         note: anything a reader must know.
+        ratio: `max_abs` over `floor`.
+        margin: `allowed` over `max_abs`; None where the error is nothing.
+        sample: the sample of the probe, from 0; None where weights were compared.
     """
 
     name: str
@@ -123,6 +130,34 @@ class Hop(_Frozen):
     allowed: float
     passed: bool | None
     note: str = ""
+    ratio: float | None = None
+    margin: float | None = None
+    sample: int | None = None
+
+
+class Verdict(_Frozen):
+    """What the certificate comes to.
+
+    Attributes:
+        passed: whether every hop did.
+        margin: the smallest of them: how often the largest error fits into what is allowed; None where none has one.
+        closest: the hop with that margin.
+    """
+
+    passed: bool
+    margin: float | None
+    closest: str | None
+
+    @classmethod
+    def of(cls, hops: Sequence[Hop]) -> Verdict:
+        """The verdict on these hops."""
+        judged = [hop for hop in hops if hop.passed is not None]
+        closest = min((hop for hop in judged if hop.margin is not None), key=lambda hop: hop.margin or 0, default=None)
+        return cls(
+            passed=all(hop.passed for hop in judged),
+            margin=None if closest is None else closest.margin,
+            closest=None if closest is None else closest.name,
+        )
 
 
 class Manifest(_Frozen):
@@ -148,6 +183,7 @@ class Manifest(_Frozen):
     artifacts: dict[str, ArtifactEntry]
     probe: FileEntry
     certificate: tuple[Hop, ...]
+    verdict: Verdict | None = None
     provenance: dict[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -213,9 +249,9 @@ class Probe:
         order = np.arange(size) % len(self.inputs)
         return self.inputs[order], self.reference[order]
 
-    def batches(self, size: int) -> tuple[list[NDArray[Any]], list[NDArray[np.float64]]]:
-        """Every input and every reference of a batch of `size`, cycling through the samples."""
-        order = np.arange(size) % len(self.inputs)
+    def batches(self, size: int, start: int = 0) -> tuple[list[NDArray[Any]], list[NDArray[np.float64]]]:
+        """Every input and every reference of a batch of `size`, cycling through the samples from `start` on."""
+        order = (start + np.arange(size)) % len(self.inputs)
         inputs = [value[order] for value in (self.inputs, *self.further_inputs)]
         return inputs, [reference[order] for reference, _ in self.answers()]
 

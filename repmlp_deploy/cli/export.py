@@ -82,16 +82,33 @@ def print_hops(title: str, hops: Sequence[Hop]) -> None:
     """A table with a line a comparison."""
     print_table(
         title,
-        ("step", "verdict", "batch", "max error", "mean error", "between samples", "allowed", "top-1"),
+        (
+            "step",
+            "verdict",
+            "batch",
+            "max error",
+            "mean error",
+            "relative",
+            "between samples",
+            "1 - cosine",
+            "floors",
+            "allowed",
+            "margin",
+            "top-1",
+        ),
         [
             (
                 hop.name,
-                hop.note or ("equal" if hop.passed else "FAILED"),
-                str(hop.batch),
+                hop.note if hop.passed is None else "equal" if hop.passed else "FAILED",
+                str(hop.batch or ""),
                 f"{hop.max_abs:.2e}",
                 f"{hop.mean_abs:.2e}",
+                f"{hop.max_rel:.1e}",
                 "" if hop.between is None else f"{hop.between:.1e}",
+                f"{max(0.0, 1 - hop.cosine):.0e}",
+                "" if hop.ratio is None else f"{hop.ratio:.2g}",
                 f"{hop.allowed:.2e}",
+                "" if hop.margin is None else f"{hop.margin:.3g}×",
                 "" if hop.top1 is None else f"{100 * hop.top1:g} %",
             )
             for hop in hops

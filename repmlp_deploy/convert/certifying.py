@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import BatchRange, Bundle, Hop, Probe
 from repmlp_deploy.errors import MissingDependency, MissingDevice, VerificationError
-from repmlp_deploy.numerics import allowed_error, compare, noise_floor
+from repmlp_deploy.numerics import allowed_error, compare, noise_floors, sample_errors
 from repmlp_deploy.runtime.runner import RUNNERS, RunnerOptions, open_runner
 from repmlp_deploy.runtime.tasks import find_task
 
@@ -42,32 +42,34 @@ class Certifier:
         self._sizes = tuple(sizes)
         self._class_axes = class_axes
         self._suffixes = [f": {name}" for name in outputs] if len(outputs) > 1 else [""]
-        self._floors = [noise_floor(float32, reference) for reference, float32 in probe.answers()]
-        self.floor = self._floors[0]
+        self._floors = [noise_floors(float32, reference) for reference, float32 in probe.answers()]
+        self.floor = float(self._floors[0].max())
         self.hops: list[Hop] = []
+        rows = np.arange(len(probe.inputs))
         for i, (reference, float32) in enumerate(probe.answers()):
-            line = self._hop("trained, float32", i, float32, reference, allowed=self._floors[i])
-            self.hops.append(line.model_copy(update={"passed": None, "note": "the noise floor"}))
+            line = self._hop("trained, float32", i, float32, reference, self._floors[i], rows)
+            self.hops.append(line.model_copy(update={"passed": None, "margin": None, "note": "the noise floor"}))
 
     def measure(self, name: str, run: Run, precision: str) -> list[Hop]:
         """The lines of one step, a batch size and output each, judged but not recorded.
 
+        The largest batch size sees every sample, in as many batches as that takes; the others see one batch each.
+
         Raises:
             VerificationError: an output has another shape or is not finite, or there is another number of them.
         """
-        hops = []
+        hops, samples, start = [], len(self._probe.inputs), 0
         for size in self._sizes:
-            inputs, references = self._probe.batches(size)
-            answer = run(*inputs)
-            outputs = [answer] if isinstance(answer, np.ndarray) else list(answer)
-            if len(outputs) != len(references):
-                raise VerificationError(f"{name} has {len(outputs)} outputs; the trained network has {len(references)}")
-            for i, (output, reference) in enumerate(zip(outputs, references, strict=True)):
-                allowed = allowed_error(precision, self._floors[i])
+            starts = range(0, samples, size) if size == max(self._sizes) else (start,)
+            rows = np.concatenate([(first + np.arange(size)) % samples for first in starts])
+            for i, output in enumerate(self._run(name, run, size, starts)):
+                reference, floors = self._probe.answers()[i][0][rows], self._floors[i][rows]
                 try:
-                    hops.append(self._hop(name, i, output, reference, allowed=allowed))
+                    hop = self._hop(name, i, output, reference, floors, rows, precision)
                 except VerificationError as error:
                     raise VerificationError(f"{name}{self._suffixes[i]} at batch {size}: {error}") from None
+                hops.append(hop.model_copy(update={"batch": size}))
+            start += size
         return hops
 
     def require(self, name: str, run: Run, precision: str = "fp32") -> None:
@@ -76,27 +78,90 @@ class Certifier:
         Raises:
             VerificationError: it strays too far from the trained network.
         """
-        hops = self.measure(name, run, precision)
+        self.record(self.measure(name, run, precision), precision)
+
+    def first_sample(self) -> tuple[list[NDArray[Any]], list[NDArray[np.float64]]]:
+        """Every input of the first sample, (1, …), floats in float64, and the trained network's answers to it."""
+        inputs, references = self._probe.batches(1)
+        return [x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x for x in inputs], references
+
+    def require_exact(
+        self, name: str, outputs: Sequence[NDArray[Any]], references: Sequence[NDArray[np.float64]]
+    ) -> None:
+        """Record the lines of one step that ran in float64 on the first sample: no more than its rounding is allowed.
+
+        Args:
+            name: the step.
+            outputs: what it answers; float32 where the network's own code goes through float32.
+            references: what is answered by the network that it was made of. Where that is not the trained one, the
+                floor is the trained one's, relative to the largest output.
+
+        Raises:
+            VerificationError: more than rounding is between them.
+        """
+        hops, rows = [], np.zeros(1, np.int64)
+        for i, (output, reference) in enumerate(zip(outputs, references, strict=True)):
+            own = np.abs(self._probe.answers()[i][0][:1]).max()
+            floors = self._floors[i][:1] * (np.abs(reference).max() / own if own > 0 else 1.0)
+            precision = "fp64" if output.dtype == np.float64 else "fp32"
+            hops.append(self._hop(name, i, output, reference, floors, rows, precision))
+        self.record(hops, "fp64")
+
+    def record(self, hops: Sequence[Hop], precision: str) -> None:
+        """Keep these lines.
+
+        Raises:
+            VerificationError: one of them did not pass.
+        """
         self.hops += hops
         for hop in hops:
             if not hop.passed:
+                where = f" at batch {hop.batch}" if hop.batch else f" ({hop.note})"
                 raise VerificationError(
-                    f"{hop.name} at batch {hop.batch} differs from the trained network by {hop.max_abs:.2e}; "
+                    f"{hop.name}{where} differs from the trained network by {hop.max_abs:.2e}; "
                     f"{precision} allows {hop.allowed:.2e}: nothing was written; please report this checkpoint"
                 )
 
-    def _hop(
-        self, name: str, index: int, output: NDArray[Any], reference: NDArray[np.float64], *, allowed: float
+    def _run(self, name: str, run: Run, size: int, starts: Sequence[int]) -> list[NDArray[Any]]:
+        """Every output of the batches that begin with these samples, one behind the other."""
+        answers = []
+        for start in starts:
+            inputs, references = self._probe.batches(size, start)
+            answer = run(*inputs)
+            outputs = [answer] if isinstance(answer, np.ndarray) else list(answer)
+            if len(outputs) != len(references):
+                raise VerificationError(f"{name} has {len(outputs)} outputs; the trained network has {len(references)}")
+            answers.append(outputs)
+        return [np.concatenate(batches) for batches in zip(*answers, strict=True)]
+
+    def _hop(  # noqa: PLR0913 - what is compared, and how it is judged
+        self,
+        name: str,
+        index: int,
+        output: NDArray[Any],
+        reference: NDArray[np.float64],
+        floors: NDArray[np.float64],
+        rows: NDArray[np.int64],
+        precision: str = "fp32",
     ) -> Hop:
+        """The line of one output; `floors` and `rows`, the samples, have an entry for each of its rows."""
         result = compare(output, reference, classes=reference.ndim == self._class_axes)
+        errors = sample_errors(output, reference)
+        worst = int(np.argmax(errors / floors))
+        error, floor = float(errors[worst]), float(floors[worst])
+        allowed = allowed_error(precision, floor)
         return Hop.model_validate(
             {
                 "name": name + self._suffixes[index],
                 "batch": len(output),
                 **result.as_dict(),
-                "floor": self._floors[index],
+                "max_abs": error,
+                "floor": floor,
                 "allowed": allowed,
-                "passed": result.max_abs <= allowed,
+                "passed": error <= allowed,
+                "ratio": error / floor,
+                "margin": allowed / error if error > 0 else None,
+                "sample": int(rows[worst]),
             }
         )
 

@@ -32,12 +32,15 @@ from repmlp_deploy.bundle import (
     Manifest,
     Probe,
     TensorSpec,
+    Verdict,
     check_output_folder,
 )
 from repmlp_deploy.card import ModelCard, load_labels
+from repmlp_deploy.convert.algebra import Step, prove_algebra
 from repmlp_deploy.convert.certifying import Certifier, Run, batch_sizes
 from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
 from repmlp_deploy.convert.folding import fold_affine
+from repmlp_deploy.convert.graph_weights import match_weights
 from repmlp_deploy.convert.layouts import to_layout
 from repmlp_deploy.convert.merging import merge_branches, upstream_form
 from repmlp_deploy.convert.onnx_export import Traced, export_graph, trace_network, with_metadata
@@ -143,7 +146,7 @@ def export(  # noqa: PLR0913 - one a command-line option
                 certifier.require("torch.export program", partial(run_network, traced.program.module()))
                 made.add("torch", "model.pt2", _program_file(traced))
         if request.needs_onnx:
-            _make_onnx(traced, trained, request, certifier, made, clock)
+            _make_onnx(traced, network, trained, request, certifier, made, clock)
     made.add_file(PROBE, probe.to_bytes())
     manifest = _manifest(trained, request, probe, certifier, made, clock)
     with clock.step("save"):
@@ -184,17 +187,28 @@ def _reparameterize(
         merged = trained.network if trained.merged else _merged(trained)
     with clock.step("verify merged"):
         certifier.require("merged", partial(run_network, merged))
-    if request.graph == "merged":
-        return merged, upstream_form(merged)
-    with clock.step("fold"):
-        folded = fold_affine(merged, keep_unknown=trained.interface is not None)
-    with clock.step("verify folded"):
-        certifier.require("folded", partial(run_network, folded))
-    return merged, folded
+    steps = [] if trained.merged else [Step("merged", merge_branches, merged)]
+    network = upstream_form(merged) if request.graph == "merged" else None
+    if network is None:
+        fold = partial(fold_affine, keep_unknown=trained.interface is not None)
+        with clock.step("fold"):
+            network = fold(merged)
+        with clock.step("verify folded"):
+            certifier.require("folded", partial(run_network, network))
+        steps.append(Step("folded", fold, network))
+    with clock.step("verify algebra"):
+        prove_algebra(trained.network, steps, certifier)
+    return merged, network
 
 
 def _make_onnx(  # noqa: PLR0913 - the values that meet here
-    traced: Traced, trained: Trained, request: _Request, certifier: Certifier, made: _Artifacts, clock: _Clock
+    traced: Traced,
+    network: nn.Module,
+    trained: Trained,
+    request: _Request,
+    certifier: Certifier,
+    made: _Artifacts,
+    clock: _Clock,
 ) -> None:
     """The ONNX graph, verified, simplified, verified again; and the engines built from it."""
     with clock.step("export"):
@@ -204,9 +218,12 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
         data = serialize_model(model)
     with clock.step("verify exported"):
         certifier.require("exported ONNX", _onnx_run(data), request.precision)
+        certifier.record([match_weights("exported ONNX weights", model, network)], "weights")
+        made.graphs["exported"] = hashlib.sha256(data).hexdigest()
     with clock.step("simplify"):
         try:
-            model, data = _simplified(model, certifier, request.precision)
+            model, data = _simplified(model, network, certifier, request.precision)
+            made.graphs["simplified"] = hashlib.sha256(data).hexdigest()
         except SimplificationFailed as error:
             made.notes.append(f"not simplified: {error}")
     about = {"opset": model.opset_import[0].version, "nodes": len(model.graph.node)}
@@ -249,7 +266,8 @@ def _manifest(  # noqa: PLR0913 - the values that meet here
         artifacts=made.entries,
         probe=made.files[PROBE],
         certificate=tuple(certifier.hops),
-        provenance=describe_provenance(trained, clock.seconds),
+        verdict=Verdict.of(certifier.hops),
+        provenance={**describe_provenance(trained, clock.seconds), "graphs": made.graphs},
         notes=tuple(made.notes),
     )
 
@@ -286,6 +304,7 @@ class _Artifacts:
     entries: dict[str, ArtifactEntry] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
     contents: dict[str, bytes] = field(default_factory=dict)
+    graphs: dict[str, str] = field(default_factory=dict)
 
     def add_file(self, name: str, data: bytes) -> None:
         self.contents[name] = data
@@ -303,7 +322,9 @@ def _onnx_run(data: bytes) -> Run:
     return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))
 
 
-def _simplified(graph: onnx.ModelProto, certifier: Certifier, precision: str) -> tuple[onnx.ModelProto, bytes]:
+def _simplified(
+    graph: onnx.ModelProto, network: nn.Module, certifier: Certifier, precision: str
+) -> tuple[onnx.ModelProto, bytes]:
     """The simplified graph, verified, and its bytes.
 
     Raises:
@@ -313,11 +334,13 @@ def _simplified(graph: onnx.ModelProto, certifier: Certifier, precision: str) ->
     data = serialize_model(simplified)
     try:
         hops = certifier.measure("simplified ONNX", _onnx_run(data), precision)
+        hops.append(match_weights("simplified ONNX weights", simplified, network))
     except (VerificationError, InputError) as error:
         raise SimplificationFailed(str(error)) from error
     failed = [hop for hop in hops if not hop.passed]
     if failed:
-        raise SimplificationFailed(f"onnxsim changed the output by {failed[0].max_abs:.2e}")
+        what = "the output" if failed[0].batch else f"a weight ({failed[0].note})"
+        raise SimplificationFailed(f"onnxsim changed {what} by {failed[0].max_abs:.2e}")
     certifier.hops += hops
     return simplified, data
 

@@ -1,4 +1,8 @@
-"""The probe: seeded inputs, and what the trained network answers to them in float64 and in float32."""
+"""The probe: seeded inputs, and what the trained network answers to them in float64 and in float32.
+
+Random samples exercise everything at once. The others have a structure that random ones lack: a photograph has edges
+and smooth areas, an impulse reaches single columns of every FC3, and a constant shows what happens at the borders.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from repmlp_deploy.bundle import Probe
+from repmlp_deploy.card import data_root
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.nets.flat import flatten_outputs
 
-__all__ = ["SAMPLES", "SEED", "probe_inputs", "probe_like", "record_probe", "run_network"]
+__all__ = ["KINDS", "SEED", "probe_inputs", "probe_like", "record_probe", "run_network"]
 
 SEED = 20210505
-SAMPLES = 3
+KINDS = ("random", "photograph china", "impulse", "constant", "random", "photograph flower")
+"""What every sample of a probe is; the first is what a batch of one runs with."""
 
 _MAP_AXES = 3  # (C, H, W)
+_IMPULSE = 8.0  # deviations of an image's values
+_GREY, _DEVIATION = 0.449, 0.226  # of ImageNet's pixels, over 255
 
 
-def probe_inputs(shape: Sequence[int], samples: int = SAMPLES, seed: int = SEED) -> NDArray[np.float32]:
+def probe_inputs(shape: Sequence[int], samples: int = 3, seed: int = SEED) -> NDArray[np.float32]:
     """(samples, C, H, W) float32 that look like normalised images to a network.
 
     Each sample has a colour of its own, waves of a few lengths and directions, and fine noise: something for every
@@ -42,22 +51,46 @@ def probe_inputs(shape: Sequence[int], samples: int = SAMPLES, seed: int = SEED)
     return inputs.astype(np.float32)
 
 
-def probe_like(example: NDArray[Any], samples: int = SAMPLES, seed: int = SEED) -> NDArray[Any]:
-    """(samples, …) inputs of the shape, type, mean and deviation of `example` (n, …).
+def probe_like(example: NDArray[Any], seed: int = SEED) -> NDArray[Any]:
+    """(len(KINDS), …) inputs of the shape, type, mean and deviation of `example` (n, …).
 
-    Float maps are those of `probe_inputs`, other floats are noise; what is no float is taken from the example's rows,
-    whose values may have a meaning.
+    Where they are no float maps (C, H, W), noise takes the place of photographs; what is no float is taken from the
+    example's rows, whose values may have a meaning.
     """
     rng = np.random.default_rng(seed)
+    samples, shape = len(KINDS), example.shape[1:]
     if not np.issubdtype(example.dtype, np.floating):
         rows: NDArray[Any] = example[rng.permutation(np.arange(samples) % len(example))]
         return rows
-    shape = example.shape[1:]
     maps = len(shape) == _MAP_AXES
     inputs = probe_inputs(shape, samples, seed) if maps else rng.standard_normal((samples, *shape))
+    for i, kind in enumerate(KINDS):
+        if kind.startswith("photograph") and maps:
+            inputs[i] = _photograph(kind.split()[1], shape)
+        elif kind == "impulse" and shape:
+            inputs[i] = _impulse(shape)
+        elif kind == "constant" and shape:
+            inputs[i] = rng.standard_normal((shape[0] if len(shape) > 1 else 1, *(1 for _ in shape[1:])))
     if example.std() > 0:
         inputs = (inputs - inputs.mean()) / inputs.std() * example.std() + example.mean()
     return inputs.astype(example.dtype)
+
+
+def _photograph(name: str, shape: Sequence[int]) -> NDArray[np.float64]:
+    """A photograph of `models/samples` as (C, H, W), normalised; other than three channels repeat red, green, blue."""
+    c, h, w = shape
+    with Image.open(data_root() / "samples" / "photographs" / f"{name}.jpg") as image:
+        pixels = np.asarray(image.convert("RGB").resize((w, h), Image.Resampling.BILINEAR), np.float64)
+    return ((pixels / 255 - _GREY) / _DEVIATION).transpose(2, 0, 1)[np.arange(c) % 3]
+
+
+def _impulse(shape: Sequence[int]) -> NDArray[np.float64]:
+    """Zero but for one place in every channel, off every axis of symmetry; a vector is a single channel."""
+    values = np.zeros(shape)
+    channels = values.reshape(shape[0] if len(shape) > 1 else 1, -1)
+    channel, size = np.arange(len(channels)), channels.shape[1]
+    channels[channel, (size * 2 // 5 + shape[-1] // 4 + 2 * channel) % size] = _IMPULSE
+    return values
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import repmlp_deploy
-from repmlp_deploy.convert.probing import SAMPLES, SEED
+from repmlp_deploy.convert.probing import KINDS, SEED
 from repmlp_deploy.convert.trained import Trained
 
 __all__ = ["describe_provenance"]
@@ -36,7 +36,7 @@ def describe_provenance(trained: Trained, seconds: Mapping[str, float]) -> dict[
     return {
         **source,
         "parameters": sum(parameter.numel() for parameter in trained.network.parameters()),
-        "probe": {"seed": SEED, "samples": SAMPLES},
+        "probe": {"seed": SEED, "samples": KINDS},
         "versions": {"repmlp-deploy": repmlp_deploy.__version__, "python": platform.python_version()}
         | {name: version for name in PACKAGES if (version := _version(name))},
         "platform": platform.platform(),

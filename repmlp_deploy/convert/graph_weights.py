@@ -1,0 +1,126 @@
+"""The weights inside an ONNX graph against those of the network it was exported from: bit for bit.
+
+An exporter and a simplifier may rename and reshape constants, but have no reason to change a value. A weight that they
+do change may be too small to show in any output, and is still not the trained one.
+
+Where a BatchNorm is left, as in upstream's own form and perhaps in parts of a network that are its owner's, exporters
+fuse it with the convolution or linear layer in front of it; weights of such layers are then matched if they are found
+and counted if they are not. FC3, the other weights of RepMLP blocks and everything else must still be there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from torch import nn
+
+from repmlp_deploy.bundle import Hop
+from repmlp_deploy.errors import VerificationError
+from repmlp_deploy.nets.blocks import RepMLPBlock
+from repmlp_deploy.nets.repmlp import RepMLP
+
+__all__ = ["match_weights"]
+
+BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch offers no public name for 1d, 2d and 3d alike
+
+_FUSED = (nn.Linear, nn.modules.conv._ConvNd)  # noqa: SLF001 - likewise for convolutions
+
+
+def match_weights(name: str, graph: onnx.ModelProto, network: nn.Module) -> Hop:
+    """The line of the weight of `network` that is farthest from the constant of `graph` that holds it.
+
+    A weight is looked for under its own name, then, its axes aside, by its values.
+
+    Raises:
+        VerificationError: a weight is nowhere in the graph, or nothing reads it.
+    """
+    constants, may_change = _constants(graph), _fusible(network)
+    by_size: dict[int, list[NDArray[Any]]] = {}
+    for constant in constants.values():
+        by_size.setdefault(constant.size, []).append(constant)
+    worst, equal, fused = (0.0, 0.0, ""), 0, 0
+    for key, weight in _weights(network).items():
+        same = constants.get(key)
+        alike = same is not None and (same.shape, same.dtype) == (weight.shape, weight.dtype)
+        if alike and np.array_equal(same, weight):  # type: ignore[arg-type]
+            equal += 1
+        elif key in may_change:
+            fused += 1
+        elif alike:
+            error = float(np.abs(np.subtract(same, weight, dtype=np.float64)).max())  # type: ignore[arg-type]
+            worst = max(worst, (error if np.isfinite(error) else np.inf, float(np.abs(weight).max()), key))
+        elif _neutral(weight) or any(_same_values(weight, other) for other in by_size.get(weight.size, ())):
+            equal += 1
+        else:
+            raise VerificationError(f"{name}: {key} is not among the constants that the graph reads")
+    error, size, key = worst
+    said = f"farthest: {key}" if error else f"{equal} are equal" + (f", {fused} fused with BatchNorms" if fused else "")
+    return Hop(
+        name=name,
+        batch=0,
+        max_abs=error,
+        mean_abs=0.0,
+        max_rel=error / size if size else 0.0,
+        between=None,
+        cosine=1.0,
+        top1=None,
+        floor=0.0,
+        allowed=0.0,
+        passed=not error,
+        note=said,
+    )
+
+
+def _weights(network: nn.Module) -> dict[str, NDArray[Any]]:
+    """The float parameters and buffers, by name."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    return {key: t.detach().numpy() for key, t in tensors.items() if t.is_floating_point() and t.numel()}
+
+
+def _neutral(weight: NDArray[Any]) -> bool:
+    """Whether an optimiser may leave it out: it adds nothing, or multiplies by one."""
+    return not weight.any() or bool((weight == 1).all())
+
+
+def _constants(graph: onnx.ModelProto) -> Mapping[str, NDArray[Any]]:
+    """The constants that nodes of the graph read, by name; views of the model's memory."""
+    read = {name for node in graph.graph.node for name in node.input}
+    found = {t.name: _view(t) for t in graph.graph.initializer if t.name in read}
+    for node in graph.graph.node:
+        if node.op_type == "Constant" and node.output[0] in read and node.attribute[0].name == "value":
+            found[node.output[0]] = _view(node.attribute[0].t)
+    return found
+
+
+def _view(tensor: onnx.TensorProto) -> NDArray[Any]:
+    if tensor.data_type == onnx.TensorProto.FLOAT and tensor.raw_data:
+        return np.frombuffer(tensor.raw_data, np.float32).reshape(tensor.dims)
+    return onnx.numpy_helper.to_array(tensor)
+
+
+def _fusible(network: nn.Module) -> set[str]:
+    """The weights that an exporter may fuse: of BatchNorms and, where there is one, of layers outside RepMLP blocks."""
+    if not any(isinstance(module, BatchNorm) for module in network.modules()):
+        return set()
+    blocks = [name for name, module in network.named_modules() if isinstance(module, RepMLPBlock | RepMLP)]
+    outside = {
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, (BatchNorm, *_FUSED))
+        and not any(f"{name}.".startswith(f"{b}." if b else "") for b in blocks)
+    }
+    keys = [*dict(network.named_parameters()), *dict(network.named_buffers())]
+    return {key for key in keys if key.rpartition(".")[0] in outside}
+
+
+def _same_values(weight: NDArray[Any], constant: NDArray[Any]) -> bool:
+    """Whether two arrays of one size hold the same values in whatever order of axes."""
+    if constant.dtype != weight.dtype:
+        return False
+    return np.array_equal(weight.ravel(), constant.ravel()) or np.array_equal(
+        np.sort(weight, axis=None), np.sort(constant, axis=None)
+    )
