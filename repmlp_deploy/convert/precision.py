@@ -19,6 +19,7 @@ Nothing stays in float32 unsaid: every node that does is listed with its reason.
 
 from __future__ import annotations
 
+import ast
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repmlp_deploy.convert.onnx_proto import large_weights, without_weights
+from repmlp_deploy.convert.onnx_proto import SCOPES, large_weights, without_weights
 from repmlp_deploy.errors import InputError, MissingDependency, VerificationError
 
 try:
@@ -126,12 +127,20 @@ def set_precision(
 
 
 def module_of(node: NodeProto) -> str:
-    """The module whose weights a node reads, by the names the exporter gives: `stages.0.1.fc3`; empty for none."""
+    """The module a node is of: by the weights it reads, `stages.0.1.fc3`, or by the exporter's note; empty for none."""
     for name in node.input[1:]:
-        stem: str = name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name
-        if "." in stem:
-            return stem
-    return ""
+        if name.endswith((".weight", ".bias")):
+            return str(name.rpartition(".")[0])
+        if "." in name:
+            return str(name)
+    return _scope(node)
+
+
+def _scope(node: NodeProto) -> str:
+    """The innermost module in the exporter's note on a node."""
+    noted = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
+    scopes = ast.literal_eval(noted)
+    return str(scopes[-2]) if len(scopes) > 1 else ""
 
 
 def product_tensors(graph: onnx.ModelProto) -> tuple[str, ...]:
@@ -163,11 +172,11 @@ class _Patterns:
 
 
 def _names_of(node: NodeProto) -> Iterable[str]:
-    """What a pattern may mean: the node, and its module with everything it is inside of."""
+    """What a pattern may mean: the node, and its modules with everything they are inside of."""
     yield node.name
-    parts = module_of(node).split(".")
-    for end in range(1, len(parts) + 1):
-        if parts[0]:
+    for module in (module_of(node), _scope(node)):
+        parts = module.split(".") if module else []
+        for end in range(1, len(parts) + 1):
             yield ".".join(parts[:end])
 
 
