@@ -23,6 +23,9 @@ __all__ = [
     "Tolerance",
     "allowed_error",
     "compare",
+    "describe_distance",
+    "is_close",
+    "margin_of",
     "noise_floor",
     "noise_floors",
     "require_close",
@@ -34,15 +37,18 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a precision may cost: the largest absolute error, as a multiple of the noise floor.
+    """What a precision may cost.
 
     Attributes:
-        floor_ratio: allowed error over the noise floor.
+        floor_ratio: allowed absolute error over the noise floor.
         reason: why this much and no more.
+        between: allowed error of the differences between samples, `Comparison.between`; None where the noise floor is
+            strict enough alone. What ignores its input scores 1.
     """
 
     floor_ratio: float
     reason: str
+    between: float | None = None
 
 
 TOLERANCES = {
@@ -50,6 +56,23 @@ TOLERANCES = {
         floor_ratio=8.0,
         reason="the same arithmetic in another order: every step of every network measured stays below 2.5 floors, "
         "while one FC3 scaled by a thousandth is beyond 40 and a forgotten branch or bias beyond 10,000",
+    ),
+    "fp16": Tolerance(
+        floor_ratio=2.0**13,
+        between=0.05,
+        reason="the unit roundoff is 2^-11 and not 2^-24: the same roundings, each 2^13 times larger; measured "
+        "networks stay below a sixth of that",
+    ),
+    "bf16": Tolerance(
+        floor_ratio=2.0**16,
+        between=0.5,
+        reason="the unit roundoff is 2^-8: each rounding 2^16 times float32's; measured networks stay below a third",
+    ),
+    "int8": Tolerance(
+        floor_ratio=2.0**19,
+        between=0.75,
+        reason="a step is 1/127 of a tensor's largest value, 2^-7 of it even where values are small, which costs "
+        "several times what 2^-8 of each value would; measured networks stay below a third",
     ),
     "fp64": Tolerance(
         floor_ratio=1024 * 2.0**-29,
@@ -140,8 +163,7 @@ def noise_floors(float32_output: Array, reference: Array) -> NDArray[np.float64]
         VerificationError: the shapes differ, or the float32 output is not finite.
     """
     errors, least = sample_errors(float32_output, reference), _least_floors(reference)
-    usual = float(np.median(errors / np.maximum(least, np.finfo(np.float64).tiny)))
-    floors: NDArray[np.float64] = np.maximum(errors, max(1.0, usual) * least)
+    floors: NDArray[np.float64] = np.maximum(errors, max(1.0, float(np.median(errors / least))) * least)
     return floors
 
 
@@ -161,6 +183,19 @@ def allowed_error(precision: str, floor: float) -> float:
     return TOLERANCES[precision].floor_ratio * floor
 
 
+def is_close(result: Comparison, *, floor: float, precision: str) -> bool:
+    """Whether an output is as close to its reference as its precision must bring it."""
+    between = TOLERANCES[precision].between
+    keeps_samples_apart = between is None or np.isnan(result.between) or result.between <= between
+    return result.max_abs <= allowed_error(precision, floor) and bool(keeps_samples_apart)
+
+
+def margin_of(result: Comparison, *, floor: float, precision: str) -> float | None:
+    """How often the error fits into what is allowed, by the stricter of the row's limits; None where it is nothing."""
+    limits = [(result.max_abs, allowed_error(precision, floor)), (result.between, TOLERANCES[precision].between)]
+    return min((limit / error for error, limit in limits if limit is not None and error > 0), default=None)
+
+
 def require_close(  # noqa: PLR0913 - what is compared, and how it is judged
     what: str, output: Array, reference: Array, *, floor: float, precision: str = "fp32", classes: bool = True
 ) -> Comparison:
@@ -173,19 +208,31 @@ def require_close(  # noqa: PLR0913 - what is compared, and how it is judged
         result = compare(output, reference, classes=classes)
     except VerificationError as error:
         raise VerificationError(f"{what}: {error}") from None
-    allowed = allowed_error(precision, floor)
-    if not result.max_abs <= allowed:
-        raise VerificationError(
-            f"{what} differs from the trained network by {result.max_abs:.2e}; {precision} allows {allowed:.2e} "
-            f"({TOLERANCES[precision].floor_ratio:g} times the noise floor)"
-        )
+    if not is_close(result, floor=floor, precision=precision):
+        said = describe_distance(result.max_abs, result.between, floor=floor, precision=precision)
+        raise VerificationError(f"{what} {said}")
     return result
+
+
+def describe_distance(max_abs: float, between: float | None, *, floor: float, precision: str) -> str:
+    """How far an output is and how far it may be, for a message that begins with its name."""
+    tolerance, allowed = TOLERANCES[precision], allowed_error(precision, floor)
+    if not max_abs <= allowed:
+        return (
+            f"differs from the trained network by {max_abs:.2e}; {precision} allows {allowed:.2e} "
+            f"({tolerance.floor_ratio:g} times the noise floor)"
+        )
+    return (
+        f"moves samples against each other by {between:.2g} of the trained network's own differences; "
+        f"{precision} allows {tolerance.between}"
+    )
 
 
 def _least_floors(reference: Array) -> NDArray[np.float64]:
     """A few units in the last place of every sample's largest output: (N, …) -> (N,)."""
-    sizes: NDArray[np.float64] = np.abs(reference).reshape(len(reference), -1).max(axis=1)
-    return _FLOOR_EPS * float(np.finfo(np.float32).eps) * sizes
+    sizes = np.abs(reference).reshape(len(reference), -1).max(axis=1)
+    least: NDArray[np.float64] = np.maximum(_FLOOR_EPS * np.finfo(np.float32).eps * sizes, np.finfo(np.float64).tiny)
+    return least
 
 
 def _checked(output: Array, reference: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -27,7 +27,7 @@ from repmlp_deploy.bundle import Hop
 from repmlp_deploy.convert.certifying import Certifier
 from repmlp_deploy.convert.probing import SEED, run_network
 from repmlp_deploy.errors import VerificationError
-from repmlp_deploy.numerics import allowed_error, compare
+from repmlp_deploy.numerics import allowed_error, compare, margin_of
 
 __all__ = ["Step", "compare_weights", "prove_algebra", "redraw_statistics"]
 
@@ -157,7 +157,7 @@ def compare_weights(name: str, stored: nn.Module, precise: nn.Module) -> Hop:
             "allowed": allowed,
             "passed": result.max_abs <= allowed,
             "ratio": result.max_abs / floor if floor > 0 else None,
-            "margin": allowed / result.max_abs if result.max_abs > 0 else None,
+            "margin": margin_of(result, floor=floor, precision="weights"),
             "note": f"farthest: {key}, row {row}",
         }
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,15 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import BatchRange, Bundle, Hop, Probe
 from repmlp_deploy.errors import MissingDependency, MissingDevice, VerificationError
-from repmlp_deploy.numerics import allowed_error, compare, noise_floors, sample_errors
+from repmlp_deploy.numerics import (
+    allowed_error,
+    compare,
+    describe_distance,
+    is_close,
+    margin_of,
+    noise_floors,
+    sample_errors,
+)
 from repmlp_deploy.runtime.runner import RUNNERS, RunnerOptions, open_runner
 from repmlp_deploy.runtime.tasks import find_task
 
@@ -48,7 +57,8 @@ class Certifier:
         rows = np.arange(len(probe.inputs))
         for i, (reference, float32) in enumerate(probe.answers()):
             line = self._hop("trained, float32", i, float32, reference, self._floors[i], rows)
-            self.hops.append(line.model_copy(update={"passed": None, "margin": None, "note": "the noise floor"}))
+            known = {"allowed": line.floor, "passed": None, "margin": None, "note": "the noise floor"}
+            self.hops.append(line.model_copy(update=known))
 
     def measure(self, name: str, run: Run, precision: str) -> list[Hop]:
         """The lines of one step, a batch size and output each, judged but not recorded.
@@ -116,11 +126,10 @@ class Certifier:
         self.hops += hops
         for hop in hops:
             if not hop.passed:
-                where = f" at batch {hop.batch}" if hop.batch else f" ({hop.note})"
-                raise VerificationError(
-                    f"{hop.name}{where} differs from the trained network by {hop.max_abs:.2e}; "
-                    f"{precision} allows {hop.allowed:.2e}: nothing was written; please report this checkpoint"
-                )
+                where = f"at batch {hop.batch}" if hop.batch else f"({hop.note})"
+                said = describe_distance(hop.max_abs, hop.between, floor=hop.floor, precision=precision)
+                remedy = _REMEDIES.get(precision, "please report this checkpoint")
+                raise VerificationError(f"{hop.name} {where} {said}: nothing was written; {remedy}")
 
     def _run(self, name: str, run: Run, size: int, starts: Sequence[int]) -> list[NDArray[Any]]:
         """Every output of the batches that begin with these samples, one behind the other."""
@@ -148,22 +157,28 @@ class Certifier:
         result = compare(output, reference, classes=reference.ndim == self._class_axes)
         errors = sample_errors(output, reference)
         worst = int(np.argmax(errors / floors))
-        error, floor = float(errors[worst]), float(floors[worst])
-        allowed = allowed_error(precision, floor)
+        floor = float(floors[worst])
+        result = replace(result, max_abs=float(errors[worst]))
         return Hop.model_validate(
             {
                 "name": name + self._suffixes[index],
                 "batch": len(output),
                 **result.as_dict(),
-                "max_abs": error,
                 "floor": floor,
-                "allowed": allowed,
-                "passed": error <= allowed,
-                "ratio": error / floor,
-                "margin": allowed / error if error > 0 else None,
+                "allowed": allowed_error(precision, floor),
+                "passed": is_close(result, floor=floor, precision=precision),
+                "ratio": result.max_abs / floor,
+                "margin": margin_of(result, floor=floor, precision=precision),
                 "sample": int(rows[worst]),
             }
         )
+
+
+_REMEDIES = {
+    "fp16": "keep the worst blocks in float32, --keep-fp32 PATTERN, or use bf16",
+    "bf16": "keep the worst blocks in float32, --keep-fp32 PATTERN, or use fp32",
+    "int8": "give more or better calibration images, or keep the worst blocks in float32, --keep-fp32 PATTERN",
+}
 
 
 def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
