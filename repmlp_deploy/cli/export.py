@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from repmlp_deploy.bundle import Bundle, Hop, Manifest
+from repmlp_deploy.bundle import Bundle, Hop, Manifest, Verdict
 from repmlp_deploy.cli.console import interrupt, print_json, print_table, progress, run_command, typer
 from repmlp_deploy.convert.options import GRAPHS, PRECISIONS, parse_batch, parse_formats, parse_size, require_choice
 from repmlp_deploy.numerics import TOLERANCES
 
-__all__ = ["main", "print_hops", "print_report"]
+__all__ = ["main", "print_hops", "print_report", "print_verdict"]
 
 
 def main() -> None:
@@ -132,6 +132,13 @@ def print_hops(title: str, hops: Sequence[Hop]) -> None:
     )
 
 
+def print_verdict(verdict: Verdict | None) -> None:
+    """A line under the table: whether every tolerance was met, and by what margin."""
+    if verdict is not None and verdict.margin is not None:
+        met = "every tolerance is met" if verdict.passed else "not every tolerance is met"
+        sys.stdout.write(f"{met}; the closest is {verdict.closest}, with a margin of {verdict.margin:.3g}\n")
+
+
 def _verdict(hop: Hop) -> str:
     """`equal` where nothing but float32's own rounding is allowed, `close` where a precision costs more."""
     exact = not hop.batch or hop.allowed <= TOLERANCES["fp32"].floor_ratio * hop.floor
@@ -142,6 +149,7 @@ def print_report(bundle: Bundle) -> None:
     """The tables of hops and artifacts, and the notes."""
     manifest = bundle.manifest
     print_hops(f"{manifest.name}: distance from the trained network in float64", manifest.certificate)
+    print_verdict(manifest.verdict)
     print_table(
         "artifacts",
         ("format", "file", "precision", "MB"),

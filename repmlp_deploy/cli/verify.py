@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from repmlp_deploy.bundle import Bundle
-from repmlp_deploy.cli.console import print_json, run_command, typer
-from repmlp_deploy.cli.export import print_hops
+from repmlp_deploy.bundle import Bundle, Hop
+from repmlp_deploy.cli.console import print_json, progress, run_command, typer
+from repmlp_deploy.cli.export import print_hops, print_verdict
 from repmlp_deploy.convert.certifying import recertify
 from repmlp_deploy.errors import VerificationError
 from repmlp_deploy.runtime.runner import RunnerOptions
@@ -26,20 +26,33 @@ def verify_command(  # noqa: PLR0913 - one an option
     artifact: Annotated[str | None, typer.Option("--format", help="One artifact; default: all that run here.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
+    ckpt: Annotated[Path | None, typer.Option(help="The checkpoint that the bundle was made from.")] = None,
+    card: Annotated[str | None, typer.Option(help="Its card, where the bundle's name is none in models/.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Check every file of a bundle, and run its artifacts against the trained network's answers again."""
     loaded = Bundle.load(bundle)
     hops, notes = recertify(loaded, artifact, RunnerOptions(device, threads))
+    derived: list[Hop] = []
+    if ckpt is not None:
+        with progress(quiet=json) as show:
+            show("loading PyTorch")
+            from repmlp_deploy.convert.origins import derive_again  # noqa: PLC0415 - torch, which the rest does without
+
+            derived, remarks = derive_again(loaded, ckpt, card, show)
+            notes += remarks
     failed = [hop for hop in hops if hop.passed is False]
     if json:
-        lines = [hop.model_dump(mode="json") for hop in hops]
-        print_json({"bundle": str(bundle), "passed": not failed, "hops": lines, "notes": notes})
+        lines = [[hop.model_dump(mode="json") for hop in part] for part in (hops, derived)]
+        print_json({"bundle": str(bundle), "passed": not failed, "hops": lines[0], "derived": lines[1], "notes": notes})
     else:
         date = loaded.manifest.provenance.get("date", "an unknown date")
         print_hops(f"{loaded.manifest.name}: certified on {date}", loaded.manifest.certificate)
+        print_verdict(loaded.manifest.verdict)
         print_hops("run again on this machine", hops)
+        if ckpt is not None:
+            print_hops(f"derived again from {ckpt}", derived)
         for note in notes:
             sys.stdout.write(f"note: {note}\n")
     if failed:

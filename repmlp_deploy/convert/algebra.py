@@ -83,7 +83,7 @@ def _walk(  # noqa: PLR0913 - the values that meet here
 ) -> None:
     for step in steps:
         form = step.transform(form)  # the form before is gone: there are two at a time
-        certifier.require_exact(f"{step.name}, {how}", _several(run_network(form, *inputs)), references)
+        certifier.require_answers(f"{step.name}, {how}", _several(run_network(form, *inputs)), references)
         if weights:
             certifier.record([compare_weights(f"{step.name} weights", step.stored, form)], "weights")
 

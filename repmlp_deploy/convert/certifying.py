@@ -37,6 +37,7 @@ class Certifier:
         sizes: batch sizes to run every step at.
         class_axes: axes of an output whose axis 1 is classes, so that a top-1 exists; None for none.
         outputs: names, where there are several; each is compared with its own noise floor.
+        consequence: of a step that fails, for its message.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class Certifier:
         *,
         class_axes: int | None = find_task("classify").class_axes,
         outputs: Sequence[str] = (),
+        consequence: str = "nothing was written",
     ) -> None:
         self._probe = probe
         self._sizes = tuple(sizes)
         self._class_axes = class_axes
+        self._consequence = consequence
         self._suffixes = [f": {name}" for name in outputs] if len(outputs) > 1 else [""]
         self._floors = [noise_floors(float32, reference) for reference, float32 in probe.answers()]
         self.floor = float(self._floors[0].max())
@@ -95,27 +98,26 @@ class Certifier:
         inputs, references = self._probe.batches(1)
         return [x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x for x in inputs], references
 
-    def require_exact(
+    def require_answers(
         self, name: str, outputs: Sequence[NDArray[Any]], references: Sequence[NDArray[np.float64]]
     ) -> None:
-        """Record the lines of one step that ran in float64 on the first sample: no more than its rounding is allowed.
+        """Record the lines of answers to the first samples that are there already.
 
         Args:
             name: the step.
-            outputs: what it answers; float32 where the network's own code goes through float32.
-            references: what is answered by the network that it was made of. Where that is not the trained one, the
-                floor is the trained one's, relative to the largest output.
+            outputs: (n, …); where they are float64, no more than its rounding is allowed.
+            references: what they are to be. Where that is another network's than the trained one's, the floor is the
+                trained one's in proportion to the largest output.
 
         Raises:
             VerificationError: more than rounding is between them.
         """
-        hops, rows = [], np.zeros(1, np.int64)
         for i, (output, reference) in enumerate(zip(outputs, references, strict=True)):
-            own = np.abs(self._probe.answers()[i][0][:1]).max()
-            floors = self._floors[i][:1] * (np.abs(reference).max() / own if own > 0 else 1.0)
+            rows = np.arange(len(reference))
+            own = np.abs(self._probe.answers()[i][0][rows]).max()
+            floors = self._floors[i][rows] * (np.abs(reference).max() / own if own > 0 else 1.0)
             precision = "fp64" if output.dtype == np.float64 else "fp32"
-            hops.append(self._hop(name, i, output, reference, floors, rows, precision))
-        self.record(hops, "fp64")
+            self.record([self._hop(name, i, output, reference, floors, rows, precision)], precision)
 
     def record(self, hops: Sequence[Hop], precision: str) -> None:
         """Keep these lines.
@@ -129,7 +131,7 @@ class Certifier:
                 where = f"at batch {hop.batch}" if hop.batch else f"({hop.note})"
                 said = describe_distance(hop.max_abs, hop.between, floor=hop.floor, precision=precision)
                 remedy = _REMEDIES.get(precision, "please report this checkpoint")
-                raise VerificationError(f"{hop.name} {where} {said}: nothing was written; {remedy}")
+                raise VerificationError(f"{hop.name} {where} {said}: {self._consequence}; {remedy}")
 
     def _run(self, name: str, run: Run, size: int, starts: Sequence[int]) -> list[NDArray[Any]]:
         """Every output of the batches that begin with these samples, one behind the other."""

@@ -22,18 +22,26 @@ from repmlp_deploy.bundle import Hop
 from repmlp_deploy.errors import VerificationError
 from repmlp_deploy.nets.blocks import RepMLPBlock
 from repmlp_deploy.nets.repmlp import RepMLP
+from repmlp_deploy.numerics import allowed_error
 
 __all__ = ["match_weights"]
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch offers no public name for 1d, 2d and 3d alike
 
+_ROUNDING = 2.0**-24  # relative error of one rounding to float32
 _FUSED = (nn.Linear, nn.modules.conv._ConvNd)  # noqa: SLF001 - likewise for convolutions
 
 
-def match_weights(name: str, graph: onnx.ModelProto, network: nn.Module) -> Hop:
+def match_weights(name: str, graph: onnx.ModelProto, network: nn.Module, *, exact: bool = True) -> Hop:
     """The line of the weight of `network` that is farthest from the constant of `graph` that holds it.
 
     A weight is looked for under its own name, then, its axes aside, by its values.
+
+    Args:
+        name: of the line.
+        graph: float32.
+        network: float32.
+        exact: allow no difference; otherwise that of sums in another order, as another machine's may be.
 
     Raises:
         VerificationError: a weight is nowhere in the graph, or nothing reads it.
@@ -52,25 +60,30 @@ def match_weights(name: str, graph: onnx.ModelProto, network: nn.Module) -> Hop:
             fused += 1
         elif alike:
             error = float(np.abs(np.subtract(same, weight, dtype=np.float64)).max())  # type: ignore[arg-type]
-            worst = max(worst, (error if np.isfinite(error) else np.inf, float(np.abs(weight).max()), key))
+            size = float(np.abs(weight).max()) or 1.0
+            worst = max(worst, (error / size if np.isfinite(error) else np.inf, size, key))
         elif _neutral(weight) or any(_same_values(weight, other) for other in by_size.get(weight.size, ())):
             equal += 1
         else:
             raise VerificationError(f"{name}: {key} is not among the constants that the graph reads")
-    error, size, key = worst
-    said = f"farthest: {key}" if error else f"{equal} are equal" + (f", {fused} fused with BatchNorms" if fused else "")
+    relative, size, key = worst
+    floor, error = _ROUNDING * size, relative * size
+    allowed = 0.0 if exact else allowed_error("weights", floor)
+    said = f"farthest: {key}" if key else f"{equal} are equal" + (f", {fused} fused with BatchNorms" if fused else "")
     return Hop(
         name=name,
         batch=0,
         max_abs=error,
-        mean_abs=0.0,
-        max_rel=error / size if size else 0.0,
+        mean_abs=error,
+        max_rel=relative,
         between=None,
         cosine=1.0,
         top1=None,
-        floor=0.0,
-        allowed=0.0,
-        passed=not error,
+        floor=floor,
+        allowed=allowed,
+        passed=error <= allowed,
+        ratio=error / floor if floor else None,
+        margin=allowed / error if error else None,
         note=said,
     )
 

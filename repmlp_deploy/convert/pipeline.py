@@ -11,7 +11,7 @@ import hashlib
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,7 @@ from repmlp_deploy.runtime.onnx_runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.tasks import find_task
 
-__all__ = ["export"]
+__all__ = ["export", "reparameterize"]
 
 PROBED = 8
 """Calibration samples in the probe: int8 is judged on what its ranges are for."""
@@ -167,7 +167,7 @@ def export(  # noqa: PLR0913 - one a command-line option
         class_axes=find_task(trained.card.task).class_axes,
         outputs=interface.outputs,
     )
-    merged, network = _reparameterize(trained, request, certifier, clock)
+    merged, network = reparameterize(trained, request.graph, certifier, clock.step)
     made = _Artifacts(request.precision, notes=[*trained.notes, *([] if samples is None else samples.remarks())])
     if "checkpoint" in request.formats:
         with clock.step("checkpoint"):
@@ -229,24 +229,35 @@ class _Request:
                 check_flavour(name)
 
 
-def _reparameterize(
-    trained: Trained, request: _Request, certifier: Certifier, clock: _Clock
+def reparameterize(
+    trained: Trained, graph: str, certifier: Certifier, step: Callable[[str], AbstractContextManager[None]]
 ) -> tuple[nn.Module, nn.Module]:
-    """The merged network, and the one to be traced; both verified."""
-    with clock.step("merge"):
+    """The merged network, and the one to be traced; both verified.
+
+    Args:
+        trained: left alone.
+        graph: of `GRAPHS`.
+        certifier: where every line is kept.
+        step: around every step, told its name.
+
+    Raises:
+        InputError: a block is none that merges.
+        VerificationError: a step strays from the trained network.
+    """
+    with step("merge"):
         merged = trained.network if trained.merged else _merged(trained)
-    with clock.step("verify merged"):
+    with step("verify merged"):
         certifier.require("merged", partial(run_network, merged))
     steps = [] if trained.merged else [Step("merged", merge_branches, merged)]
-    network = upstream_form(merged) if request.graph == "merged" else None
+    network = upstream_form(merged) if graph == "merged" else None
     if network is None:
         fold = partial(fold_affine, keep_unknown=trained.interface is not None)
-        with clock.step("fold"):
+        with step("fold"):
             network = fold(merged)
-        with clock.step("verify folded"):
+        with step("verify folded"):
             certifier.require("folded", partial(run_network, network))
         steps.append(Step("folded", fold, network))
-    with clock.step("verify algebra"):
+    with step("verify algebra"):
         prove_algebra(trained.network, steps, certifier)
     return merged, network
 
@@ -363,6 +374,9 @@ def _manifest(  # noqa: PLR0913 - the values that meet here
         TensorSpec(name=name, dtype="float32", shape=(n, *reference.shape[1:]))
         for name, (reference, _) in zip(interface.outputs, probe.answers(), strict=True)
     )
+    provenance = describe_provenance(trained, clock.seconds) | {"graphs": made.graphs}
+    if request.calibration is not None:
+        provenance["probe"]["samples"] = ("calibration",) * len(probe.inputs)
     return Manifest(
         name=trained.card.name,
         family=trained.card.family,
@@ -379,7 +393,7 @@ def _manifest(  # noqa: PLR0913 - the values that meet here
         probe=made.files[PROBE],
         certificate=tuple(certifier.hops),
         verdict=Verdict.of(certifier.hops),
-        provenance={**describe_provenance(trained, clock.seconds), "graphs": made.graphs},
+        provenance=provenance,
         notes=tuple(made.notes),
     )
 
