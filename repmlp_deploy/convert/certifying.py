@@ -125,13 +125,13 @@ class Certifier:
         Raises:
             VerificationError: one of them did not pass.
         """
-        self.hops += hops
         for hop in hops:
             if not hop.passed:
                 where = f"at batch {hop.batch}" if hop.batch else f"({hop.note})"
                 said = describe_distance(hop.max_abs, hop.between, floor=hop.floor, precision=precision)
                 remedy = _REMEDIES.get(precision, "please report this checkpoint")
                 raise VerificationError(f"{hop.name} {where} {said}: {self._consequence}; {remedy}")
+        self.hops += hops
 
     def _run(self, name: str, run: Run, size: int, starts: Sequence[int]) -> list[NDArray[Any]]:
         """Every output of the batches that begin with these samples, one behind the other."""
