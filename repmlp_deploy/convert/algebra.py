@@ -19,15 +19,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from repmlp_deploy.bundle import Hop
+from repmlp_deploy.errors import MissingDependency, VerificationError
+from repmlp_deploy.numerics import allowed_error, compare, margin_of
+
+try:
+    import torch
+    from torch import Tensor, nn
+except ImportError:
+    raise MissingDependency("torch", "export") from None
+
 from repmlp_deploy.convert.certifying import Certifier
 from repmlp_deploy.convert.probing import SEED, run_network
-from repmlp_deploy.errors import VerificationError
-from repmlp_deploy.numerics import allowed_error, compare, margin_of
 
 __all__ = ["Step", "compare_weights", "prove_algebra", "redraw_statistics"]
 
@@ -68,7 +73,7 @@ def prove_algebra(trained: nn.Module, steps: Sequence[Step], certifier: Certifie
     inputs, references = certifier.first_sample()
     _walk(precise, steps, certifier, inputs, references, "float64", weights=True)
     references = redraw_statistics(precise, inputs, seed)
-    _walk(precise, steps, certifier, inputs, references, "redrawn statistics", weights=False)
+    _walk(precise, steps, certifier, inputs, references, "redrawn", weights=False)
 
 
 def _walk(  # noqa: PLR0913 - the values that meet here

@@ -14,15 +14,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from torch import nn
 
 from repmlp_deploy.bundle import Hop
-from repmlp_deploy.errors import VerificationError
+from repmlp_deploy.errors import MissingDependency, VerificationError
 from repmlp_deploy.nets.blocks import RepMLPBlock
 from repmlp_deploy.nets.repmlp import RepMLP
 from repmlp_deploy.numerics import allowed_error
+
+try:
+    import onnx
+except ImportError:
+    raise MissingDependency("onnx", "export") from None
 
 __all__ = ["match_weights"]
 

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import onnx
-
 from repmlp_deploy.bundle import Bundle, Hop, hash_file
 from repmlp_deploy.card import ModelCard, list_cards
 from repmlp_deploy.convert.algebra import compare_weights
@@ -23,8 +21,13 @@ from repmlp_deploy.convert.own_network import FAMILY
 from repmlp_deploy.convert.pipeline import reparameterize
 from repmlp_deploy.convert.probing import record_probe
 from repmlp_deploy.convert.trained import Trained, load_trained
-from repmlp_deploy.errors import InputError, VerificationError
+from repmlp_deploy.errors import InputError, MissingDependency, VerificationError
 from repmlp_deploy.runtime.tasks import find_task
+
+try:
+    import onnx
+except ImportError:
+    raise MissingDependency("onnx", "export") from None
 
 __all__ = ["derive_again", "load_origin"]
 

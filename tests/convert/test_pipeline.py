@@ -47,7 +47,7 @@ def test_every_hop_is_in_the_certificate_at_three_batch_sizes(bundle: Bundle) ->
     assert [hop.name for hop in hops if hop.name not in steps] == [
         "trained, float32",
         *("merged, float64", "merged weights", "folded, float64", "folded weights"),
-        *("merged, redrawn statistics", "folded, redrawn statistics"),
+        *("merged, redrawn", "folded, redrawn"),
         *("exported ONNX weights", "simplified ONNX weights"),
     ]
     assert {hop.batch for hop in hops if hop.name == "merged"} == {1, 3, 4}

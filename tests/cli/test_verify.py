@@ -1,0 +1,106 @@
+"""`repmlp-verify`: the certificate read, made again without torch, and derived again from the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from repmlp_deploy import Bundle
+from repmlp_deploy.bundle import MANIFEST, hash_file
+from repmlp_deploy.cli import verify as verify_cli
+from repmlp_deploy.cli.console import run_command
+
+BLOCKED = ("torch", "onnx", "onnxscript", "onnxsim", "safetensors", "tensorrt_rtx", "openvino")
+
+
+def verify_without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in an interpreter that can import none of what converting needs."""
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r})); from repmlp_deploy.cli.verify import main; main()"
+    )
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def verify(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        run_command(verify_cli.verify_command, [str(argument) for argument in arguments])
+    return int(ended.value.code)
+
+
+def test_a_bundle_is_verified_without_torch(bundle: Bundle) -> None:
+    done = verify_without_torch(bundle.folder)
+    assert done.returncode == 0, done.stderr
+    for said in ("certified on", "folded, redrawn", "every tolerance is met; the closest is", "onnx on cpu"):
+        assert said in done.stdout
+
+
+def test_without_torch_the_checkpoint_needs_an_extra(bundle: Bundle, digits_checkpoint: Path) -> None:
+    done = verify_without_torch(bundle.folder, "--ckpt", digits_checkpoint)
+    assert done.returncode == 4
+    assert 'pip install "repmlp-deploy[export]"' in done.stderr
+
+
+def test_a_flipped_byte_is_noticed_without_torch(bundle_folder: Path) -> None:
+    data = bytearray((bundle_folder / "model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle_folder / "model.onnx").write_bytes(data)
+    done = verify_without_torch(bundle_folder)
+    assert done.returncode == 2
+    assert "model.onnx was changed: its sha256 is not the manifest's" in done.stderr
+
+
+def test_a_swapped_artifact_is_noticed_even_if_its_hash_was_swapped_too(bundle_folder: Path) -> None:
+    """The graph of a network of the same architecture, trained otherwise."""
+    path = bundle_folder / "model.onnx"
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.raw_data:
+            tensor.raw_data = (np.frombuffer(tensor.raw_data, np.float32) * np.float32(0.99)).tobytes()
+    onnx.save(model, path)
+    data = json.loads((bundle_folder / MANIFEST).read_text())
+    data["artifacts"]["onnx"] |= {"sha256": hash_file(path), "bytes": path.stat().st_size}
+    (bundle_folder / MANIFEST).write_text(json.dumps(data))
+    done = verify_without_torch(bundle_folder)
+    assert done.returncode == 3
+    assert "onnx on cpu at batch 1 differs from the trained network" in done.stderr
+
+
+def test_the_checkpoint_derives_the_certificate_again(
+    capsys: pytest.CaptureFixture[str], bundle: Bundle, digits_checkpoint: Path, tmp_path: Path
+) -> None:
+    assert verify(bundle.folder, "--ckpt", digits_checkpoint) == 0
+    text = capsys.readouterr().out
+    for said in ("derived again from", "recorded reference", "checkpoint weights", "onnx weights"):
+        assert said in text
+    assert verify(bundle.folder, "--ckpt", digits_checkpoint, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"]
+    assert {hop["name"] for hop in report["derived"]} >= {"recorded reference", "merged weights", "onnx weights"}
+    other = Path(shutil.copy(digits_checkpoint, tmp_path / "other.safetensors"))
+    with other.open("ab") as file:
+        file.write(b"\0")
+    assert verify(bundle.folder, "--ckpt", other) == 3
+    assert "the bundle was made of repmlp-digits.safetensors" in capsys.readouterr().err
+
+
+def test_the_certificate_says_what_it_rests_on(bundle: Bundle) -> None:
+    data = json.loads((bundle.folder / MANIFEST).read_text())
+    assert data["verdict"]["passed"]
+    assert data["verdict"]["margin"] == min(hop["margin"] for hop in data["certificate"] if hop["margin"] is not None)
+    provenance = data["provenance"]
+    assert len(provenance["checkpoint"]["sha256"]) == 64
+    assert set(provenance["graphs"]) == {"exported", "simplified"}
+    assert provenance["graphs"]["simplified"] == data["artifacts"]["onnx"]["sha256"]
+    assert provenance["probe"]["samples"][:2] == ["random", "photograph china"]
+    assert {"seed", "statistics_seed"} <= set(provenance["probe"])
+    assert provenance["cpu"]
+    for hop in data["certificate"]:
+        assert {"max_abs", "mean_abs", "max_rel", "cosine", "top1", "floor", "ratio", "allowed", "margin"} <= set(hop)
