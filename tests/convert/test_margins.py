@@ -77,7 +77,7 @@ def test_a_small_margin_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     from repmlp_deploy import numerics
 
     row = numerics.TOLERANCES["fp32"]
-    near = numerics.Tolerance(floor_ratio=2.0, reason=row.reason)
+    near = numerics.Tolerance(floor_ratio=1.3, reason=row.reason)
     monkeypatch.setitem(numerics.TOLERANCES, "fp32", near)
     network = filled(get_model("repmlp-digits", pretrained=True))
     bundle = export(network, formats="checkpoint", out=tmp_path / "out")
