@@ -3,9 +3,9 @@
 An exporter and a simplifier may rename and reshape constants, but have no reason to change a value. A weight that they
 do change may be too small to show in any output, and is still not the trained one.
 
-Where a BatchNorm is left, as in upstream's own form and perhaps in parts of a network that are its owner's, exporters
-fuse it with the convolution or linear layer in front of it; weights of such layers are then matched if they are found
-and counted if they are not. FC3, the other weights of RepMLP blocks and everything else must still be there.
+Where a BatchNorm is left, as in upstream's own form, exporters fuse it with the convolution in front of it; and what a
+network of one's own does with its weights, slicing or scaling them, they may compute beforehand. Outside RepMLP blocks,
+weights of such networks are matched if they are found and counted if they are not. FC3 must always be there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from repmlp_deploy.bundle import Hop
+from repmlp_deploy.convert.folding import FoldedRepMLP
 from repmlp_deploy.errors import MissingDependency, VerificationError
 from repmlp_deploy.nets.blocks import RepMLPBlock
 from repmlp_deploy.nets.repmlp import RepMLP
@@ -33,10 +34,11 @@ __all__ = ["match_weights"]
 BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch offers no public name for 1d, 2d and 3d alike
 
 _ROUNDING = 2.0**-24  # relative error of one rounding to float32
-_FUSED = (nn.Linear, nn.modules.conv._ConvNd)  # noqa: SLF001 - likewise for convolutions
 
 
-def match_weights(name: str, graph: onnx.ModelProto, network: nn.Module, *, exact: bool = True) -> Hop:
+def match_weights(
+    name: str, graph: onnx.ModelProto, network: nn.Module, *, own: bool = False, exact: bool = True
+) -> Hop:
     """The line of the weight of `network` that is farthest from the constant of `graph` that holds it.
 
     A weight is looked for under its own name, then, its axes aside, by its values.
@@ -45,35 +47,37 @@ def match_weights(name: str, graph: onnx.ModelProto, network: nn.Module, *, exac
         name: of the line.
         graph: float32.
         network: float32.
+        own: the network is its owner's but for the RepMLP blocks in it.
         exact: allow no difference; otherwise that of sums in another order, as another machine's may be.
 
     Raises:
         VerificationError: a weight is nowhere in the graph, or nothing reads it.
     """
-    constants, may_change = _constants(graph), _fusible(network)
+    constants, norms = _constants(graph), any(isinstance(module, BatchNorm) for module in network.modules())
+    may_change = _changeable(network) if own or norms else set()
     by_size: dict[int, list[NDArray[Any]]] = {}
     for constant in constants.values():
         by_size.setdefault(constant.size, []).append(constant)
-    worst, equal, fused = (0.0, 0.0, ""), 0, 0
+    worst, equal, changed = (0.0, 0.0, ""), 0, 0
     for key, weight in _weights(network).items():
         same = constants.get(key)
         alike = same is not None and (same.shape, same.dtype) == (weight.shape, weight.dtype)
         if alike and np.array_equal(same, weight):  # type: ignore[arg-type]
             equal += 1
-        elif key in may_change:
-            fused += 1
-        elif alike:
+        elif alike and key not in may_change:
             error = float(np.abs(np.subtract(same, weight, dtype=np.float64)).max())  # type: ignore[arg-type]
             size = float(np.abs(weight).max()) or 1.0
             worst = max(worst, (error / size if np.isfinite(error) else np.inf, size, key))
         elif _neutral(weight) or any(_same_values(weight, other) for other in by_size.get(weight.size, ())):
             equal += 1
+        elif key in may_change:
+            changed += 1
         else:
             raise VerificationError(f"{name}: {key} is not among the constants that the graph reads")
     relative, size, key = worst
     floor, error = _ROUNDING * size, relative * size
     allowed = 0.0 if exact else allowed_error("weights", floor)
-    said = f"farthest: {key}" if key else f"{equal} are equal" + (f", {fused} fused with BatchNorms" if fused else "")
+    said = f"farthest: {key}" if key else f"{equal} are equal" + (f", {changed} changed on the way" if changed else "")
     return Hop(
         name=name,
         batch=0,
@@ -119,19 +123,12 @@ def _view(tensor: onnx.TensorProto) -> NDArray[Any]:
     return onnx.numpy_helper.to_array(tensor)
 
 
-def _fusible(network: nn.Module) -> set[str]:
-    """The weights that an exporter may fuse: of BatchNorms and, where there is one, of layers outside RepMLP blocks."""
-    if not any(isinstance(module, BatchNorm) for module in network.modules()):
-        return set()
-    blocks = [name for name, module in network.named_modules() if isinstance(module, RepMLPBlock | RepMLP)]
-    outside = {
-        name
-        for name, module in network.named_modules()
-        if isinstance(module, (BatchNorm, *_FUSED))
-        and not any(f"{name}.".startswith(f"{b}." if b else "") for b in blocks)
-    }
-    keys = [*dict(network.named_parameters()), *dict(network.named_buffers())]
-    return {key for key in keys if key.rpartition(".")[0] in outside}
+def _changeable(network: nn.Module) -> set[str]:
+    """The weights outside RepMLP blocks, and those of their gates, which may be anybody's."""
+    blocks = [name for name, m in network.named_modules() if isinstance(m, RepMLPBlock | RepMLP | FoldedRepMLP)]
+    inside = tuple(f"{name}." if name else "" for name in blocks)
+    gates = tuple(f"{prefix}gp." for prefix in inside)
+    return {key for key in _weights(network) if not key.startswith(inside) or key.startswith(gates)}
 
 
 def _same_values(weight: NDArray[Any], constant: NDArray[Any]) -> bool:

@@ -30,6 +30,7 @@ from repmlp_deploy.bundle import (
     BatchRange,
     Bundle,
     FileEntry,
+    Hop,
     Manifest,
     Probe,
     TensorSpec,
@@ -316,12 +317,13 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
 ) -> None:
     """The graph simplified, in its precision, verified each time; and the engines built from it."""
     interface = find_interface(trained)
+    match = partial(match_weights, network=network, own=trained.interface is not None)
     with clock.step("verify weights"):
-        certifier.record([match_weights("exported ONNX weights", model, network)], "weights")
+        certifier.record([match("exported ONNX weights", model)], "weights")
         made.graphs["exported"] = hashlib.sha256(data).hexdigest()
     with clock.step("simplify"):
         try:
-            model, data = _simplified(model, network, certifier)
+            model, data = _simplified(model, match, certifier)
             made.graphs["simplified"] = hashlib.sha256(data).hexdigest()
         except SimplificationFailed as error:
             made.notes.append(f"not simplified: {error}")
@@ -494,7 +496,9 @@ def _onnx_run(data: bytes) -> Run:
     return run
 
 
-def _simplified(graph: onnx.ModelProto, network: nn.Module, certifier: Certifier) -> tuple[onnx.ModelProto, bytes]:
+def _simplified(
+    graph: onnx.ModelProto, match: Callable[[str, onnx.ModelProto], Hop], certifier: Certifier
+) -> tuple[onnx.ModelProto, bytes]:
     """The simplified graph, verified, and its bytes.
 
     Raises:
@@ -504,7 +508,7 @@ def _simplified(graph: onnx.ModelProto, network: nn.Module, certifier: Certifier
     data = serialize_model(simplified)
     try:
         hops = certifier.measure("simplified ONNX", _onnx_run(data), "fp32")
-        hops.append(match_weights("simplified ONNX weights", simplified, network))
+        hops.append(match("simplified ONNX weights", simplified))
     except (VerificationError, InputError) as error:
         raise SimplificationFailed(str(error)) from error
     failed = [hop for hop in hops if not hop.passed]

@@ -7,14 +7,16 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
-from torch import nn
+from torch import Tensor, nn
 
+from conftest import randomize
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.graph_weights import match_weights
 from repmlp_deploy.convert.merging import merge_branches, upstream_form
 from repmlp_deploy.convert.onnx_export import export_graph, trace_network
 from repmlp_deploy.errors import VerificationError
+from repmlp_deploy.nets.blocks import RepMLPBlock
 from repmlp_deploy.nets.repmlpnet import RepMLPNet
 
 
@@ -108,8 +110,33 @@ def test_convolutions_may_be_fused_with_batch_norms_but_fc3_may_not_change(small
     graph = exported(network)
     hop = match_weights("weights", graph, network)
     assert hop.passed
-    assert "fused with BatchNorms" in hop.note
+    assert "changed on the way" in hop.note
     change(initializer(graph, "stages.1.0.repmlp_block.fc3.weight"), 1e-3)
     hop = match_weights("weights", graph, network)
     assert not hop.passed
     assert hop.note == "farthest: stages.1.0.repmlp_block.fc3.weight"
+
+
+class Scaled(nn.Module):
+    """A part of one's own that computes with its weight before it meets the input, beside a RepMLP block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Parameter(torch.randn(3, 5))
+        self.block = RepMLPBlock(3, 16, 24, sharesets=1, hidden=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x).mean((2, 3)) @ torch.exp(self.project)
+
+
+def test_what_a_network_of_ones_own_computes_beforehand_is_counted() -> None:
+    torch.manual_seed(0)
+    network = fold_affine(merge_branches(randomize(Scaled())))
+    graph = exported(network)
+    hop = match_weights("weights", graph, network, own=True)
+    assert hop.passed
+    assert hop.note.endswith("1 changed on the way")
+    with pytest.raises(VerificationError, match="project is not among the constants"):
+        match_weights("weights", graph, network)
+    change(initializer(graph, "block.weight"), 1e-3)
+    assert not match_weights("weights", graph, network, own=True).passed

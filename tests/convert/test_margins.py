@@ -69,7 +69,7 @@ def test_a_network_of_ones_own_has_it_too(tmp_path: Path) -> None:
     assert bundle.manifest.verdict.margin is not None
     assert bundle.manifest.verdict.margin >= LEAST
     weights = next(hop for hop in bundle.manifest.certificate if hop.name == "exported ONNX weights")
-    assert "fused with BatchNorms" in weights.note
+    assert "changed on the way" in weights.note
 
 
 def test_a_small_margin_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
