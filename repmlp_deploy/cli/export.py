@@ -16,6 +16,8 @@ from repmlp_deploy.numerics import TOLERANCES
 
 __all__ = ["main", "print_hops", "print_report", "print_verdict"]
 
+_ROUND = 100.0  # margins from here on are whole numbers
+
 
 def main() -> None:
     """Entry point."""
@@ -123,7 +125,7 @@ def print_hops(title: str, hops: Sequence[Hop]) -> None:
                 f"{max(0.0, 1 - hop.cosine):.0e}",
                 "" if hop.ratio is None else f"{hop.ratio:.2g}",
                 f"{hop.allowed:.2e}",
-                "" if hop.margin is None else f"{hop.margin:.3g}×",
+                "" if hop.margin is None else f"{hop.margin:,.0f}×" if hop.margin >= _ROUND else f"{hop.margin:.3g}×",
                 "" if hop.top1 is None else f"{100 * hop.top1:g} %",
             )
             for hop in hops

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import randomize
+from repmlp_deploy import get_model
 from repmlp_deploy.bundle import Hop
 from repmlp_deploy.convert.algebra import Step, compare_weights, prove_algebra, redraw_statistics
 from repmlp_deploy.convert.certifying import Certifier
@@ -194,3 +196,16 @@ def test_other_weights_are_no_comparison(small_network: RepMLPNet) -> None:
     other.head.weight = nn.Parameter(other.head.weight[:3])
     with pytest.raises(VerificationError, match=r"head.weight has shape \(3, 16\); in float64 \(7, 16\)"):
         compare_weights("merged weights", other, merged.double())
+
+
+@pytest.mark.slow
+def test_at_full_size_one_weight_off_by_a_thousandth_is_below_the_noise_and_still_named() -> None:
+    """The twin within: the outputs pass, at every batch size."""
+    network = randomize(get_model("repmlpnet-t224"))
+    merged = merge_branches(network)
+    merged.stages[2][3].repmlp_block.fc3.weight.view(-1)[12345] += 1e-3
+    certifier = Certifier(record_probe(network, probe_inputs((3, 224, 224))), (1, 3))
+    certifier.require("merged", lambda x: run_network(merged, x))
+    hop = compare_weights("merged weights", merged, merge_branches(copy.deepcopy(network).double()))
+    assert not hop.passed
+    assert hop.note.startswith("farthest: stages.2.3.repmlp_block.fc3.weight, row ")
