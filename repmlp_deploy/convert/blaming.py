@@ -37,11 +37,13 @@ _CONTAINERS = re.compile(r"\d+|module|backbone|stages?\d*|units|embeds|layers|bl
 _WORDS = {
     "repmlp_block": "",
     "repmlp": "",
+    "conv": "",
     "gp": "global perceptron",
     "fc1_fc2": "global perceptron",
     "scale": "prebn1 fold",
     "offset": "prebn1 fold",
     "ffn.0": "ffn_fc1",
+    "ffn.1": "ffn",
     "ffn.2": "ffn_fc2",
 }
 """What a module inside a block is called here, where that is not its own name."""

@@ -49,6 +49,15 @@ class Certifier:
             line = self._hop("trained, float32", i, float32, reference, allowed=self._floors[i])
             self.hops.append(line.model_copy(update={"passed": None, "note": "the noise floor"}))
 
+    @property
+    def inputs(self) -> list[NDArray[Any]]:
+        """The probe's inputs, every sample once."""
+        return [self._probe.inputs, *self._probe.further_inputs]
+
+    def batches(self) -> list[list[NDArray[Any]]]:
+        """The inputs of every batch size that steps are run at."""
+        return [self._probe.batches(size)[0] for size in self._sizes]
+
     def measure(self, name: str, run: Run, precision: str) -> list[Hop]:
         """The lines of one step, a batch size and output each, judged but not recorded.
 

@@ -35,6 +35,8 @@ from repmlp_deploy.bundle import (
     check_output_folder,
 )
 from repmlp_deploy.card import ModelCard, load_labels
+from repmlp_deploy.convert.bisecting import blame_graph
+from repmlp_deploy.convert.blaming import Blame, blame_network, blamed, describe_blame
 from repmlp_deploy.convert.certifying import Certifier, Run, batch_sizes
 from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
 from repmlp_deploy.convert.folding import fold_affine
@@ -183,13 +185,13 @@ def _reparameterize(
     """The merged network, and the one to be traced; both verified."""
     with clock.step("merge"):
         merged = trained.network if trained.merged else _merged(trained)
-    with clock.step("verify merged"):
+    with clock.step("verify merged"), blamed(partial(blame_network, trained.network, merged, certifier.inputs)):
         certifier.require("merged", partial(run_network, merged))
     if request.graph == "merged":
         return merged, upstream_form(merged)
     with clock.step("fold"):
         folded = fold_affine(merged, keep_unknown=trained.interface is not None)
-    with clock.step("verify folded"):
+    with clock.step("verify folded"), blamed(partial(blame_network, trained.network, folded, certifier.inputs)):
         certifier.require("folded", partial(run_network, folded))
     return merged, folded
 
@@ -203,11 +205,12 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
         model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs)
         model = with_metadata(model, _metadata(trained, request.batch))
         data = serialize_model(model)
-    with clock.step("verify exported"):
+    find = partial(blame_graph, traced.program, batches=certifier.batches(), precision=request.precision)
+    with clock.step("verify exported"), blamed(partial(find, data)):
         certifier.require("exported ONNX", _onnx_run(data), request.precision)
     with clock.step("simplify"):
         try:
-            model, data = _simplified(model, certifier, request.precision)
+            model, data = _simplified(model, certifier, request.precision, find)
         except SimplificationFailed as error:
             made.notes.append(f"not simplified: {error}")
     about = {"opset": model.opset_import[0].version, "nodes": len(model.graph.node)}
@@ -301,10 +304,20 @@ class _Artifacts:
 def _onnx_run(data: bytes) -> Run:
     session, _ = open_session(data, RunnerOptions(device="cpu"))
     names = [value.name for value in session.get_inputs()]
-    return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))
+
+    def run(*inputs: Any) -> Any:
+        try:
+            return session.run(None, dict(zip(names, inputs, strict=True)))
+        except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base
+            said = " ".join(str(error).split())
+            raise VerificationError(f"the ONNX graph does not run at batch {len(inputs[0])}: {said[:300]}") from None
+
+    return run
 
 
-def _simplified(graph: onnx.ModelProto, certifier: Certifier, precision: str) -> tuple[onnx.ModelProto, bytes]:
+def _simplified(
+    graph: onnx.ModelProto, certifier: Certifier, precision: str, find: Callable[[bytes], Blame | None]
+) -> tuple[onnx.ModelProto, bytes]:
     """The simplified graph, verified, and its bytes.
 
     Raises:
@@ -315,10 +328,11 @@ def _simplified(graph: onnx.ModelProto, certifier: Certifier, precision: str) ->
     try:
         hops = certifier.measure("simplified ONNX", _onnx_run(data), precision)
     except (VerificationError, InputError) as error:
-        raise SimplificationFailed(str(error)) from error
+        raise SimplificationFailed(f"{error}; {describe_blame(partial(find, data))}") from error
     failed = [hop for hop in hops if not hop.passed]
     if failed:
-        raise SimplificationFailed(f"onnxsim changed the output by {failed[0].max_abs:.2e}")
+        said = describe_blame(partial(find, data))
+        raise SimplificationFailed(f"onnxsim changed the output by {failed[0].max_abs:.2e}; {said}")
     certifier.hops += hops
     return simplified, data
 
