@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from repmlp_deploy.bundle import Bundle
-from repmlp_deploy.card import list_cards
+from repmlp_deploy.card import ModelCard, list_cards
 from repmlp_deploy.convert.bisecting import blame_graph
 from repmlp_deploy.convert.blaming import Blame, blame_network
 from repmlp_deploy.convert.certifying import batch_sizes
@@ -26,7 +26,7 @@ __all__ = ["blame_bundle", "load_origin"]
 ARTIFACT = "onnx"
 
 
-def blame_bundle(bundle: Bundle, checkpoint: str | Path) -> Blame | None:
+def blame_bundle(bundle: Bundle, checkpoint: str | Path, card: str | Path | ModelCard | None = None) -> Blame | None:
     """The first place where a bundle strays from a checkpoint; None where it does not.
 
     The network is merged, folded and traced again, each step judged by itself; then the artifact is compared with the
@@ -35,6 +35,7 @@ def blame_bundle(bundle: Bundle, checkpoint: str | Path) -> Blame | None:
     Args:
         bundle: on disk, with an ONNX artifact.
         checkpoint: what it was made from.
+        card: see `load_origin`.
 
     Raises:
         InputError: the network is the user's own, which a checkpoint alone does not tell.
@@ -44,7 +45,7 @@ def blame_bundle(bundle: Bundle, checkpoint: str | Path) -> Blame | None:
     entry = bundle.artifact(ARTIFACT)
     data = bundle.read(entry)
     probe = bundle.probe()
-    trained = load_origin(bundle, checkpoint)
+    trained = load_origin(bundle, checkpoint, card)
     inputs = [probe.inputs, *probe.further_inputs]
     merged = trained.network if trained.merged else merge_branches(trained.network)
     network = upstream_form(merged) if bundle.manifest.graph == "merged" else fold_affine(merged)
@@ -58,8 +59,13 @@ def blame_bundle(bundle: Bundle, checkpoint: str | Path) -> Blame | None:
     return blame or next(_wrong_answers(bundle, trained), None)
 
 
-def load_origin(bundle: Bundle, checkpoint: str | Path) -> Trained:
-    """The trained network of a bundle, from the checkpoint: by the bundle's card, where it is one of `models/`.
+def load_origin(bundle: Bundle, checkpoint: str | Path, card: str | Path | ModelCard | None = None) -> Trained:
+    """The trained network of a bundle, from the checkpoint.
+
+    Args:
+        bundle: says the network's name, input size and which of several weights.
+        checkpoint: the file.
+        card: by default the one in `models/` of the bundle's name; where there is none, it is inferred.
 
     Raises:
         InputError: the network is the user's own.
@@ -70,12 +76,11 @@ def load_origin(bundle: Bundle, checkpoint: str | Path) -> Trained:
         raise InputError(f"{manifest.name} is a network of your own: a checkpoint alone does not say how it is built")
     source = manifest.provenance.get("checkpoint") or {}
     weights = "ema" if "ema" in str(source.get("container", "")) else None
-    known = manifest.name in list_cards()
+    if card is None and manifest.name in list_cards():
+        card = manifest.name
     height, width = manifest.input.shape[2:]
-    size = None if known or height is None or width is None else (height, width)
-    return load_trained(
-        checkpoint, manifest.name if known else None, weights=weights, input_size=size, allow_merged=True
-    )
+    size = None if card is not None or height is None or width is None else (height, width)
+    return load_trained(checkpoint, card, weights=weights, input_size=size, allow_merged=True)
 
 
 def _wrong_answers(bundle: Bundle, trained: Trained) -> Iterator[Blame]:
