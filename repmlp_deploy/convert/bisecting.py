@@ -31,7 +31,7 @@ from repmlp_deploy.numerics import allowed_error, compare, noise_floor
 from repmlp_deploy.runtime.onnx_runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 
-__all__ = ["blame_graph"]
+__all__ = ["blame_graph", "said_by_runtime"]
 
 _PASSED_ON = ("Cast", "DequantizeLinear", "Identity")  # a weight behind these is the weight still
 _AT_ONCE = 48  # further outputs of one run
@@ -220,12 +220,11 @@ class _Graph:
         except RepMLPError:
             raise
         except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base
-            said = " ".join(str(error).split())
-            named = re.search(r"Name:'([^']*)'", said)
+            named = re.search(r"Name:'([^']*)'", str(error))
             node = next((n for n in self.model.graph.node if named and n.name == named[1]), None)
             block, part = ("input", "") if node is None else place_of(self._module_of(node))
             kind = "" if node is None else f"{node.op_type} {node.name} "
-            return Blame(block, part, f"{kind}fails at batch {len(inputs[0])}: {said[-160:]}")
+            return Blame(block, part, f"{kind}fails at batch {len(inputs[0])}: {said_by_runtime(error)}")
         return None
 
     def _module_of(self, node: onnx.NodeProto) -> str:
@@ -261,6 +260,14 @@ class _Graph:
             return None
         found = Check("", name, got, expected.detach().double()).finding()
         return None if found is None else found.element
+
+
+def said_by_runtime(error: Exception) -> str:
+    """What ONNX Runtime complains of, without its own codes and source files."""
+    said = " ".join(str(error).split())
+    for before in (r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", r"^.* Status Message: ", r"^.* was false\. "):
+        said = re.sub(before, "", said)
+    return said[:200]
 
 
 def _scopes(node: onnx.NodeProto) -> list[str]:

@@ -35,7 +35,7 @@ from repmlp_deploy.bundle import (
     check_output_folder,
 )
 from repmlp_deploy.card import ModelCard, load_labels
-from repmlp_deploy.convert.bisecting import blame_graph
+from repmlp_deploy.convert.bisecting import blame_graph, said_by_runtime
 from repmlp_deploy.convert.blaming import Blame, blame_network, blamed, describe_blame
 from repmlp_deploy.convert.certifying import Certifier, Run, batch_sizes
 from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
@@ -309,8 +309,8 @@ def _onnx_run(data: bytes) -> Run:
         try:
             return session.run(None, dict(zip(names, inputs, strict=True)))
         except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base
-            said = " ".join(str(error).split())
-            raise VerificationError(f"the ONNX graph does not run at batch {len(inputs[0])}: {said[:300]}") from None
+            said = said_by_runtime(error)
+            raise VerificationError(f"the ONNX graph does not run at batch {len(inputs[0])}: {said}") from None
 
     return run
 

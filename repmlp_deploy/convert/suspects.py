@@ -158,8 +158,8 @@ def wrong_affines(bn: BatchNorm) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield "mean added instead of subtracted", a, beta + mean * a
     yield "dropped", 0 * a, 0 * b
     yield "doubled", 2 * a, 2 * b
-    yield "scale dropped", one, b
     yield "not applied", one, 0 * b
+    yield "scale dropped", one, b
     yield "variance used as deviation", *with_scale(gamma / (variance + bn.eps))
     yield "variance used as deviation", *with_scale(gamma / variance)
     yield "deviation forgotten", *with_scale(gamma)
