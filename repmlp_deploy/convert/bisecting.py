@@ -27,13 +27,14 @@ from repmlp_deploy.convert.blaming import Blame, place_of
 from repmlp_deploy.convert.onnx_proto import SCOPES, serialize_model
 from repmlp_deploy.convert.suspects import Check, Element
 from repmlp_deploy.errors import RepMLPError, VerificationError
-from repmlp_deploy.numerics import allowed_error, compare, noise_floor
+from repmlp_deploy.numerics import compare, is_close, noise_floor
 from repmlp_deploy.runtime.onnx_runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 
 __all__ = ["blame_graph", "said_by_runtime"]
 
 _PASSED_ON = ("Cast", "DequantizeLinear", "Identity")  # a weight behind these is the weight still
+_SUFFIXES = re.compile("_(float16|bfloat16|quantized)$")  # of weights in a lower precision
 _AT_ONCE = 48  # further outputs of one run
 
 Arrays = Sequence[NDArray[Any]]
@@ -69,7 +70,8 @@ def blame_graph(
     Args:
         program: the trace.
         data: the graph, exported from it; simplified or of lower precision as well.
-        batches: inputs (n, …) of one or several batch sizes.
+        batches: inputs (n, …) of one or several batch sizes; where the trace takes only one, the graph is but run at
+            the others.
         precision: of the graph; what it allows is applied to every value.
     """
     graph = _Graph(data)
@@ -78,7 +80,7 @@ def blame_graph(
         failed = graph.failure(inputs)
         if failed is not None:
             return failed
-        found = _first_straying(graph, trace, inputs, precision)
+        found = _first_straying(graph, trace, inputs, precision) if trace.takes(inputs) else None
         if found is not None:
             return graph.blame(found, trace)
     return graph.wrong_weight(trace, len(graph.model.graph.node))
@@ -119,11 +121,11 @@ def _first_of(
                 continue  # the exporter computes this value in another form
             floor = noise_floor(single[anchor.key], reference)
             try:
-                error = compare(y, reference, classes=False).max_abs
+                result = compare(y, reference, classes=False)
             except VerificationError as failure:
                 return _Straying(anchor, None, floor, str(failure))
-            if not error <= allowed_error(precision, floor):
-                return _Straying(anchor, error, floor)
+            if not is_close(result, floor=floor, precision=precision):
+                return _Straying(anchor, result.max_abs, floor)
     return None
 
 
@@ -143,6 +145,12 @@ class _Trace:
             if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
                 for module, _ in node.meta.get("nn_module_stack", {}).values():
                     self.nodes[module] = node.name  # the last one stays
+
+    def takes(self, inputs: Arrays) -> bool:
+        """Whether a batch is one that was traced."""
+        first = next(node for node in self._single.graph.nodes if node.op == "placeholder")
+        n = first.meta["val"].shape[0]
+        return not isinstance(n, int) or n == len(inputs[0])
 
     def values(self, inputs: Arrays, keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The values of `keys` in float64 and in float32."""
@@ -179,14 +187,14 @@ class _Graph:
     def __init__(self, data: bytes) -> None:
         self.model = onnx.load_model_from_string(data)
         self._inputs = [value.name for value in self.model.graph.input]
-        self._weights = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self._weights = {_SUFFIXES.sub("", tensor.name): tensor for tensor in self.model.graph.initializer}
         self._outputs = [value.name for value in self.model.graph.output]
         self._read: dict[int, list[str]] = {}
         self.anchors = self._find_anchors()
 
     def _find_anchors(self) -> list[_Anchor]:
         """In the graph's order: the last value of every module, the value of every node that reads a weight."""
-        passed = {name: name.removesuffix("_quantized") for name in self._weights}
+        passed = {tensor.name: _SUFFIXES.sub("", tensor.name) for tensor in self.model.graph.initializer}
         found: dict[str, _Anchor] = {}
         for i, node in enumerate(self.model.graph.node):
             weights = [passed[name] for name in node.input if name in passed]

@@ -1,6 +1,6 @@
 """The pipeline: the only place that knows the order of the steps. Files are written once, at the end.
 
-    checkpoint → trained → probe → merged → folded → traced → graph → simplified → engine → bundle
+    checkpoint → trained → probe → merged → folded → traced → graph → simplified → in its precision → engine → bundle
 
 Every value is compared with the probe, that is with the trained network, before the next step uses it.
 """
@@ -11,7 +11,7 @@ import hashlib
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import onnx
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 import repmlp_deploy
@@ -37,28 +38,50 @@ from repmlp_deploy.bundle import (
 from repmlp_deploy.card import ModelCard, load_labels
 from repmlp_deploy.convert.bisecting import blame_graph, said_by_runtime
 from repmlp_deploy.convert.blaming import Blame, blame_network, blamed, describe_blame
+from repmlp_deploy.convert.calibration import Calibration, measure_ranges, read_calibration, take_calibration
 from repmlp_deploy.convert.certifying import Certifier, Run, batch_sizes
+from repmlp_deploy.convert.emulating import emulate_bf16
 from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.layouts import to_layout
 from repmlp_deploy.convert.merging import merge_branches, upstream_form
-from repmlp_deploy.convert.onnx_export import Traced, export_graph, trace_network, with_metadata
+from repmlp_deploy.convert.onnx_export import (
+    TRACED,
+    Traced,
+    export_graph,
+    trace_network,
+    with_metadata,
+    with_symbolic_batch,
+)
 from repmlp_deploy.convert.onnx_proto import serialize_model
-from repmlp_deploy.convert.options import GRAPHS, parse_batch, parse_formats, require_choice
+from repmlp_deploy.convert.options import (
+    CALIBRATION_METHODS,
+    GRAPHS,
+    PRECISIONS,
+    parse_batch,
+    parse_formats,
+    require_choice,
+)
+from repmlp_deploy.convert.own_network import Interface
+from repmlp_deploy.convert.precision import blocks_of, product_tensors, set_precision
 from repmlp_deploy.convert.probing import probe_like, record_probe, run_network
 from repmlp_deploy.convert.provenance import describe_provenance
 from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
 from repmlp_deploy.convert.trained import OwnRequest, Trained, find_interface, load_own, take_trained
 from repmlp_deploy.errors import InputError, VerificationError
 from repmlp_deploy.nets.flat import Flat
-from repmlp_deploy.numerics import TOLERANCES
 from repmlp_deploy.runtime.onnx_runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["export"]
 
+PROBED = 8
+"""Calibration samples in the probe: int8 is judged on what its ranges are for."""
+
 Progress = Callable[[str], None]
+Find = Callable[..., Blame | None]
+"""Bytes of a graph, and its precision where it is not fp32, to the first place where it strays from the trace."""
 
 
 def export(  # noqa: PLR0913 - one a command-line option
@@ -71,6 +94,10 @@ def export(  # noqa: PLR0913 - one a command-line option
     graph: str = "folded",
     precision: str = "fp32",
     batch: str | int | BatchRange = "1:8:64",
+    calibration: str | Path | Mapping[str, NDArray[Any]] | None = None,
+    calibration_method: str = "minmax",
+    keep_fp32: Sequence[str] = (),
+    sensitivity: bool = False,
     weights: str | None = None,
     input_size: tuple[int, int] | None = None,
     out: str | Path | None = None,
@@ -88,8 +115,14 @@ def export(  # noqa: PLR0913 - one a command-line option
         card: see `load_trained`; for a network that is no family's, only what it says of images, labels and the name.
         formats: of `FORMATS`, as a sequence or comma-separated.
         graph: `folded`, or `merged` for what upstream's own merge leaves.
-        precision: of the graph; a row of `numerics.TOLERANCES`.
+        precision: of the graph: `fp32`, `fp16`, `bf16` or `int8`.
         batch: sizes to serve, `MIN:OPT:MAX`, or one that is fixed.
+        calibration: for int8: a folder of images, a `.npz` of arrays, or arrays (n, …) by the names of the inputs. A
+            few of its samples become the probe, and so part of the bundle.
+        calibration_method: of `CALIBRATION_METHODS`: how ranges are chosen.
+        keep_fp32: patterns of module or node names that stay in float32, such as `stages.0.*`.
+        sensitivity: also measure the error of lowering each block alone, so that the worst can be kept; it takes a
+            verification a block.
         weights: see `load_trained`.
         input_size: see `load_trained`.
         out: the bundle's folder, default `artifacts/<name>-<precision>`.
@@ -110,6 +143,10 @@ def export(  # noqa: PLR0913 - one a command-line option
         graph=graph,
         precision=precision,
         batch=batch if isinstance(batch, BatchRange) else parse_batch(batch),
+        calibration=calibration,
+        calibration_method=calibration_method,
+        keep_fp32=tuple(keep_fp32),
+        sensitivity=sensitivity,
     )
     request.check()
     if out is not None:
@@ -125,8 +162,13 @@ def export(  # noqa: PLR0913 - one a command-line option
     check_output_folder(out)
 
     interface = find_interface(trained)
+    samples = None
+    if request.calibration is not None:
+        with clock.step("read calibration"):
+            samples = _calibration(request.calibration, trained.card, interface)
     with clock.step("probe"):
-        probe = record_probe(trained.network, *(probe_like(example.numpy()) for example in interface.examples))
+        inputs = [probe_like(x.numpy()) for x in interface.examples] if samples is None else samples.chosen(PROBED)
+        probe = record_probe(trained.network, *inputs)
     certifier = Certifier(
         probe,
         batch_sizes(request.batch),
@@ -134,19 +176,20 @@ def export(  # noqa: PLR0913 - one a command-line option
         outputs=interface.outputs,
     )
     merged, network = _reparameterize(trained, request, certifier, clock)
-    made = _Artifacts(request.precision, notes=list(trained.notes))
+    made = _Artifacts(request.precision, notes=[*trained.notes, *([] if samples is None else samples.remarks())])
     if "checkpoint" in request.formats:
         with clock.step("checkpoint"):
             made.add("checkpoint", *_checkpoint_file(trained, merged))
     if request.needs_trace:
         with clock.step("trace"):
-            traced = trace_network(network, interface.examples, request.batch)
+            traced = trace_network(network, interface.examples, TRACED if request.quick else request.batch)
         if "torch" in request.formats:
             with clock.step("torch program"):
                 certifier.require("torch.export program", partial(run_network, traced.program.module()))
                 made.add("torch", "model.pt2", _program_file(traced))
         if request.needs_onnx:
-            _make_onnx(traced, trained, request, certifier, made, clock)
+            exported = _verified_graph(network, traced, trained, request, certifier, clock)
+            _make_onnx(*exported, trained, request, samples, certifier, made, clock)
     made.add_file(PROBE, probe.to_bytes())
     manifest = _manifest(trained, request, probe, certifier, made, clock)
     with clock.step("save"):
@@ -161,6 +204,10 @@ class _Request:
     graph: str
     precision: str
     batch: BatchRange
+    calibration: str | Path | Mapping[str, NDArray[Any]] | None
+    calibration_method: str
+    keep_fp32: tuple[str, ...]
+    sensitivity: bool
 
     @property
     def needs_trace(self) -> bool:
@@ -170,10 +217,27 @@ class _Request:
     def needs_onnx(self) -> bool:
         return bool(set(self.formats) & {"onnx", *FLAVOURS})
 
+    @property
+    def quick(self) -> bool:
+        """Whether a fixed batch may be traced although several are to be served: not where the program is delivered."""
+        return self.batch.min != self.batch.max and "torch" not in self.formats
+
     def check(self) -> None:
         """Raise, before minutes are spent, if it cannot be had here."""
         require_choice("--graph", self.graph, GRAPHS)
-        require_choice("--precision", self.precision, tuple(TOLERANCES))
+        require_choice("--precision", self.precision, PRECISIONS)
+        require_choice("--calibration-method", self.calibration_method, CALIBRATION_METHODS)
+        if self.precision == "int8" and self.calibration is None:
+            raise InputError("int8 needs calibration images: pass --calibration DIR|FILE.npz")
+        if self.precision != "int8" and self.calibration is not None:
+            raise InputError(f"--calibration is for int8, and --precision is {self.precision}: drop one of them")
+        if self.precision == "fp32" and (self.keep_fp32 or self.sensitivity):
+            option = "--keep-fp32" if self.keep_fp32 else "--sensitivity"
+            raise InputError(f"{option} says nothing where everything is fp32: name a --precision")
+        if self.precision != "fp32" and (plain := [f for f in self.formats if f in ("torch", "checkpoint")]):
+            raise InputError(
+                f"--format {plain[0]} is float32; --precision {self.precision} is of graphs: drop one of them"
+            )
         for name in self.formats:
             if name in FLAVOURS:
                 check_flavour(name)
@@ -196,24 +260,62 @@ def _reparameterize(
     return merged, folded
 
 
-def _make_onnx(  # noqa: PLR0913 - the values that meet here
-    traced: Traced, trained: Trained, request: _Request, certifier: Certifier, made: _Artifacts, clock: _Clock
-) -> None:
-    """The ONNX graph, verified, simplified, verified again; and the engines built from it."""
+def _verified_graph(  # noqa: PLR0913 - the values that meet here
+    network: nn.Module, traced: Traced, trained: Trained, request: _Request, certifier: Certifier, clock: _Clock
+) -> tuple[onnx.ModelProto, bytes, Find]:
+    """The ONNX graph of a traced network, verified, its bytes, and how to find a fault in what is made of it."""
+    if request.quick:
+        try:
+            return _exported(traced, trained, request, certifier, clock, quick=True)
+        except VerificationError:  # the network's own code names the batch it was traced with
+            with clock.step("trace again"):
+                traced = trace_network(network, find_interface(trained).examples, request.batch)
+    return _exported(traced, trained, request, certifier, clock)
+
+
+def _exported(  # noqa: PLR0913 - the values that meet here
+    traced: Traced,
+    trained: Trained,
+    request: _Request,
+    certifier: Certifier,
+    clock: _Clock,
+    *,
+    quick: bool = False,
+) -> tuple[onnx.ModelProto, bytes, Find]:
     with clock.step("export"):
         interface = find_interface(trained)
         model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs)
+        model = with_symbolic_batch(model) if request.batch.min != request.batch.max else model
         model = with_metadata(model, _metadata(trained, request.batch))
         data = serialize_model(model)
-    find = partial(blame_graph, traced.program, batches=certifier.batches(), precision=request.precision)
-    with clock.step("verify exported"), blamed(partial(find, data)):
-        certifier.require("exported ONNX", _onnx_run(data), request.precision)
+    find = partial(blame_graph, traced.program, batches=certifier.batches(*([TRACED.opt] if quick else [])))
+    with clock.step("verify exported"), nullcontext() if quick else blamed(partial(find, data)):
+        certifier.require("exported ONNX", _onnx_run(data))
+    return model, data, find
+
+
+def _make_onnx(  # noqa: PLR0913 - the values that meet here
+    model: onnx.ModelProto,
+    data: bytes,
+    find: Find,
+    trained: Trained,
+    request: _Request,
+    samples: Calibration | None,
+    certifier: Certifier,
+    made: _Artifacts,
+    clock: _Clock,
+) -> None:
+    """The graph simplified, in its precision, verified each time; and the engines built from it."""
+    interface = find_interface(trained)
     with clock.step("simplify"):
         try:
-            model, data = _simplified(model, certifier, request.precision, find)
+            model, data = _simplified(model, certifier, find)
         except SimplificationFailed as error:
             made.notes.append(f"not simplified: {error}")
-    about = {"opset": model.opset_import[0].version, "nodes": len(model.graph.node)}
+    about: dict[str, Any] = {}
+    if request.precision != "fp32":
+        model, data, about = _lowered(model, data, find, request, samples, certifier, clock)
+    about |= {"opset": model.opset_import[0].version, "nodes": len(model.graph.node)}
     del model
     if "onnx" in request.formats:
         made.add("onnx", "model.onnx", data, about)
@@ -223,6 +325,71 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
             engine = build_engine(name, data, inputs=shapes, batch=request.batch)
         made.add(name, f"model.{name}.engine", engine.plan, engine.details)
         made.notes.append(f"the {name} engine was built from the verified graph and has not run here")
+
+
+def _lowered(  # noqa: PLR0913 - the values that meet here
+    model: onnx.ModelProto,
+    data: bytes,
+    find: Find,
+    request: _Request,
+    samples: Calibration | None,
+    certifier: Certifier,
+    clock: _Clock,
+) -> tuple[onnx.ModelProto, bytes, dict[str, Any]]:
+    """The graph in the precision that was asked for, verified; its bytes; and what stays in float32."""
+    ranges = None
+    about: dict[str, Any] = {}
+    if samples is not None:
+        with clock.step("calibrate"):
+            ranges = measure_ranges(data, samples, product_tensors(model), request.calibration_method)
+        about = {"calibration": {"method": request.calibration_method, "samples": len(samples)}}
+    with clock.step(request.precision):
+        lowered = set_precision(model, request.precision, ranges=ranges, keep_fp32=request.keep_fp32)
+        data = serialize_model(lowered.model)
+    with clock.step(f"verify {request.precision}"):
+        emulated = request.precision == "bf16"
+        name = f"{request.precision} ONNX" + (", emulated" if emulated else "")
+        with blamed(lambda: find(_runnable(lowered.model, data), precision=request.precision)):
+            certifier.require(name, _low_run(lowered.model, data), request.precision)
+    if request.sensitivity:
+        with clock.step("sensitivity"):
+            about["sensitivity"] = _sensitivity(model, request, ranges, certifier)
+    return lowered.model, data, about | lowered.describe()
+
+
+def _low_run(model: onnx.ModelProto, data: bytes) -> Run:
+    """How a graph in a precision is run here."""
+    return _onnx_run(_runnable(model, data))
+
+
+def _runnable(model: onnx.ModelProto, data: bytes) -> bytes:
+    """The graph as it runs here: bf16 emulated, as ONNX Runtime's CPU provider has no such products."""
+    low = {tensor.data_type for tensor in model.graph.initializer}
+    return serialize_model(emulate_bf16(model)) if onnx.TensorProto.BFLOAT16 in low else data
+
+
+def _sensitivity(
+    model: onnx.ModelProto, request: _Request, ranges: Mapping[str, float] | None, certifier: Certifier
+) -> list[dict[str, Any]]:
+    """The error if only one block is in the precision, for every block, the worst first."""
+    blocks = blocks_of(model)
+    found = []
+    for block in blocks:
+        others = [name for other, names in blocks.items() if other != block for name in names]
+        alone = set_precision(model, request.precision, ranges=ranges, keep_fp32=others).model
+        hops = certifier.measure(block, _low_run(alone, serialize_model(alone)), request.precision)
+        worst = max(hops, key=lambda hop: hop.max_abs)
+        found.append({"block": block, "max_abs": worst.max_abs, "between": worst.between})
+    return sorted(found, key=lambda line: -line["max_abs"])
+
+
+def _calibration(given: str | Path | Mapping[str, NDArray[Any]], card: ModelCard, interface: Interface) -> Calibration:
+    """The samples that were given for calibration."""
+    shapes = {name: tuple(x.shape[1:]) for name, x in zip(interface.inputs, interface.examples, strict=True)}
+    if isinstance(given, Mapping):
+        return take_calibration(given, shapes)
+    refusal = find_task(card.task).refusal
+    return read_calibration(given, shapes, None if refusal else card.preprocessing)
 
 
 def _manifest(  # noqa: PLR0913 - the values that meet here
@@ -278,7 +445,7 @@ class _Clock:
             self._progress(name)
         started = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - started, 3)
+        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - started, 3)
 
 
 @dataclass
@@ -305,19 +472,18 @@ def _onnx_run(data: bytes) -> Run:
     session, _ = open_session(data, RunnerOptions(device="cpu"))
     names = [value.name for value in session.get_inputs()]
 
-    def run(*inputs: Any) -> Any:
+    def run(*inputs: NDArray[Any]) -> list[NDArray[Any]]:
         try:
-            return session.run(None, dict(zip(names, inputs, strict=True)))
-        except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base
+            outputs: list[NDArray[Any]] = session.run(None, dict(zip(names, inputs, strict=True)))
+        except Exception as error:  # onnxruntime's exceptions share no public base
             said = said_by_runtime(error)
-            raise VerificationError(f"the ONNX graph does not run at batch {len(inputs[0])}: {said}") from None
+            raise VerificationError(f"ONNX Runtime cannot run the graph at batch {len(inputs[0])}: {said}") from error
+        return outputs
 
     return run
 
 
-def _simplified(
-    graph: onnx.ModelProto, certifier: Certifier, precision: str, find: Callable[[bytes], Blame | None]
-) -> tuple[onnx.ModelProto, bytes]:
+def _simplified(graph: onnx.ModelProto, certifier: Certifier, find: Find) -> tuple[onnx.ModelProto, bytes]:
     """The simplified graph, verified, and its bytes.
 
     Raises:
@@ -326,7 +492,7 @@ def _simplified(
     simplified = simplify_graph(graph)
     data = serialize_model(simplified)
     try:
-        hops = certifier.measure("simplified ONNX", _onnx_run(data), precision)
+        hops = certifier.measure("simplified ONNX", _onnx_run(data), "fp32")
     except (VerificationError, InputError) as error:
         raise SimplificationFailed(f"{error}; {describe_blame(partial(find, data))}") from error
     failed = [hop for hop in hops if not hop.passed]

@@ -14,7 +14,7 @@ from repmlp_deploy.convert.blaming import Blame, blame_network
 from repmlp_deploy.convert.certifying import batch_sizes
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.merging import merge_branches, upstream_form
-from repmlp_deploy.convert.onnx_export import trace_network
+from repmlp_deploy.convert.onnx_export import TRACED, trace_network
 from repmlp_deploy.convert.own_network import FAMILY
 from repmlp_deploy.convert.probing import record_probe
 from repmlp_deploy.convert.trained import Trained, find_interface, load_trained
@@ -53,8 +53,10 @@ def blame_bundle(bundle: Bundle, checkpoint: str | Path, card: str | Path | Mode
         blame = None if trained.merged else blame_network(trained.network, made, inputs)
         if blame is not None:
             return blame
-    traced = trace_network(network, find_interface(trained).examples, bundle.manifest.batch)
-    batches = [probe.batches(size)[0] for size in batch_sizes(bundle.manifest.batch)]
+    served = bundle.manifest.batch
+    traced = trace_network(network, find_interface(trained).examples, served if served.min == served.max else TRACED)
+    further = set() if served.min == served.max else {TRACED.opt}
+    batches = [probe.batches(size)[0] for size in sorted({*batch_sizes(served), *further})]
     blame = blame_graph(traced.program, data, batches, entry.precision)
     return blame or next(_wrong_answers(bundle, trained), None)
 

@@ -314,10 +314,16 @@ def batch_in_a_reshape(model: onnx.ModelProto) -> None:
     model.graph.initializer.append(onnx.numpy_helper.from_array(values, "baked"))
 
 
-def batch_in_the_trace(patch: pytest.MonkeyPatch) -> None:
-    right = pipeline.trace_network
-    fixed = BatchRange(min=2, opt=2, max=2)
-    patch.setattr(pipeline, "trace_network", lambda network, examples, _batch: right(network, examples, fixed))
+def batch_at_the_borders(patch: pytest.MonkeyPatch) -> None:
+    """The batch that was traced, 2, in the graph's inputs and outputs."""
+    right = pipeline.with_metadata
+
+    def fixed(model: onnx.ModelProto, metadata: Any) -> onnx.ModelProto:
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 2
+        return right(model, metadata)
+
+    patch.setattr(pipeline, "with_metadata", fixed)
 
 
 def stale_simplified_graph(patch: pytest.MonkeyPatch) -> None:

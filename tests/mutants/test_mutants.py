@@ -246,7 +246,7 @@ EXPORT = [
         "stages.1.1",
         "Reshape",
     ),
-    Mutant("batch size baked in by the trace", faults.batch_in_the_trace, "input", "fails at batch 1"),
+    Mutant("batch size baked into the borders", faults.batch_at_the_borders, "input", "fails at batch 1"),
 ]
 
 LOADING = [
