@@ -35,6 +35,8 @@ __all__ = ["blame_graph", "said_by_runtime"]
 
 _PASSED_ON = ("Cast", "DequantizeLinear", "Identity")  # a weight behind these is the weight still
 _SUFFIXES = re.compile("_(float16|bfloat16|quantized)$")  # of weights in a lower precision
+_EPS = {"fp32": 0.0, "fp16": 2.0**-10, "bf16": 2.0**-7}
+"""Between one and the next number that a precision stores weights in; int8's steps are every weight's own."""
 _AT_ONCE = 48  # further outputs of one run
 
 Arrays = Sequence[NDArray[Any]]
@@ -74,13 +76,13 @@ def blame_graph(
             the others.
         precision: of the graph; what it allows is applied to every value.
     """
-    graph = _Graph(data)
+    graph = _Graph(data, precision)
     trace = _Trace(program)
     for inputs in batches:
         failed = graph.failure(inputs)
         if failed is not None:
             return failed
-        found = _first_straying(graph, trace, inputs, precision) if trace.takes(inputs) else None
+        found = _first_straying(graph, trace, inputs) if trace.takes(inputs) else None
         if found is not None:
             return graph.blame(found, trace)
     return graph.wrong_weight(trace, len(graph.model.graph.node))
@@ -96,20 +98,18 @@ class _Straying:
     fault: str = ""
 
 
-def _first_straying(graph: _Graph, trace: _Trace, inputs: Arrays, precision: str) -> _Straying | None:
+def _first_straying(graph: _Graph, trace: _Trace, inputs: Arrays) -> _Straying | None:
     """The first anchor that strays: the first block whose end does, then the first inside it."""
     anchors = [anchor for anchor in graph.anchors if anchor.key in trace.nodes]
     ends = [anchor for anchor in anchors if anchor.ends_a_block]
-    found = _first_of(ends, graph, trace, inputs, precision)
+    found = _first_of(ends, graph, trace, inputs)
     last = len(graph.model.graph.node) if found is None else found.anchor.index
     before = max((anchor.index for anchor in ends if anchor.index < last), default=-1)
     inside = [anchor for anchor in anchors if before < anchor.index <= last]
-    return _first_of(inside, graph, trace, inputs, precision) or found
+    return _first_of(inside, graph, trace, inputs) or found
 
 
-def _first_of(
-    anchors: Sequence[_Anchor], graph: _Graph, trace: _Trace, inputs: Arrays, precision: str
-) -> _Straying | None:
+def _first_of(anchors: Sequence[_Anchor], graph: _Graph, trace: _Trace, inputs: Arrays) -> _Straying | None:
     """The first of `anchors` that strays, a bounded number of further outputs at a time."""
     for start in range(0, len(anchors), _AT_ONCE):
         part = anchors[start : start + _AT_ONCE]
@@ -124,7 +124,7 @@ def _first_of(
                 result = compare(y, reference, classes=False)
             except VerificationError as failure:
                 return _Straying(anchor, None, floor, str(failure))
-            if not is_close(result, floor=floor, precision=precision):
+            if not is_close(result, floor=floor, precision=graph.precision):
                 return _Straying(anchor, result.max_abs, floor)
     return None
 
@@ -184,7 +184,8 @@ class _Keeping(torch.fx.Interpreter):
 class _Graph:
     """An ONNX graph with its anchors."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, precision: str) -> None:
+        self.precision = precision
         self.model = onnx.load_model_from_string(data)
         self._inputs = [value.name for value in self.model.graph.input]
         self._weights = {_SUFFIXES.sub("", tensor.name): tensor for tensor in self.model.graph.initializer}
@@ -246,7 +247,8 @@ class _Graph:
             return replace(weight, fault=found.fault or weight.fault, error=found.error, floor=found.floor)
         node = self.model.graph.node[found.anchor.index]
         place = found.anchor.key if found.anchor.key in self._weights else self._module_of(node) or found.anchor.key
-        fault = found.fault or f"{node.op_type} {node.name} computes something else"
+        what = "computes something else" if self.precision == "fp32" else f"cannot do with {self.precision}"
+        fault = found.fault or f"{node.op_type} {node.name} {what}"
         return Blame(*_place(place), fault, found.error, found.floor)
 
     def wrong_weight(self, trace: _Trace, end: int) -> Blame | None:
@@ -261,12 +263,12 @@ class _Graph:
     def _wrong_element(self, name: str, trace: _Trace) -> Element | None:
         """The worst entry of a weight that is not the trace's."""
         tensor, expected = self._weights.get(name), trace.weights.get(name)
-        if tensor is None or expected is None or tensor.data_type == onnx.TensorProto.BFLOAT16:
+        if tensor is None or expected is None or self.precision not in _EPS:
             return None
         got = torch.from_numpy(numpy_helper.to_array(tensor).copy())
         if got.shape != expected.shape or not got.is_floating_point():
             return None
-        found = Check("", name, got, expected.detach().double()).finding()
+        found = Check("", name, got, expected.detach().double(), eps=_EPS[self.precision]).finding()
         return None if found is None else found.element
 
 

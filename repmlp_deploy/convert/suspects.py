@@ -85,6 +85,7 @@ class Check:
         expected: float64, of the same shape.
         faults: hypotheses, tried in order.
         group: which group of the stored tensor this is, where it is one.
+        eps: of the type that `got` was rounded to; 0 for its own type's.
     """
 
     part: str
@@ -93,12 +94,14 @@ class Check:
     expected: Tensor
     faults: Callable[[], Iterable[Fault]] = tuple
     group: tuple[int, ...] = ()
+    eps: float = 0.0
 
     def distance(self, value: Tensor) -> float:
         """Largest difference from `value`, in roundings of its largest entry; infinite where not finite."""
         if self.got.shape != value.shape:
             return math.inf
-        unit = torch.finfo(self.got.dtype).eps * max(float(value.abs().max()), torch.finfo(self.got.dtype).tiny)
+        stored = torch.finfo(self.got.dtype)
+        unit = (self.eps or stored.eps) * max(float(value.abs().max()), stored.tiny)
         off = float((self.got.double() - value).abs().max()) / unit
         return off if math.isfinite(off) else math.inf
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert import folding, layouts, merging, pipeline, trained
 from repmlp_deploy.nets import blocks, repmlp
 
