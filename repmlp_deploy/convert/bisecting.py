@@ -12,7 +12,7 @@ import ast
 import copy
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from repmlp_deploy.convert.blaming import Blame, place_of
 from repmlp_deploy.convert.onnx_proto import SCOPES, serialize_model
 from repmlp_deploy.convert.suspects import Check, Element
-from repmlp_deploy.errors import RepMLPError, VerificationError
+from repmlp_deploy.errors import MissingDevice, VerificationError
 from repmlp_deploy.numerics import compare, is_close, noise_floor
 from repmlp_deploy.runtime.onnx_runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
@@ -137,10 +137,12 @@ class _Trace:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own trees
             self._double = copy.deepcopy(self._single).double()
-        self.weights = program.state_dict
+        self.weights: Mapping[str, Tensor] = program.state_dict
         self.nodes: dict[str, str] = {}
+        if any("batch_norm" in str(node.target) for node in self._single.graph.nodes):
+            self.weights = {}  # simplification puts BatchNorms into them
         for node in self._single.graph.nodes:
-            if node.op == "get_attr" and len(node.users) == 1:
+            if node.op == "get_attr" and len(node.users) == 1 and str(node.target) in self.weights:
                 self.nodes[str(node.target)] = next(iter(node.users)).name
             if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
                 for module, _ in node.meta.get("nn_module_stack", {}).values():
@@ -226,10 +228,10 @@ class _Graph:
         """The node at which ONNX Runtime gives up, if it does."""
         try:
             self.values(inputs, self._outputs)
-        except RepMLPError:
+        except MissingDevice:
             raise
         except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base
-            named = re.search(r"Name:'([^']*)'", str(error))
+            named = re.search(r"(?:Name:'|Node \()([^')]*)['\)]", str(error))
             node = next((n for n in self.model.graph.node if named and n.name == named[1]), None)
             block, part = ("input", "") if node is None else place_of(self._module_of(node))
             kind = "" if node is None else f"{node.op_type} {node.name} "
@@ -275,7 +277,7 @@ class _Graph:
 def said_by_runtime(error: Exception) -> str:
     """What ONNX Runtime complains of, without its own codes and source files."""
     said = " ".join(str(error).split())
-    for before in (r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", r"^.* Status Message: ", r"^.* was false\. "):
+    for before in (r"^.*\[ONNXRuntimeError\] : \d+ : \w+ : ", r"^.* Status Message: ", r"^.* was false\. "):
         said = re.sub(before, "", said)
     return said[:200]
 

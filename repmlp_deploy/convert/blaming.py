@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from repmlp_deploy.convert.folded_suspects import added_perceptron_checks, folded_checks, head_checks, unit_forward
-from repmlp_deploy.convert.suspects import Check, Element, Finding, conv_checks, first_finding, merged_checks
+from repmlp_deploy.convert.suspects import (
+    BatchNorm,
+    Check,
+    Element,
+    Finding,
+    conv_checks,
+    first_finding,
+    merged_checks,
+)
 from repmlp_deploy.convert.suspects import parameter_checks as plain_checks
 from repmlp_deploy.errors import VerificationError
 from repmlp_deploy.nets.blocks import MergeableConvBN, RepMLPBlock, RepMLPUnit
@@ -34,6 +42,7 @@ from repmlp_deploy.numerics import allowed_error, compare, noise_floor
 __all__ = ["Blame", "blame_network", "blamed", "describe_blame", "place_of"]
 
 _CONTAINERS = re.compile(r"\d+|module|backbone|stages?\d*|units|embeds|layers|blocks")
+_MODES_MATTER = (BatchNorm, nn.modules.dropout._DropoutNd)  # noqa: SLF001 - torch's names for all of a kind
 _WORDS = {
     "repmlp_block": "",
     "repmlp": "",
@@ -130,7 +139,7 @@ def blame_network(trained: nn.Module, candidate: nn.Module, inputs: Sequence[NDA
         inputs: of the trained network, (n, …) each.
     """
     for name, module in candidate.named_modules():
-        if module.training and not list(module.children()):
+        if module.training and isinstance(module, _MODES_MATTER):
             block, part = place_of(name)
             return Blame(block, part, f"{type(module).__name__} is left in training mode")
     walk = _Walk(trained, candidate)

@@ -68,7 +68,7 @@ from repmlp_deploy.convert.probing import probe_like, record_probe, run_network
 from repmlp_deploy.convert.provenance import describe_provenance
 from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
 from repmlp_deploy.convert.trained import OwnRequest, Trained, find_interface, load_own, take_trained
-from repmlp_deploy.errors import InputError, VerificationError
+from repmlp_deploy.errors import BundleError, InputError, VerificationError
 from repmlp_deploy.nets.flat import Flat
 from repmlp_deploy.runtime.onnx_runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
@@ -469,7 +469,10 @@ class _Artifacts:
 
 
 def _onnx_run(data: bytes) -> Run:
-    session, _ = open_session(data, RunnerOptions(device="cpu"))
+    try:
+        session, _ = open_session(data, RunnerOptions(device="cpu"))
+    except BundleError as error:
+        raise VerificationError(str(error)) from None
     names = [value.name for value in session.get_inputs()]
 
     def run(*inputs: NDArray[Any]) -> list[NDArray[Any]]:

@@ -44,7 +44,7 @@ __all__ = [
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch offers no public name for 1d, 2d and 3d alike
 
-_EPS_OF_OTHERS = (0.0, 1e-3, 1e-5, 1e-6, 1e-12)
+_EPS_OF_OTHERS = (0.0, 1e-3, 1e-5, 1e-6)
 _ROUNDINGS = 8.0  # units in the last place of the largest entry: above storing once, below anything that is no rounding
 
 Fault = tuple[str, str, Tensor]
