@@ -219,8 +219,8 @@ class _Request:
 
     @property
     def quick(self) -> bool:
-        """Whether a fixed batch may be traced although several are to be served: not where the program is delivered."""
-        return self.batch.min != self.batch.max and "torch" not in self.formats
+        """Whether a fixed batch may be traced although several are served; not upstream's form, whose code names it."""
+        return self.batch.min != self.batch.max and self.graph == "folded" and "torch" not in self.formats
 
     def check(self) -> None:
         """Raise, before minutes are spent, if it cannot be had here."""
