@@ -123,7 +123,7 @@ def _first_of(anchors: Sequence[_Anchor], graph: _Graph, trace: _Trace, inputs: 
             try:
                 result = compare(y, reference, classes=False)
             except VerificationError as failure:
-                return _Straying(anchor, None, floor, str(failure))
+                return _Straying(anchor, None, floor, str(failure).removeprefix("output "))
             if not is_close(result, floor=floor, precision=graph.precision):
                 return _Straying(anchor, result.max_abs, floor)
     return None

@@ -40,7 +40,7 @@ from repmlp_deploy.convert.bisecting import blame_graph, said_by_runtime
 from repmlp_deploy.convert.blaming import Blame, blame_network, blamed, describe_blame
 from repmlp_deploy.convert.calibration import Calibration, measure_ranges, read_calibration, take_calibration
 from repmlp_deploy.convert.certifying import Certifier, Run, batch_sizes
-from repmlp_deploy.convert.emulating import emulate_bf16
+from repmlp_deploy.convert.emulating import EMULATORS, emulate_bf16
 from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.layouts import to_layout
@@ -347,25 +347,27 @@ def _lowered(  # noqa: PLR0913 - the values that meet here
         lowered = set_precision(model, request.precision, ranges=ranges, keep_fp32=request.keep_fp32)
         data = serialize_model(lowered.model)
     with clock.step(f"verify {request.precision}"):
-        emulated = request.precision == "bf16"
-        name = f"{request.precision} ONNX" + (", emulated" if emulated else "")
-        with blamed(lambda: find(_runnable(lowered.model, data), precision=request.precision)):
-            certifier.require(name, _low_run(lowered.model, data), request.precision)
+        for name, runnable in _ways_to_run(lowered.model, data, request.precision):
+            with blamed(partial(find, runnable, precision=request.precision)):
+                certifier.require(name, _onnx_run(runnable), request.precision)
     if request.sensitivity:
         with clock.step("sensitivity"):
             about["sensitivity"] = _sensitivity(model, request, ranges, certifier)
     return lowered.model, data, about | lowered.describe()
 
 
+def _ways_to_run(model: onnx.ModelProto, data: bytes, precision: str) -> Iterator[tuple[str, bytes]]:
+    """Step and graph of every way to run a precision on a CPU, see `emulating`: as it is, and as a GPU would round."""
+    if precision != "bf16":
+        yield f"{precision} ONNX", data
+    if precision in EMULATORS:
+        yield f"{precision} ONNX, emulated", serialize_model(EMULATORS[precision](model))
+
+
 def _low_run(model: onnx.ModelProto, data: bytes) -> Run:
     """How a graph in a precision is run here."""
-    return _onnx_run(_runnable(model, data))
-
-
-def _runnable(model: onnx.ModelProto, data: bytes) -> bytes:
-    """The graph as it runs here: bf16 emulated, as ONNX Runtime's CPU provider has no such products."""
     low = {tensor.data_type for tensor in model.graph.initializer}
-    return serialize_model(emulate_bf16(model)) if onnx.TensorProto.BFLOAT16 in low else data
+    return _onnx_run(serialize_model(emulate_bf16(model)) if onnx.TensorProto.BFLOAT16 in low else data)
 
 
 def _sensitivity(

@@ -405,6 +405,23 @@ def test_a_stale_simplified_graph_is_not_used(
     table.add("export", "stale simplified graph", "not used", note)
 
 
+def test_float16_overflow(table: Table, tmp_path: Path) -> None:
+    """Values between the convolutions of one FFN leave float16's range; every weight is inside it."""
+    network = filled(build_network(CUT))
+    ffn = network.stages[1][0].ffn_block
+    with torch.no_grad():
+        ffn.ffn_fc1.conv.weight *= 4
+        ffn.ffn_fc1.bn.weight *= 2e4
+        ffn.ffn_fc2.conv.weight *= 100
+        ffn.ffn_fc2.bn.running_var.fill_(1e12)
+    path = save_network(network, tmp_path / "large.pth")
+    good = export(path, card=CUT, batch="1:2:4", out=tmp_path / "control")
+    assert all(hop.passed for hop in good.manifest.certificate[1:])
+    mutant = Mutant("float16 overflow", lambda _: None, "stages.1.0 · ffn", "not finite")
+    table.check("export", mutant, lambda: export(path, card=CUT, precision="fp16", batch="1:2:4", out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def bisect(bundle: Bundle, path: Path) -> None:
     """What `repmlp-verify --ckpt FILE --bisect` does."""
     blame = blame_bundle(bundle, path, CUT)
