@@ -94,7 +94,7 @@ class _Straying:
 
     anchor: _Anchor
     error: float | None
-    floor: float
+    floor: float | None
     fault: str = ""
 
 
@@ -119,8 +119,9 @@ def _first_of(anchors: Sequence[_Anchor], graph: _Graph, trace: _Trace, inputs: 
             y, reference = got[anchor.value], expected[anchor.key]
             if y.ndim != reference.ndim or not np.issubdtype(y.dtype, np.floating):
                 continue  # the exporter computes this value in another form
-            floor = noise_floor(single[anchor.key], reference)
+            floor = None
             try:
+                floor = noise_floor(single[anchor.key], reference)
                 result = compare(y, reference, classes=False)
             except VerificationError as failure:
                 return _Straying(anchor, None, floor, str(failure).removeprefix("output "))

@@ -168,6 +168,16 @@ def _wide(x: NDArray[Any]) -> torch.dtype:
     return torch.float64 if kind.is_floating_point else kind
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What a module answered and how far off it is; where that cannot be told, why."""
+
+    got: Any
+    error: float | None
+    floor: float | None
+    said: str = ""
+
+
 class _Walk:
     """Two networks side by side: `trained` runs, `candidate` answers the same questions."""
 
@@ -193,8 +203,10 @@ class _Walk:
             return False
         pieces = name.split(".") if name else []
         owners = [".".join(pieces[:i]) for i in range(len(pieces))]
-        if owners and _folds_its_head(self._trained[owners[-1]], self._stored.get(owners[-1])):
-            return pieces[-1] not in ("head_norm", "head")  # judged together, by what the network answers
+        if name and pieces[-1] in ("head_norm", "head"):
+            owner = owners[-1]
+            if _folds_its_head(self._trained[owner], self._stored.get(owner)):
+                return False  # judged together, by what the network answers
         return not any(self._is_whole(owner) for owner in owners)
 
     def _is_whole(self, name: str) -> bool:
@@ -211,50 +223,49 @@ class _Walk:
             args, kwargs = self._given.pop()
             outcome = self._outcome(name, args, kwargs, answer)
             if outcome is not None:
-                raise _FoundError(self._blame(name, args, *outcome))
+                raise _FoundError(self._blame(name, args, outcome))
 
         return hook
 
-    def _outcome(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any
-    ) -> tuple[Any, float, float] | None:
-        """What the counterpart answered, its error and noise floor, where it strays; None where it does not."""
+    def _outcome(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> _Outcome | None:
+        """What the counterpart answered, where that strays; None where it does not."""
         try:
             got = self._candidate[name](*_cloned(args), **kwargs)
             pairs = list(zip(_arrays(got), _arrays(answer), strict=True))
-        except (RuntimeError, ValueError, TypeError):
-            return None, float("inf"), 0.0
+        except (RuntimeError, ValueError, TypeError) as failure:
+            return _Outcome(None, None, None, f"does not run: {(str(failure).splitlines() or [''])[0]}")
         single = self._trained[name](*_narrow(args), **{key: _narrow(value) for key, value in kwargs.items()})
         for (y, reference), float32 in zip(pairs, _arrays(single), strict=True):
             floor = noise_floor(float32, reference)
             try:
-                error = compare(y, reference, classes=False).max_abs if reference.size else 0.0
-            except VerificationError:
-                return got, float("inf"), floor
+                error = compare(y, reference, classes=False).max_abs
+            except VerificationError as failure:
+                return _Outcome(got, None, floor, str(failure))
             if not error <= allowed_error("fp32", floor):
-                return got, error, floor
+                return _Outcome(got, error, floor)
         return None
 
-    def _blame(self, name: str, args: tuple[Any, ...], got: Any, error: float, floor: float) -> Blame:
+    def _blame(self, name: str, args: tuple[Any, ...], outcome: _Outcome) -> Blame:
         block, part = place_of(name)
-        found = self._finding(name, args, got)
+        found = self._finding(name, args, outcome)
         words = " · ".join(word for word in (part, found.part) if word)
-        return Blame(block, words, found.fault, error, floor, found.element)
+        return Blame(block, words, found.fault, outcome.error, outcome.floor, found.element)
 
-    def _finding(self, name: str, args: tuple[Any, ...], got: Any) -> Finding:
+    def _finding(self, name: str, args: tuple[Any, ...], outcome: _Outcome) -> Finding:
         """The part of one module that is wrong."""
-        stored = self._stored[name]
-        trained: nn.Module = (
-            self._adopted[self._trained[name]] if self._trained[name] in self._adopted else self._trained[name]
-        )
+        stored, trained = self._stored[name], self._trained[name]
+        if trained in self._adopted:
+            trained = self._adopted[trained]
         geometry = _geometry(trained, stored)
         if geometry is not None:
             return geometry
         found = first_finding(_checks(trained, stored))
         if found is not None:
             return found
-        if isinstance(trained, RepMLPUnit) and type(stored) is not RepMLPUnit and isinstance(got, Tensor):
-            return unit_forward(copy.deepcopy(trained).double(), args[0], got)
+        if outcome.error is None:
+            return Finding("", outcome.said)
+        if isinstance(trained, RepMLPUnit) and type(stored) is not RepMLPUnit:
+            return unit_forward(copy.deepcopy(trained).double(), args[0], outcome.got)
         inner = "its parts are right, what it does with them is not" if list(stored.children()) else ""
         return Finding("forward" if inner else "", inner or "computes something else")
 

@@ -107,6 +107,9 @@ class Check:
 
     def finding(self) -> Finding | None:
         """What is wrong; None where nothing is."""
+        if self.got.shape != self.expected.shape:
+            shapes = tuple(self.got.shape), tuple(self.expected.shape)
+            return Finding(self.part, f"{self.name} has shape {shapes[0]}, expected {shapes[1]}")
         off = self.distance(self.expected)
         if off <= _ROUNDINGS:
             return None
@@ -117,9 +120,7 @@ class Check:
                 part, fault, best = place, what, distance
         return Finding(part, fault, self._worst())
 
-    def _worst(self) -> Element | None:
-        if self.got.shape != self.expected.shape:
-            return None
+    def _worst(self) -> Element:
         error = (self.got.double() - self.expected).abs().nan_to_num(nan=math.inf)
         index = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
         return Element(self.name, self.group + index, float(self.got[index]), float(self.expected[index]))

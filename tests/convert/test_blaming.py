@@ -144,12 +144,18 @@ def test_an_answer_of_another_shape_or_no_answer_is_blamed() -> None:
     merged = merge_branches(network)
     merged.stages[0][0].ffn_block.ffn_fc1.conv = nn.Conv2d(8, 32, 3).eval()
     blame = blame_network(network, merged, [probe_inputs((3, 32, 32))])
-    assert blame.block == "stages.0.0"
-    assert blame.error == float("inf")
+    assert blame.place == "stages.0.0 · ffn_block · ffn_fc1 · conv"
+    assert blame.fault == "weight has shape (32, 8, 3, 3), expected (32, 8, 1, 1)"
+    merged = merge_branches(network)
+    merged.stages[0][0].ffn_block.ffn_fc1.conv.stride = (2, 2)
+    blame = blame_network(network, merged, [probe_inputs((3, 32, 32))])
+    assert blame.fault == "output has shape (3, 32, 4, 4); the reference has (3, 32, 8, 8)"
+    merged.stages[0][0].ffn_block.ffn_fc1.conv.groups = 3
+    assert blame_network(network, merged, [probe_inputs((3, 32, 32))]).fault.startswith("does not run: ")
     merged = merge_branches(network)
     merged.stages[0][0].repmlp_block.fc3.bias.data[:] = float("nan")
     blame = blame_network(network, merged, [probe_inputs((3, 32, 32))])
-    assert (blame.place, blame.error) == ("stages.0.0 · fc3", float("inf"))
+    assert (blame.place, blame.element.name) == ("stages.0.0 · fc3", "fc3.bias")
 
 
 @pytest.mark.parametrize(
