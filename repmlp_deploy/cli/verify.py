@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from repmlp_deploy.bundle import Bundle, Hop
 from repmlp_deploy.cli.console import print_json, progress, run_command, typer
 from repmlp_deploy.cli.export import print_hops, print_verdict
 from repmlp_deploy.convert.certifying import recertify
-from repmlp_deploy.errors import VerificationError
+from repmlp_deploy.errors import InputError, VerificationError
 from repmlp_deploy.runtime.runner import RunnerOptions
 
 __all__ = ["main"]
@@ -28,11 +29,15 @@ def verify_command(  # noqa: PLR0913 - one an option
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
     ckpt: Annotated[Path | None, typer.Option(help="The checkpoint that the bundle was made from.")] = None,
     card: Annotated[str | None, typer.Option(help="Its card, where the bundle's name is none in models/.")] = None,
+    bisect: Annotated[bool, typer.Option("--bisect", help="Name the first place that strays from --ckpt.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Check every file of a bundle, and run its artifacts against the trained network's answers again."""
     loaded = Bundle.load(bundle)
+    if bisect:
+        _bisect(loaded, ckpt, card, as_json=json)
+        return
     hops, notes = recertify(loaded, artifact, RunnerOptions(device, threads))
     derived: list[Hop] = []
     if ckpt is not None:
@@ -60,3 +65,19 @@ def verify_command(  # noqa: PLR0913 - one an option
             f"{failed[0].name} at batch {failed[0].batch} differs from the trained network by {failed[0].max_abs:.2e}; "
             f"{failed[0].allowed:.2e} is allowed: do not use this bundle on this machine"
         )
+
+
+def _bisect(bundle: Bundle, checkpoint: Path | None, card: str | None, *, as_json: bool) -> None:
+    """Report the first place where the ONNX artifact strays from the checkpoint."""
+    if checkpoint is None:
+        raise InputError("--bisect compares with the checkpoint: pass --ckpt FILE")
+    from repmlp_deploy.convert.rederiving import blame_bundle  # noqa: PLC0415 - torch, which verifying alone needs not
+
+    blame = blame_bundle(bundle, checkpoint, card)
+    if as_json:
+        found = None if blame is None else asdict(blame) | {"place": blame.place}
+        print_json({"bundle": str(bundle.folder), "passed": blame is None, "blame": found})
+    if blame is not None:
+        raise VerificationError(f"{bundle.folder} strays from {checkpoint}, {blame}")
+    if not as_json:
+        sys.stdout.write(f"{bundle.folder} computes what {checkpoint} does, value by value\n")

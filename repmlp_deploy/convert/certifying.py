@@ -63,6 +63,15 @@ class Certifier:
             known = {"allowed": line.floor, "passed": None, "margin": None, "note": "the noise floor"}
             self.hops.append(line.model_copy(update=known))
 
+    @property
+    def inputs(self) -> list[NDArray[Any]]:
+        """The probe's inputs, every sample once."""
+        return [self._probe.inputs, *self._probe.further_inputs]
+
+    def batches(self, *further: int) -> list[list[NDArray[Any]]]:
+        """The inputs of every batch size that steps are run at, and of further ones."""
+        return [self._probe.batches(size)[0] for size in sorted({*self._sizes, *further})]
+
     def measure(self, name: str, run: Run, precision: str) -> list[Hop]:
         """The lines of one step, a batch size and output each, judged but not recorded.
 

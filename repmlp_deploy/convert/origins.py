@@ -13,13 +13,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from repmlp_deploy.bundle import Bundle, Hop, hash_file
-from repmlp_deploy.card import ModelCard, list_cards
+from repmlp_deploy.card import ModelCard
 from repmlp_deploy.convert.algebra import compare_weights
 from repmlp_deploy.convert.certifying import Certifier, batch_sizes
 from repmlp_deploy.convert.graph_weights import match_weights
-from repmlp_deploy.convert.own_network import FAMILY
 from repmlp_deploy.convert.pipeline import reparameterize
 from repmlp_deploy.convert.probing import record_probe
+from repmlp_deploy.convert.rederiving import load_origin
 from repmlp_deploy.convert.trained import Trained, load_trained
 from repmlp_deploy.errors import InputError, MissingDependency, VerificationError
 from repmlp_deploy.runtime.tasks import find_task
@@ -29,7 +29,7 @@ try:
 except ImportError:
     raise MissingDependency("onnx", "export") from None
 
-__all__ = ["derive_again", "load_origin"]
+__all__ = ["derive_again"]
 
 Step = Callable[[str], AbstractContextManager[None]]
 
@@ -61,6 +61,7 @@ def derive_again(
         yield
 
     manifest = bundle.manifest
+    _require_same_file(bundle, Path(checkpoint))
     trained = load_origin(bundle, checkpoint, card)
     certifier = _certifier(bundle, trained, step)
     merged, network = reparameterize(trained, manifest.graph, certifier, step)
@@ -78,25 +79,11 @@ def derive_again(
     return certifier.hops, notes
 
 
-def load_origin(bundle: Bundle, checkpoint: str | Path, card: str | Path | ModelCard | None = None) -> Trained:
-    """The trained network of a bundle, from the checkpoint.
-
-    Args:
-        bundle: says the network's name, input size and which of several weights.
-        checkpoint: the file.
-        card: by default the one in `models/` of the bundle's name; where there is none, it is inferred.
-
-    Raises:
-        InputError: the bundle was made of no file, or the network is the user's own.
-        CheckpointError: the checkpoint is none of this network.
-        VerificationError: it is another file than the bundle was made of.
-    """
-    manifest, path = bundle.manifest, Path(checkpoint)
-    source = manifest.provenance.get("checkpoint")
-    if manifest.family == FAMILY:
-        raise InputError(f"{manifest.name} is a network of your own: a checkpoint alone does not say how it is built")
+def _require_same_file(bundle: Bundle, path: Path) -> None:
+    """Raise unless the bundle was made of this very file."""
+    name, source = bundle.manifest.name, bundle.manifest.provenance.get("checkpoint")
     if not source:
-        raise InputError(f"{manifest.name} was exported from a network in memory: there is no checkpoint to go back to")
+        raise InputError(f"{name} was exported from a network in memory: there is no checkpoint to go back to")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     digest = hash_file(path)
@@ -105,12 +92,6 @@ def load_origin(bundle: Bundle, checkpoint: str | Path, card: str | Path | Model
             f"{path} has sha256 {digest[:16]}…; the bundle was made of {source.get('file')} with "
             f"{str(source.get('sha256'))[:16]}…: give that file"
         )
-    if card is None and manifest.name in list_cards():
-        card = manifest.name
-    height, width = manifest.input.shape[2:]
-    size = None if card is not None or height is None or width is None else (height, width)
-    weights = "ema" if "ema" in str(source.get("container", "")) else None
-    return load_trained(path, card, weights=weights, input_size=size, allow_merged=bool(source.get("merged")))
 
 
 def _certifier(bundle: Bundle, trained: Trained, step: Step) -> Certifier:

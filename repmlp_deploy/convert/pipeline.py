@@ -11,7 +11,7 @@ import hashlib
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,9 +39,11 @@ from repmlp_deploy.bundle import (
 )
 from repmlp_deploy.card import ModelCard, load_labels
 from repmlp_deploy.convert.algebra import Step, prove_algebra
+from repmlp_deploy.convert.bisecting import blame_graph, said_by_runtime
+from repmlp_deploy.convert.blaming import Blame, blame_network, blamed, describe_blame
 from repmlp_deploy.convert.calibration import Calibration, measure_ranges, read_calibration, take_calibration
 from repmlp_deploy.convert.certifying import Certifier, Run, batch_sizes
-from repmlp_deploy.convert.emulating import emulate_bf16
+from repmlp_deploy.convert.emulating import EMULATORS, emulate_bf16
 from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.graph_weights import match_weights
@@ -70,7 +72,7 @@ from repmlp_deploy.convert.probing import probe_like, record_probe, run_network
 from repmlp_deploy.convert.provenance import describe_provenance
 from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
 from repmlp_deploy.convert.trained import OwnRequest, Trained, find_interface, load_own, take_trained
-from repmlp_deploy.errors import InputError, VerificationError
+from repmlp_deploy.errors import BundleError, InputError, VerificationError
 from repmlp_deploy.nets.flat import Flat
 from repmlp_deploy.runtime.onnx_runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
@@ -82,6 +84,8 @@ PROBED = 8
 """Calibration samples in the probe: int8 is judged on what its ranges are for."""
 
 Progress = Callable[[str], None]
+Find = Callable[..., Blame | None]
+"""Bytes of a graph, and its precision where it is not fp32, to the first place where it strays from the trace."""
 
 
 def export(  # noqa: PLR0913 - one a command-line option
@@ -260,7 +264,8 @@ def reparameterize(
     """
     with step("merge"):
         merged = trained.network if trained.merged else _merged(trained)
-    with step("verify merged"):
+    find = partial(blame_network, trained.network)
+    with step("verify merged"), blamed(partial(find, merged, certifier.inputs)):
         certifier.require("merged", partial(run_network, merged))
     steps = [] if trained.merged else [Step("merged", merge_branches, merged)]
     network = upstream_form(merged) if graph == "merged" else None
@@ -268,45 +273,53 @@ def reparameterize(
         fold = partial(fold_affine, keep_unknown=trained.interface is not None)
         with step("fold"):
             network = fold(merged)
-        with step("verify folded"):
+        with step("verify folded"), blamed(partial(find, network, certifier.inputs)):
             certifier.require("folded", partial(run_network, network))
         steps.append(Step("folded", fold, network))
-    with step("verify algebra"):
+    last = merged if graph == "merged" else network
+    with step("verify algebra"), blamed(partial(find, last, certifier.inputs)):
         prove_algebra(trained.network, steps, certifier)
     return merged, network
 
 
 def _verified_graph(  # noqa: PLR0913 - the values that meet here
     network: nn.Module, traced: Traced, trained: Trained, request: _Request, certifier: Certifier, clock: _Clock
-) -> tuple[onnx.ModelProto, bytes]:
-    """The ONNX graph of a traced network, verified, and its bytes."""
-    if not request.quick:
-        return _exported(traced, trained, request, certifier, clock)
-    try:
-        return _exported(traced, trained, request, certifier, clock)
-    except VerificationError:  # the network's own code names the batch it was traced with
-        with clock.step("trace again"):
-            traced = trace_network(network, find_interface(trained).examples, request.batch)
+) -> tuple[onnx.ModelProto, bytes, Find]:
+    """The ONNX graph of a traced network, verified, its bytes, and how to find a fault in what is made of it."""
+    if request.quick:
+        try:
+            return _exported(traced, trained, request, certifier, clock, quick=True)
+        except VerificationError:  # the network's own code names the batch it was traced with
+            with clock.step("trace again"):
+                traced = trace_network(network, find_interface(trained).examples, request.batch)
     return _exported(traced, trained, request, certifier, clock)
 
 
-def _exported(
-    traced: Traced, trained: Trained, request: _Request, certifier: Certifier, clock: _Clock
-) -> tuple[onnx.ModelProto, bytes]:
+def _exported(  # noqa: PLR0913 - the values that meet here
+    traced: Traced,
+    trained: Trained,
+    request: _Request,
+    certifier: Certifier,
+    clock: _Clock,
+    *,
+    quick: bool = False,
+) -> tuple[onnx.ModelProto, bytes, Find]:
     with clock.step("export"):
         interface = find_interface(trained)
         model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs)
         model = with_symbolic_batch(model) if request.batch.min != request.batch.max else model
         model = with_metadata(model, _metadata(trained, request.batch))
         data = serialize_model(model)
-    with clock.step("verify exported"):
+    find = partial(blame_graph, traced.program, batches=certifier.batches(*([TRACED.opt] if quick else [])))
+    with clock.step("verify exported"), nullcontext() if quick else blamed(partial(find, data)):
         certifier.require("exported ONNX", _onnx_run(data))
-    return model, data
+    return model, data, find
 
 
 def _make_onnx(  # noqa: PLR0913 - the values that meet here
     model: onnx.ModelProto,
     data: bytes,
+    find: Find,
     network: nn.Module,
     trained: Trained,
     request: _Request,
@@ -318,18 +331,18 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
     """The graph simplified, in its precision, verified each time; and the engines built from it."""
     interface = find_interface(trained)
     match = partial(match_weights, network=network, own=trained.interface is not None)
-    with clock.step("verify weights"):
+    with clock.step("verify weights"), blamed(partial(find, data)):
         certifier.record([match("exported ONNX weights", model)], "weights")
         made.graphs["exported"] = hashlib.sha256(data).hexdigest()
     with clock.step("simplify"):
         try:
-            model, data = _simplified(model, match, certifier)
+            model, data = _simplified(model, match, certifier, find)
             made.graphs["simplified"] = hashlib.sha256(data).hexdigest()
         except SimplificationFailed as error:
             made.notes.append(f"not simplified: {error}")
     about: dict[str, Any] = {}
     if request.precision != "fp32":
-        model, data, about = _lowered(model, data, request, samples, certifier, clock)
+        model, data, about = _lowered(model, data, find, request, samples, certifier, clock)
     about |= {"opset": model.opset_import[0].version, "nodes": len(model.graph.node)}
     del model
     if "onnx" in request.formats:
@@ -345,6 +358,7 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
 def _lowered(  # noqa: PLR0913 - the values that meet here
     model: onnx.ModelProto,
     data: bytes,
+    find: Find,
     request: _Request,
     samples: Calibration | None,
     certifier: Certifier,
@@ -361,17 +375,25 @@ def _lowered(  # noqa: PLR0913 - the values that meet here
         lowered = set_precision(model, request.precision, ranges=ranges, keep_fp32=request.keep_fp32)
         data = serialize_model(lowered.model)
     with clock.step(f"verify {request.precision}"):
-        emulated = request.precision == "bf16"
-        name = f"{request.precision} ONNX" + (", emulated" if emulated else "")
-        certifier.require(name, _low_run(lowered.model, data), request.precision)
+        for name, runnable in _ways_to_run(lowered.model, data, request.precision):
+            with blamed(partial(find, runnable, precision=request.precision)):
+                certifier.require(name, _onnx_run(runnable), request.precision)
     if request.sensitivity:
         with clock.step("sensitivity"):
             about["sensitivity"] = _sensitivity(model, request, ranges, certifier)
     return lowered.model, data, about | lowered.describe()
 
 
+def _ways_to_run(model: onnx.ModelProto, data: bytes, precision: str) -> Iterator[tuple[str, bytes]]:
+    """Step and graph of every way to run a precision on a CPU, see `emulating`: as it is, and as a GPU would round."""
+    if precision != "bf16":
+        yield f"{precision} ONNX", data
+    if precision in EMULATORS:
+        yield f"{precision} ONNX, emulated", serialize_model(EMULATORS[precision](model))
+
+
 def _low_run(model: onnx.ModelProto, data: bytes) -> Run:
-    """How a graph in a precision is run here: bf16 emulated, as ONNX Runtime's CPU provider has no such products."""
+    """How a graph in a precision is run here."""
     low = {tensor.data_type for tensor in model.graph.initializer}
     return _onnx_run(serialize_model(emulate_bf16(model)) if onnx.TensorProto.BFLOAT16 in low else data)
 
@@ -482,14 +504,17 @@ class _Artifacts:
 
 
 def _onnx_run(data: bytes) -> Run:
-    session, _ = open_session(data, RunnerOptions(device="cpu"))
+    try:
+        session, _ = open_session(data, RunnerOptions(device="cpu"))
+    except BundleError as error:
+        raise VerificationError(str(error)) from None
     names = [value.name for value in session.get_inputs()]
 
     def run(*inputs: NDArray[Any]) -> list[NDArray[Any]]:
         try:
             outputs: list[NDArray[Any]] = session.run(None, dict(zip(names, inputs, strict=True)))
         except Exception as error:  # onnxruntime's exceptions share no public base
-            said = str(error).splitlines()[0]
+            said = said_by_runtime(error)
             raise VerificationError(f"ONNX Runtime cannot run the graph at batch {len(inputs[0])}: {said}") from error
         return outputs
 
@@ -497,7 +522,7 @@ def _onnx_run(data: bytes) -> Run:
 
 
 def _simplified(
-    graph: onnx.ModelProto, match: Callable[[str, onnx.ModelProto], Hop], certifier: Certifier
+    graph: onnx.ModelProto, match: Callable[[str, onnx.ModelProto], Hop], certifier: Certifier, find: Find
 ) -> tuple[onnx.ModelProto, bytes]:
     """The simplified graph, verified, and its bytes.
 
@@ -510,11 +535,12 @@ def _simplified(
         hops = certifier.measure("simplified ONNX", _onnx_run(data), "fp32")
         hops.append(match("simplified ONNX weights", simplified))
     except (VerificationError, InputError) as error:
-        raise SimplificationFailed(str(error)) from error
+        raise SimplificationFailed(f"{error}; {describe_blame(partial(find, data))}") from error
     failed = [hop for hop in hops if not hop.passed]
     if failed:
         what = "the output" if failed[0].batch else f"a weight ({failed[0].note})"
-        raise SimplificationFailed(f"onnxsim changed {what} by {failed[0].max_abs:.2e}")
+        said = describe_blame(partial(find, data))
+        raise SimplificationFailed(f"onnxsim changed {what} by {failed[0].max_abs:.2e}; {said}")
     certifier.hops += hops
     return simplified, data
 
