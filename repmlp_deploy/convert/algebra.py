@@ -33,6 +33,7 @@ except ImportError:
 
 from repmlp_deploy.convert.certifying import Certifier
 from repmlp_deploy.convert.probing import SEED, run_network
+from repmlp_deploy.nets.reparam import CHUNK
 
 __all__ = ["Step", "compare_weights", "prove_algebra", "redraw_statistics"]
 
@@ -138,7 +139,7 @@ def redraw_statistics(network: nn.Module, inputs: Sequence[NDArray[Any]], seed: 
 def compare_weights(name: str, stored: nn.Module, precise: nn.Module) -> Hop:
     """The line of the float32 weight that is farthest from its float64 twin, in roundings to float32.
 
-    A row, along the last axis, rounds like its largest weight.
+    A row, along the last axis that is longer than 1, rounds like its largest weight.
 
     Raises:
         VerificationError: the two have other weights, or one is not finite.
@@ -149,9 +150,8 @@ def compare_weights(name: str, stored: nn.Module, precise: nn.Module) -> Hop:
         raise VerificationError(f"{name}: {odd} is a weight of the float32 network or of its float64 twin, not of both")
     lines = [_largest_error(key, weight, twins[key]) for key, weight in weights.items() if weight.numel()]
     worst = max(lines, key=lambda line: line[0])
-    _, key, row = worst
+    _, key, row, floor = worst
     result = compare(_row(weights[key], row), _row(twins[key], row), classes=False)
-    floor = float(_floors(twins[key])[row])
     allowed = allowed_error("weights", floor)
     return Hop.model_validate(
         {
@@ -179,28 +179,34 @@ def _row(weight: Tensor, row: int) -> NDArray[Any]:
 
 
 def _rows(weight: Tensor) -> Tensor:
-    return weight.reshape((-1, weight.shape[-1]) if weight.ndim else (1, 1))
+    """(rows, n): the last axis is the last that is longer than 1."""
+    shape = list(weight.shape) or [1]
+    while len(shape) > 1 and shape[-1] == 1:
+        shape.pop()
+    return weight.reshape(-1, shape[-1])
 
 
-def _floors(twin: Tensor) -> Tensor:
-    """What one rounding to float32 costs the largest weight of every row."""
-    rows = _rows(twin)
-    sizes = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1))
-    return _ROUNDING * torch.maximum(sizes, _SMALL_ROW * sizes.max())
+def _largest_error(key: str, weight: Tensor, twin: Tensor) -> tuple[float, str, int, float]:
+    """(error in floors, key, row, floor) of the worst row of a weight.
 
-
-def _largest_error(key: str, weight: Tensor, twin: Tensor) -> tuple[float, str, int]:
-    """(error in floors, key, row) of the worst row of a weight.
+    A floor is what one rounding to float32 costs the largest weight of the row.
 
     Raises:
         VerificationError: the shapes differ.
     """
     if weight.shape != twin.shape:
         raise VerificationError(f"{key} has shape {tuple(weight.shape)}; in float64 {tuple(twin.shape)}")
-    errors = (_rows(weight).double() - _rows(twin)).abs_().amax(dim=1)
-    ratios = torch.where(errors == 0, 0.0, errors / _floors(twin)).nan_to_num(nan=torch.inf)
+    stored, precise = _rows(weight), _rows(twin)
+    step = max(1, CHUNK // stored.shape[1])
+    errors, sizes = torch.empty(len(stored), dtype=torch.float64), torch.empty(len(stored), dtype=torch.float64)
+    for start in range(0, len(stored), step):  # by chunks: float64 copies of all weights would not fit a cache
+        rows = slice(start, start + step)
+        errors[rows] = (stored[rows].double() - precise[rows]).abs_().amax(dim=1)
+        sizes[rows] = torch.maximum(precise[rows].amax(dim=1), -precise[rows].amin(dim=1))
+    floors = _ROUNDING * torch.maximum(sizes, _SMALL_ROW * sizes.max())
+    ratios = torch.where(errors == 0, 0.0, errors / floors).nan_to_num(nan=torch.inf)
     row = int(ratios.argmax())
-    return float(ratios[row]), key, row
+    return float(ratios[row]), key, row, float(floors[row])
 
 
 def _several(answer: NDArray[Any] | tuple[NDArray[Any], ...]) -> list[NDArray[Any]]:
