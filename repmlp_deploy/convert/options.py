@@ -8,11 +8,23 @@ from collections.abc import Sequence
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.errors import InputError
 
-__all__ = ["ALIASES", "FORMATS", "GRAPHS", "parse_batch", "parse_formats", "parse_size", "require_choice"]
+__all__ = [
+    "ALIASES",
+    "CALIBRATION_METHODS",
+    "FORMATS",
+    "GRAPHS",
+    "PRECISIONS",
+    "parse_batch",
+    "parse_formats",
+    "parse_size",
+    "require_choice",
+]
 
 FORMATS = ("onnx", "trt", "trt-rtx", "torch", "checkpoint")
 ALIASES = {"tensorrt": "trt", "engine": "trt"}
 GRAPHS = ("folded", "merged")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
 
 
 def parse_formats(formats: str | Sequence[str]) -> tuple[str, ...]:
