@@ -104,6 +104,7 @@ class CompiledIR:
         hint = self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         if hint != settings["INFERENCE_PRECISION_HINT"]:
             raise MissingDevice(f"OpenVINO was asked for {settings['INFERENCE_PRECISION_HINT']} and answers {hint}")
+        self._inputs = [_edges(port) for port in self.compiled.inputs]
         self._requests: queue.LifoQueue[Any] = queue.LifoQueue()
         for _ in range(_REQUESTS):
             self._requests.put(None)  # made when first needed
@@ -117,7 +118,18 @@ class CompiledIR:
         }
 
     def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        """Every output for every input, both in the model's order; inputs are copied, outputs are the caller's."""
+        """Every output for every input, both in the model's order; inputs are copied, outputs are the caller's.
+
+        Raises:
+            InputError: an input has another shape than the model's; OpenVINO itself answers some of them all the same.
+        """
+        for value, (edges, dtype) in zip(inputs, self._inputs, strict=True):
+            fits = len(value.shape) == len(edges) and all(
+                b in (None, a) for a, b in zip(value.shape, edges, strict=True)
+            )
+            if not fits or value.dtype != dtype:
+                takes = ", ".join("N" if edge is None else str(edge) for edge in edges)
+                raise InputError(f"input is {value.dtype} {value.shape}; the model takes {dtype} ({takes})")
         with self._request() as request:
             answers = request.infer(list(inputs), share_inputs=False, share_outputs=False)
             return [answers[i] for i in range(len(answers))]
@@ -146,6 +158,12 @@ def layer_info(node: Any, key: str) -> str:
     """What a node of a compiled model says of itself under `key`; empty where it says nothing."""
     info = node.get_rt_info()
     return str(info[key].astype(str)) if key in info else ""
+
+
+def _edges(port: Any) -> tuple[list[int | None], Any]:
+    """The shape and type of an input; None for an edge that is symbolic."""
+    edges = [edge.get_length() if edge.is_static else None for edge in port.get_partial_shape()]
+    return edges, np.dtype(port.get_element_type().to_dtype())
 
 
 def _check(core: Any, precision: str, options: RunnerOptions) -> None:
