@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
 from repmlp_deploy.errors import OutputError
 
-__all__ = ["Cache", "cache_key"]
+__all__ = ["Cache", "cache_key", "describe_processor"]
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -22,6 +23,16 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 def cache_key(*parts: object) -> str:
     """One name for everything that a content depends on: file digests, versions, settings, the processor."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+
+
+def describe_processor() -> str:
+    """What the processor is and can do, as far as the system tells: what is made for one may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    told = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    return " ".join([platform.machine(), platform.processor(), *told])
 
 
 class Cache:

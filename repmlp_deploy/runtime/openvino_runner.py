@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import queue
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repmlp_deploy.bundle import ArtifactEntry, Bundle
+from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import BundleError, InputError, MissingDependency, MissingDevice
 from repmlp_deploy.runtime.cache import Cache, cache_key
 from repmlp_deploy.runtime.runner import RunnerOptions
@@ -48,8 +48,13 @@ class OpenVinoRunner:
         entry = bundle.artifact(self.format)
         if len(entry.companions) != 1:
             raise BundleError(f"{entry.path} comes with {len(entry.companions)} files; expected one, of weights")
-        xml, weights = bundle.read(entry), bundle.read(entry.companions[0])
-        self._model = CompiledIR(xml, weights, entry.precision, options, key=_digests(entry))
+        files = (entry, entry.companions[0])
+        self._model = CompiledIR(
+            lambda: (bundle.read(files[0]), bundle.read(files[1])),
+            entry.precision,
+            options,
+            key=" ".join(file.sha256 for file in files),
+        )
         self.device = self._model.device
         self.details: dict[str, Any] = self._model.details
 
@@ -71,8 +76,7 @@ class CompiledIR:
     """A model compiled from memory; `run_all` may be called from any number of threads.
 
     Args:
-        xml: the IR's topology.
-        weights: its constants.
+        read: gives the IR's topology and its constants; not called where the cache has the compiled model.
         precision: a key of `COMPUTES_IN`.
         options: device, threads and cache.
         key: what tells this model from others in the cache; without one nothing is cached.
@@ -86,10 +90,9 @@ class CompiledIR:
 
     device = "cpu"
 
-    def __init__(  # noqa: PLR0913 - the model, how it is run, and what tells it from others
+    def __init__(
         self,
-        xml: bytes,
-        weights: bytes,
+        read: Callable[[], tuple[bytes, bytes]],
         precision: str,
         options: RunnerOptions,
         *,
@@ -100,7 +103,7 @@ class CompiledIR:
         _check(core, precision, options)
         settings = {**_settings(precision, options), **more}
         cache = Cache(options.cache) if options.cache is not None and key else None
-        self.compiled, came = _compile(core, (xml, weights), settings, cache, key)
+        self.compiled, came = _compile(core, read, settings, cache, key)
         hint = self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         if hint != settings["INFERENCE_PRECISION_HINT"]:
             raise MissingDevice(f"OpenVINO was asked for {settings['INFERENCE_PRECISION_HINT']} and answers {hint}")
@@ -192,12 +195,8 @@ def _settings(precision: str, options: RunnerOptions) -> dict[str, Any]:
     return settings
 
 
-def _digests(entry: ArtifactEntry) -> str:
-    return entry.sha256 + entry.companions[0].sha256
-
-
 def _compile(
-    core: Any, model: tuple[bytes, bytes], settings: dict[str, Any], cache: Cache | None, key: str
+    core: Any, read: Callable[[], tuple[bytes, bytes]], settings: dict[str, Any], cache: Cache | None, key: str
 ) -> tuple[Any, str]:
     """The compiled model, and where it came from."""
     if cache is not None:
@@ -210,7 +209,7 @@ def _compile(
             except RuntimeError:  # whole, and yet not what this version reads: made again below
                 pass
     try:
-        compiled = core.compile_model(core.read_model(*model), "CPU", settings)
+        compiled = core.compile_model(core.read_model(*read()), "CPU", settings)
     except RuntimeError as error:
         raise BundleError(f"OpenVINO refuses the model: {_last_line(error)}") from None
     if cache is None:

@@ -21,7 +21,7 @@ OPTIONS = RunnerOptions(threads=1)
 
 
 def compiled(ir: IR, precision: str) -> CompiledIR:
-    return CompiledIR(ir.xml, ir.weights, precision, OPTIONS)
+    return CompiledIR(lambda: (ir.xml, ir.weights), precision, OPTIONS)
 
 
 def relative_error(model: CompiledIR, bundle: Bundle, size: int) -> float:

@@ -157,9 +157,9 @@ def test_bf16_without_its_instructions_is_refused_and_passed_over(
 def test_a_precision_other_than_what_was_asked_for_is_noticed(served: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     real = openvino_runner._compile
 
-    def compile_differently(core: object, model: object, settings: dict[str, object], *rest: object) -> object:
+    def compile_differently(core: object, read: object, settings: dict[str, object], *rest: object) -> object:
         other = {**settings, "INFERENCE_PRECISION_HINT": "bf16"}
-        return real(core, model, other, *rest)
+        return real(core, read, other, *rest)
 
     monkeypatch.setattr(openvino_runner, "_compile", compile_differently)
     with pytest.raises(MissingDevice, match="asked for f32 and answers bf16"):
@@ -208,7 +208,7 @@ def test_a_model_that_strays_fails_its_check(served: Bundle, tmp_path: Path) -> 
     weights = np.frombuffer(bundle.read(entry.companions[0]), np.uint8).copy()
     floats = weights[: len(weights) // 8 * 4].view(np.float32)
     floats[(np.abs(floats) > 1e-3) & (np.abs(floats) < 10)] *= np.float32(0.99)  # no integer looks like these
-    model = CompiledIR(bundle.read(entry), weights.tobytes(), "fp32", RunnerOptions(threads=1))
+    model = CompiledIR(lambda: (bundle.read(entry), weights.tobytes()), "fp32", RunnerOptions(threads=1))
     predictor = Predictor(bundle)
     predictor._runner._model = model
     with pytest.raises(VerificationError, match="openvino on cpu at batch 1"):
