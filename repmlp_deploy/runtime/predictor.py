@@ -48,8 +48,9 @@ class Predictor:
         format: which artifact; by default the first that can be run here.
         device: `cpu` or `cuda`; by default the best that is there. One that was asked for is had or refused.
         threads: of one inference; by default the runtime's choice.
-        cache: folder for what the runtime compiles or optimises, so that the next start is quick; it must belong to
-            whoever runs the service, since it holds native code. By default nothing is kept.
+        cache: folder for what the runtime compiles or optimises, where that makes the next start quicker: OpenVINO's
+            compiled models, ONNX Runtime's int8 graphs. It must belong to whoever runs the service, since what is in it
+            runs as it is. By default nothing is kept.
         array_order: channel order of image arrays, `RGB` or `BGR`.
 
     Raises:

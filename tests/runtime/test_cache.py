@@ -1,4 +1,5 @@
 import hashlib
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,13 @@ from repmlp_deploy.errors import OutputError
 from repmlp_deploy.runtime.cache import Cache, cache_key, describe_processor
 from repmlp_deploy.runtime.onnx_runner import OnnxRunner
 from repmlp_deploy.runtime.runner import RunnerOptions
+
+
+def as_int8(bundle: Bundle, **update: object) -> Bundle:
+    """`bundle`, its ONNX graph said to be int8: one whose optimised form is kept."""
+    entry = bundle.artifact("onnx").model_copy(update={"precision": "int8", **update})
+    return Bundle(bundle.manifest.model_copy(update={"artifacts": {"onnx": entry}}), bundle.folder)
+
 
 INPUTS = probe_inputs((3, 32, 32), 4, seed=5)
 
@@ -51,12 +59,13 @@ def test_the_processor_is_told_apart() -> None:
 def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path, bundle: Bundle) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="name a folder that can be written"):
-        Predictor(bundle, format="onnx", cache=tmp_path / "file" / "cache")
+        Predictor(as_int8(bundle), format="onnx", cache=tmp_path / "file" / "cache")
     with pytest.raises(OutputError, match="name a folder that can be written"):
-        Predictor(bundle, format="onnx", cache=tmp_path / "file")
+        Predictor(as_int8(bundle), format="onnx", cache=tmp_path / "file")
 
 
 def test_the_optimised_graph_is_kept_and_changes_no_result(bundle: Bundle, tmp_path: Path) -> None:
+    bundle = as_int8(bundle)
     expected = OnnxRunner(bundle, RunnerOptions()).run(INPUTS)
     options = RunnerOptions(cache=tmp_path)
     for said in ("here, and cached", "from the cache", "from the cache"):
@@ -75,11 +84,11 @@ def test_predictors_of_two_graphs_share_a_folder(bundle: Bundle, bundle_folder: 
     scale = next(tensor for tensor in model.graph.initializer if tensor.name == "head.bias")
     scale.raw_data = (np.frombuffer(scale.raw_data, np.float32) + 1).tobytes()
     data = model.SerializeToString()
-    entry = bundle.artifact("onnx").model_copy(update={"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
+    copy = Bundle.load(bundle_folder)
     path.write_bytes(data)
-    other = Bundle(bundle.manifest.model_copy(update={"artifacts": {"onnx": entry}}), bundle_folder)
+    other = as_int8(copy, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
     cache = tmp_path / "cache"
-    one = Predictor(bundle, format="onnx", cache=cache).logits(INPUTS)
+    one = Predictor(as_int8(bundle), format="onnx", cache=cache).logits(INPUTS)
     two = Predictor(other, format="onnx", cache=cache).logits(INPUTS)
     np.testing.assert_allclose(two, one + 1, rtol=0, atol=1e-4)
     assert len(list(cache.iterdir())) == 2
@@ -87,7 +96,7 @@ def test_predictors_of_two_graphs_share_a_folder(bundle: Bundle, bundle_folder: 
 
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "empty", "foreign", "ort format"])
 def test_a_damaged_graph_is_made_again(bundle: Bundle, tmp_path: Path, damage: str) -> None:
-    options = RunnerOptions(cache=tmp_path)
+    bundle, options = as_int8(bundle), RunnerOptions(cache=tmp_path)
     expected = OnnxRunner(bundle, options).run(INPUTS)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
@@ -106,3 +115,19 @@ def test_a_damaged_graph_is_made_again(bundle: Bundle, tmp_path: Path, damage: s
     assert runner.details["optimised"] == "here, and cached"
     np.testing.assert_array_equal(runner.run(INPUTS), expected)
     assert OnnxRunner(bundle, options).details["optimised"] == "from the cache"
+
+
+def test_a_float_graph_is_not_kept_because_it_would_start_more_slowly(bundle: Bundle, tmp_path: Path) -> None:
+    assert OnnxRunner(bundle, RunnerOptions(cache=tmp_path)).details["optimised"] == "here"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_do_not_spin_between_calls(bundle: Bundle) -> None:
+    """Fifty calls with pauses between them cost the processor far less than the pauses last."""
+    runner = OnnxRunner(bundle, RunnerOptions(threads=2))
+    runner.run(INPUTS)
+    used = time.process_time()
+    for _ in range(50):
+        time.sleep(0.02)
+        runner.run(INPUTS[:1])
+    assert time.process_time() - used < 0.4
