@@ -43,7 +43,14 @@ from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.layouts import to_layout
 from repmlp_deploy.convert.merging import merge_branches, upstream_form
-from repmlp_deploy.convert.onnx_export import Traced, export_graph, trace_network, with_metadata
+from repmlp_deploy.convert.onnx_export import (
+    TRACED,
+    Traced,
+    export_graph,
+    trace_network,
+    with_metadata,
+    with_symbolic_batch,
+)
 from repmlp_deploy.convert.onnx_proto import serialize_model
 from repmlp_deploy.convert.options import (
     CALIBRATION_METHODS,
@@ -54,7 +61,7 @@ from repmlp_deploy.convert.options import (
     require_choice,
 )
 from repmlp_deploy.convert.own_network import Interface
-from repmlp_deploy.convert.precision import product_tensors, set_precision
+from repmlp_deploy.convert.precision import blocks_of, product_tensors, set_precision
 from repmlp_deploy.convert.probing import probe_like, record_probe, run_network
 from repmlp_deploy.convert.provenance import describe_provenance
 from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
@@ -86,6 +93,7 @@ def export(  # noqa: PLR0913 - one a command-line option
     calibration: str | Path | Mapping[str, NDArray[Any]] | None = None,
     calibration_method: str = "minmax",
     keep_fp32: Sequence[str] = (),
+    sensitivity: bool = False,
     weights: str | None = None,
     input_size: tuple[int, int] | None = None,
     out: str | Path | None = None,
@@ -109,6 +117,8 @@ def export(  # noqa: PLR0913 - one a command-line option
             few of its samples become the probe, and so part of the bundle.
         calibration_method: of `CALIBRATION_METHODS`: how ranges are chosen.
         keep_fp32: patterns of module or node names that stay in float32, such as `stages.0.*`.
+        sensitivity: also measure the error of lowering each block alone, so that the worst can be kept; it takes a
+            verification a block.
         weights: see `load_trained`.
         input_size: see `load_trained`.
         out: the bundle's folder, default `artifacts/<name>-<precision>`.
@@ -132,6 +142,7 @@ def export(  # noqa: PLR0913 - one a command-line option
         calibration=calibration,
         calibration_method=calibration_method,
         keep_fp32=tuple(keep_fp32),
+        sensitivity=sensitivity,
     )
     request.check()
     if out is not None:
@@ -167,13 +178,14 @@ def export(  # noqa: PLR0913 - one a command-line option
             made.add("checkpoint", *_checkpoint_file(trained, merged))
     if request.needs_trace:
         with clock.step("trace"):
-            traced = trace_network(network, interface.examples, request.batch)
+            traced = trace_network(network, interface.examples, TRACED if request.quick else request.batch)
         if "torch" in request.formats:
             with clock.step("torch program"):
                 certifier.require("torch.export program", partial(run_network, traced.program.module()))
                 made.add("torch", "model.pt2", _program_file(traced))
         if request.needs_onnx:
-            _make_onnx(traced, trained, request, samples, certifier, made, clock)
+            exported = _verified_graph(network, traced, trained, request, certifier, clock)
+            _make_onnx(*exported, trained, request, samples, certifier, made, clock)
     made.add_file(PROBE, probe.to_bytes())
     manifest = _manifest(trained, request, probe, certifier, made, clock)
     with clock.step("save"):
@@ -191,6 +203,7 @@ class _Request:
     calibration: str | Path | Mapping[str, NDArray[Any]] | None
     calibration_method: str
     keep_fp32: tuple[str, ...]
+    sensitivity: bool
 
     @property
     def needs_trace(self) -> bool:
@@ -199,6 +212,11 @@ class _Request:
     @property
     def needs_onnx(self) -> bool:
         return bool(set(self.formats) & {"onnx", *FLAVOURS})
+
+    @property
+    def quick(self) -> bool:
+        """Whether a fixed batch may be traced although several are served; not upstream's form, whose code names it."""
+        return self.batch.min != self.batch.max and self.graph == "folded" and "torch" not in self.formats
 
     def check(self) -> None:
         """Raise, before minutes are spent, if it cannot be had here."""
@@ -209,8 +227,9 @@ class _Request:
             raise InputError("int8 needs calibration images: pass --calibration DIR|FILE.npz")
         if self.precision != "int8" and self.calibration is not None:
             raise InputError(f"--calibration is for int8, and --precision is {self.precision}: drop one of them")
-        if self.precision == "fp32" and self.keep_fp32:
-            raise InputError("--keep-fp32 says nothing where everything is fp32: name a --precision")
+        if self.precision == "fp32" and (self.keep_fp32 or self.sensitivity):
+            option = "--keep-fp32" if self.keep_fp32 else "--sensitivity"
+            raise InputError(f"{option} says nothing where everything is fp32: name a --precision")
         if self.precision != "fp32" and (plain := [f for f in self.formats if f in ("torch", "checkpoint")]):
             raise InputError(
                 f"--format {plain[0]} is float32; --precision {self.precision} is of graphs: drop one of them"
@@ -237,8 +256,37 @@ def _reparameterize(
     return merged, folded
 
 
+def _verified_graph(  # noqa: PLR0913 - the values that meet here
+    network: nn.Module, traced: Traced, trained: Trained, request: _Request, certifier: Certifier, clock: _Clock
+) -> tuple[onnx.ModelProto, bytes]:
+    """The ONNX graph of a traced network, verified, and its bytes."""
+    if not request.quick:
+        return _exported(traced, trained, request, certifier, clock)
+    try:
+        return _exported(traced, trained, request, certifier, clock)
+    except VerificationError:  # the network's own code names the batch it was traced with
+        with clock.step("trace again"):
+            traced = trace_network(network, find_interface(trained).examples, request.batch)
+    return _exported(traced, trained, request, certifier, clock)
+
+
+def _exported(
+    traced: Traced, trained: Trained, request: _Request, certifier: Certifier, clock: _Clock
+) -> tuple[onnx.ModelProto, bytes]:
+    with clock.step("export"):
+        interface = find_interface(trained)
+        model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs)
+        model = with_symbolic_batch(model) if request.batch.min != request.batch.max else model
+        model = with_metadata(model, _metadata(trained, request.batch))
+        data = serialize_model(model)
+    with clock.step("verify exported"):
+        certifier.require("exported ONNX", _onnx_run(data))
+    return model, data
+
+
 def _make_onnx(  # noqa: PLR0913 - the values that meet here
-    traced: Traced,
+    model: onnx.ModelProto,
+    data: bytes,
     trained: Trained,
     request: _Request,
     samples: Calibration | None,
@@ -246,14 +294,8 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
     made: _Artifacts,
     clock: _Clock,
 ) -> None:
-    """The ONNX graph, verified, simplified, in its precision, verified each time; and the engines built from it."""
-    with clock.step("export"):
-        interface = find_interface(trained)
-        model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs)
-        model = with_metadata(model, _metadata(trained, request.batch))
-        data = serialize_model(model)
-    with clock.step("verify exported"):
-        certifier.require("exported ONNX", _onnx_run(data))
+    """The graph simplified, in its precision, verified each time; and the engines built from it."""
+    interface = find_interface(trained)
     with clock.step("simplify"):
         try:
             model, data = _simplified(model, certifier)
@@ -293,12 +335,34 @@ def _lowered(  # noqa: PLR0913 - the values that meet here
         lowered = set_precision(model, request.precision, ranges=ranges, keep_fp32=request.keep_fp32)
         data = serialize_model(lowered.model)
     with clock.step(f"verify {request.precision}"):
-        if request.precision == "bf16":
-            run = _onnx_run(serialize_model(emulate_bf16(lowered.model)))
-            certifier.require("bf16 ONNX, emulated", run, "bf16")
-        else:
-            certifier.require(f"{request.precision} ONNX", _onnx_run(data), request.precision)
+        emulated = request.precision == "bf16"
+        name = f"{request.precision} ONNX" + (", emulated" if emulated else "")
+        certifier.require(name, _low_run(lowered.model, data), request.precision)
+    if request.sensitivity:
+        with clock.step("sensitivity"):
+            about["sensitivity"] = _sensitivity(model, request, ranges, certifier)
     return lowered.model, data, about | lowered.describe()
+
+
+def _low_run(model: onnx.ModelProto, data: bytes) -> Run:
+    """How a graph in a precision is run here: bf16 emulated, as ONNX Runtime's CPU provider has no such products."""
+    low = {tensor.data_type for tensor in model.graph.initializer}
+    return _onnx_run(serialize_model(emulate_bf16(model)) if onnx.TensorProto.BFLOAT16 in low else data)
+
+
+def _sensitivity(
+    model: onnx.ModelProto, request: _Request, ranges: Mapping[str, float] | None, certifier: Certifier
+) -> list[dict[str, Any]]:
+    """The error if only one block is in the precision, for every block, the worst first."""
+    blocks = blocks_of(model)
+    found = []
+    for block in blocks:
+        others = [name for other, names in blocks.items() if other != block for name in names]
+        alone = set_precision(model, request.precision, ranges=ranges, keep_fp32=others).model
+        hops = certifier.measure(block, _low_run(alone, serialize_model(alone)), request.precision)
+        worst = max(hops, key=lambda hop: hop.max_abs)
+        found.append({"block": block, "max_abs": worst.max_abs, "between": worst.between})
+    return sorted(found, key=lambda line: -line["max_abs"])
 
 
 def _calibration(given: str | Path | Mapping[str, NDArray[Any]], card: ModelCard, interface: Interface) -> Calibration:
@@ -363,7 +427,7 @@ class _Clock:
             self._progress(name)
         started = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - started, 3)
+        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - started, 3)
 
 
 @dataclass
@@ -389,7 +453,16 @@ class _Artifacts:
 def _onnx_run(data: bytes) -> Run:
     session, _ = open_session(data, RunnerOptions(device="cpu"))
     names = [value.name for value in session.get_inputs()]
-    return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))
+
+    def run(*inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        try:
+            outputs: list[NDArray[Any]] = session.run(None, dict(zip(names, inputs, strict=True)))
+        except Exception as error:  # onnxruntime's exceptions share no public base
+            said = str(error).splitlines()[0]
+            raise VerificationError(f"ONNX Runtime cannot run the graph at batch {len(inputs[0])}: {said}") from error
+        return outputs
+
+    return run
 
 
 def _simplified(graph: onnx.ModelProto, certifier: Certifier) -> tuple[onnx.ModelProto, bytes]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx
 
-from repmlp_deploy.convert.onnx_proto import large_weights, serialize_model, with_weights, without_weights
+from repmlp_deploy.convert.onnx_proto import SCOPES, large_weights, serialize_model, with_weights, without_weights
 from repmlp_deploy.errors import MissingDependency
 
 __all__ = ["SimplificationFailed", "simplify_graph"]
@@ -51,7 +51,22 @@ def simplify_graph(graph: onnx.ModelProto) -> onnx.ModelProto:
     simplified = with_weights(_in_child(without_weights(graph, kept, as_inputs=True)), kept)
     del simplified.metadata_props[:]
     simplified.metadata_props.extend(graph.metadata_props)
+    _copy_scopes(graph, simplified)
     return simplified
+
+
+def _copy_scopes(graph: onnx.ModelProto, simplified: onnx.ModelProto) -> None:
+    """Say again which modules a node came from: onnxsim keeps names of values but no notes on nodes."""
+    scopes = {
+        name: entry
+        for node in graph.graph.node
+        for entry in node.metadata_props
+        if entry.key == SCOPES
+        for name in node.output
+    }
+    for node in simplified.graph.node:
+        if node.output[0] in scopes and not any(entry.key == SCOPES for entry in node.metadata_props):
+            node.metadata_props.append(scopes[node.output[0]])
 
 
 def _in_child(graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -75,7 +75,7 @@ def _settings(options: RunnerOptions) -> ort.SessionOptions:
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads is {options.threads}; it must be at least 1")
     settings = ort.SessionOptions()
-    settings.log_severity_level = 3  # errors; what matters of the rest is checked below
+    settings.log_severity_level = 4  # errors are raised too; what matters of the rest is checked below
     # Threads wait for the next node spinning, and between calls not at all: an idle service then costs no processor.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     if options.threads is not None:
@@ -102,6 +102,11 @@ def _start(model: bytes, settings: ort.SessionOptions, options: RunnerOptions) -
     try:
         session = ort.InferenceSession(model, settings, providers=providers)
     except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base
+        if "NOT_IMPLEMENTED" in str(error):  # bf16 on the CPU
+            raise MissingDevice(
+                f"ONNX Runtime's {providers[0]} cannot compute this graph ({str(error).rpartition(' : ')[2]}): "
+                "run it on a GPU, or export --format openvino or another --precision"
+            ) from None
         raise BundleError(f"ONNX Runtime refuses the model: {str(error).splitlines()[0]}") from None
     device = wanted if session.get_providers()[0] == PROVIDERS[wanted] else "cpu"
     if options.device is not None and device != options.device:
