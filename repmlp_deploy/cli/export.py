@@ -37,7 +37,7 @@ def export_command(  # noqa: PLR0913 - one an option
         str | None, typer.Option(metavar="HxW", help="Input size, where keys and shapes cannot tell it.")
     ] = None,
     formats: Annotated[
-        str, typer.Option("--format", help="Comma-separated: onnx, trt, trt-rtx, torch, checkpoint.")
+        str, typer.Option("--format", help="Comma-separated: onnx, openvino, trt, trt-rtx, torch, checkpoint.")
     ] = "onnx",
     graph: Annotated[str, typer.Option(help="folded, or merged for what upstream's own merge leaves.")] = "folded",
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16 or int8.")] = "fp32",

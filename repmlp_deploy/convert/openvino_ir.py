@@ -23,6 +23,7 @@ import logging
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -120,13 +121,7 @@ def build_ir(  # noqa: PLR0913 - the graph, and all that decides what becomes of
         details |= {"nncf": _import_nncf().__version__, "calibration_samples": len(calibration)}
     elif precision in _STORED:
         kept |= _store_weights(model, _STORED[precision], kept)
-    stored = _stored_types(model)
-    details["product_weights"] = {kind: list(stored.values()).count(kind) for kind in sorted(set(stored.values()))}
-    if precision != "fp32":
-        unasked = "no constant weights, or NNCF has no quantizer for it"
-        left = [name for name, kind in stored.items() if kind in ("f32", "none")]
-        details["products_in_fp32"] = {name: kept.get(name, unasked) for name in left}
-    return IR(*_serialized(model), details)
+    return IR(*_serialized(model), details | _report(model, kept))
 
 
 def _read(graph: bytes) -> Any:
@@ -236,10 +231,22 @@ def _rounded(values: NDArray[np.float32], kind: Any) -> Any:
     return tensor
 
 
-def _stored_types(model: Any) -> dict[str, str]:
-    """Every product's name with the type its weights are stored in."""
-    pairs = [(_name(op), _weights(op)) for op in _products(model)]
-    return {name: "none" if node is None else node.get_element_type().get_type_name() for name, node in pairs}
+def _report(model: Any, kept: Mapping[str, str]) -> dict[str, Any]:
+    """What is stored in what: counts of products whose weights are smaller than float32, and the others by name."""
+    lowered: Counter[str] = Counter()
+    stored: Counter[str] = Counter()
+    left = []
+    for op in _products(model):
+        weights = _weights(op)
+        kind = "none" if weights is None else weights.get_element_type().get_type_name()
+        stored[kind] += 1
+        if kind in ("f32", "none"):
+            reason = kept.get(_name(op), "its weights are no constant" if weights is None else "NNCF left it")
+            left.append({"node": _name(op), "op": op.get_type_name(), "module": _module(op), "reason": reason})
+        else:
+            lowered[op.get_type_name()] += 1
+    about: dict[str, Any] = {"product_weights": dict(stored)}
+    return about | {"lowered": dict(lowered), "kept_fp32": left} if lowered else about
 
 
 def _quantized(model: Any, calibration: Sequence[Mapping[str, NDArray[Any]]], kept: Collection[str]) -> Any:

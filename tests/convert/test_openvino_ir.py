@@ -46,7 +46,7 @@ def test_every_product_has_the_precision_and_every_batch_size_its_answer(
     model = compiled(ir, precision)
     assert model.products() == {runs_in: 24}
     assert ir.details["product_weights"] == {stored: 24}
-    assert not ir.details.get("products_in_fp32")
+    assert not ir.details.get("kept_fp32")
     for size in (1, 3, 16):
         assert relative_error(model, bundle, size) < largest
 
@@ -94,9 +94,11 @@ def test_what_is_kept_in_fp32_stays_there_and_is_reported(bundle: Bundle) -> Non
     ir = digits_ir(bundle, "int8", keep_fp32=["stages.0.*", "head"])
     assert compiled(ir, "int8").products() == {"f32": 6, "u8": 18}
     assert ir.details["product_weights"] == {"f32": 6, "i8": 18}
-    kept = ir.details["products_in_fp32"]
+    assert sum(ir.details["lowered"].values()) == 18
+    kept = ir.details["kept_fp32"]
+    assert sorted({line["reason"] for line in kept}) == ["--keep-fp32 head", "--keep-fp32 stages.0.*"]
+    assert {line["module"] for line in kept} >= {"head", "stages.0.0.fc3", "stages.0.0.gp.fc1"}
     assert len(kept) == 6
-    assert sorted(set(kept.values())) == ["--keep-fp32 head", "--keep-fp32 stages.0.*"]
     half = digits_ir(bundle, "fp16", keep_fp32=["embeds"])
     assert half.details["product_weights"] == {"f16": 22, "f32": 2}
 
@@ -108,7 +110,7 @@ def test_a_weight_beyond_float16_stays_and_is_reported() -> None:
     )
     model = ov.Model([product], [parameter], "large")
     assert list(openvino_ir._store_weights(model, ov.Type.f16, {}).values()) == ["weights beyond float16's 65504"]
-    assert list(openvino_ir._stored_types(model).values()) == ["f32"]
+    assert openvino_ir._report(model, {})["product_weights"] == {"f32": 1}
 
 
 @pytest.mark.parametrize(
