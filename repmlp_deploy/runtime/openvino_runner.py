@@ -67,6 +67,10 @@ class OpenVinoRunner:
         """Every output for every input, both in the model's order."""
         return self._model.run_all(*inputs)
 
+    def products(self) -> dict[str, int]:
+        """How many convolutions and products run in each type."""
+        return self._model.products()
+
     def close(self) -> None:
         """Give back the model's memory."""
         del self._model
