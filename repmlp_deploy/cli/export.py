@@ -128,7 +128,15 @@ def print_report(bundle: Bundle) -> None:
     print_table(
         "artifacts",
         ("format", "file", "precision", "MB"),
-        [(name, entry.path, entry.precision, f"{entry.bytes / 1e6:.1f}") for name, entry in manifest.artifacts.items()],
+        [
+            (
+                name,
+                ", ".join(file.path for file in (entry, *entry.companions)),
+                entry.precision,
+                f"{sum(file.bytes for file in (entry, *entry.companions)) / 1e6:.1f}",
+            )
+            for name, entry in manifest.artifacts.items()
+        ],
         left=3,
     )
     for line in _precision_lines(manifest):
