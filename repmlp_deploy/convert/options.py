@@ -20,7 +20,7 @@ __all__ = [
     "require_choice",
 ]
 
-FORMATS = ("onnx", "trt", "trt-rtx", "torch", "checkpoint")
+FORMATS = ("onnx", "openvino", "trt", "trt-rtx", "torch", "checkpoint")
 ALIASES = {"tensorrt": "trt", "engine": "trt"}
 GRAPHS = ("folded", "merged")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")

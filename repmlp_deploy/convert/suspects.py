@@ -10,7 +10,7 @@ where its taps lie elsewhere. Every such hypothesis predicts all entries of a ma
 coincidence. What none explains is still named by its part and its largest element.
 
 Expected values are computed apart from merging and folding, so that a fault of theirs is not repeated here: (a, b) by
-running the BatchNorm on zeros and ones, T(K) by convolving an identity, all in float64.
+running the BatchNorm on zeros and ones, T(K) by convolving unit maps, all in float64.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch offers no pu
 
 _EPS_OF_OTHERS = (0.0, 1e-3, 1e-5, 1e-6)
 _ROUNDINGS = 8.0  # units in the last place of the largest entry: above storing once, below anything that is no rounding
+
+_COLUMNS = 128  # of a matrix, judged or made at a time
 
 Fault = tuple[str, str, Tensor]
 """The part to blame, what went wrong there, and the value that it would give."""
@@ -85,6 +87,7 @@ class Check:
         expected: float64, of the same shape.
         faults: hypotheses, tried in order.
         group: which group of the stored tensor this is, where it is one.
+        columns: of `got` that `faults` predict; None for all.
         eps: of the type that `got` was rounded to; 0 for its own type's.
     """
 
@@ -94,15 +97,16 @@ class Check:
     expected: Tensor
     faults: Callable[[], Iterable[Fault]] = tuple
     group: tuple[int, ...] = ()
+    columns: Tensor | None = None
     eps: float = 0.0
 
-    def distance(self, value: Tensor) -> float:
-        """Largest difference from `value`, in roundings of its largest entry; infinite where not finite."""
-        if self.got.shape != value.shape:
+    def distance(self, got: Tensor, value: Tensor) -> float:
+        """Largest difference of `got` from `value`, in roundings of its largest entry; infinite where not finite."""
+        if got.shape != value.shape:
             return math.inf
-        stored = torch.finfo(self.got.dtype)
+        stored = torch.finfo(got.dtype)
         unit = (self.eps or stored.eps) * max(float(value.abs().max()), stored.tiny)
-        off = float((self.got.double() - value).abs().max()) / unit
+        off = float((got.double() - value).abs().max()) / unit
         return off if math.isfinite(off) else math.inf
 
     def finding(self) -> Finding | None:
@@ -110,12 +114,13 @@ class Check:
         if self.got.shape != self.expected.shape:
             shapes = tuple(self.got.shape), tuple(self.expected.shape)
             return Finding(self.part, f"{self.name} has shape {shapes[0]}, expected {shapes[1]}")
-        off = self.distance(self.expected)
+        off = self.distance(self.got, self.expected)
         if off <= _ROUNDINGS:
             return None
         part, fault, best = self.part, "", math.inf
+        got = self.got if self.columns is None else self.got[:, self.columns]
         for place, what, value in self.faults():
-            distance = self.distance(value)
+            distance = self.distance(got, value)
             if distance <= _ROUNDINGS and distance < min(best, off / 4):  # the first of those that explain it best
                 part, fault, best = place, what, distance
         return Finding(part, fault, self._worst())
@@ -215,15 +220,18 @@ def merged_checks(block: RepMLPBlock | RepMLP, weight: Tensor, bias: Tensor, *, 
     for index, got, label in ((0, weight, "weight"), (1, bias, "bias")):
         values = [pair[index] for pair in expected]
         worst = max(range(len(got)), key=lambda g: _error(got[g], values[g]))
+        columns = _telling_columns(weight[worst], expected[worst][0])
 
-        def faults(g: int = worst, index: int = index) -> Iterator[Fault]:
-            for part, what, *pair in _merged_faults(block, g):
+        def faults(g: int = worst, index: int = index, columns: Tensor = columns) -> Iterator[Fault]:
+            for part, what, *pair in _merged_faults(block, g, expected[g][0], columns):
                 yield part, what, pair[index]
             for other in range(len(expected)):
                 if other != g:
-                    yield "fc3", f"shareset {g} holds what belongs to shareset {other}", expected[other][index]
+                    value = expected[other][index] if index else expected[other][0][:, columns]
+                    yield "fc3", f"shareset {g} holds what belongs to shareset {other}", value
 
-        yield Check("fc3", f"{name}.{label}", got[worst], values[worst], faults, group=(worst,))
+        where = None if index else columns
+        yield Check("fc3", f"{name}.{label}", got[worst], values[worst], faults, group=(worst,), columns=where)
 
 
 def conv_checks(module: ConvBN | MergeableConvBN, conv: nn.Conv2d) -> Iterator[Check]:
@@ -260,12 +268,23 @@ def _transposed(part: str, value: Tensor) -> Iterator[Fault]:
         yield part, "transposed", value.transpose(0, 1)
 
 
+def _telling_columns(got: Tensor, expected: Tensor) -> Tensor:
+    """Columns to judge hypotheses by: all of a small matrix; of a large one the worst, and some spread over the map."""
+    count = expected.shape[1]
+    if count <= _COLUMNS or got.shape != expected.shape:
+        return torch.arange(count)
+    error = (got.double() - expected).abs().amax(dim=0)
+    worst = error.nan_to_num(nan=math.inf).topk(_COLUMNS // 2).indices
+    spread = torch.linspace(0, count - 1, _COLUMNS // 2).long()
+    return torch.tensor(sorted({*worst.tolist(), *spread.tolist()}))
+
+
 def _error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).abs().max().nan_to_num(nan=math.inf)) if got.shape == expected.shape else 0.0
 
 
-def _terms(block: RepMLPBlock | RepMLP, group: int) -> list[_Term]:
-    """FC3 and the branches, for one group."""
+def _terms(block: RepMLPBlock | RepMLP, group: int, columns: Tensor | None = None) -> list[_Term]:
+    """FC3 and the branches, for one group and some columns of it."""
     if block.fc3_bn is None:
         raise ValueError("the block is merged already: its terms are gone")
     h, w, area = block.h, block.w, block.h * block.w
@@ -275,10 +294,11 @@ def _terms(block: RepMLPBlock | RepMLP, group: int) -> list[_Term]:
     channels = torch.arange(outputs).repeat_interleave(area) + group * outputs
     per_row = block.fc3_bn.num_features != groups * outputs  # in 2021, fc3_bn has a channel for every row
     rows = torch.arange(len(matrix)) + group * len(matrix) if per_row else channels
-    terms = [_Term("fc3 · fc3_bn", block.fc3_bn, rows, None, matrix)]
+    columns = torch.arange(matrix.shape[1]) if columns is None else columns
+    terms = [_Term("fc3 · fc3_bn", block.fc3_bn, rows, None, matrix[:, columns])]
     for k, branch in zip(block.kernels, block.branches(), strict=True):
         kernel = branch.conv.weight.detach().double()[group * outputs : (group + 1) * outputs]
-        terms.append(_Term(f"fc3 · branch repconv{k}", branch.bn, channels, kernel, _toeplitz(kernel, h, w)))
+        terms.append(_Term(f"fc3 · branch repconv{k}", branch.bn, channels, kernel, _toeplitz(kernel, h, w, columns)))
     return terms
 
 
@@ -291,18 +311,20 @@ def _sum(terms: Iterable[_Term]) -> tuple[Tensor, Tensor]:
     return sum(weights[1:], weights[0]), sum(biases[1:], biases[0])
 
 
-def _merged_faults(block: RepMLPBlock | RepMLP, group: int) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    """(part, fault, W, b) of one group for everything that is known to go wrong."""
-    terms = _terms(block, group)
+def _merged_faults(
+    block: RepMLPBlock | RepMLP, group: int, merged: Tensor, columns: Tensor
+) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+    """(part, fault, W, b) of some columns of one group, which is to be `merged`, for all that is known to go wrong."""
+    terms = _terms(block, group, columns)
     branches = [term for term in terms if term.kernel is not None]
     weight, bias = _sum(terms)
     for term in terms:
         yield from _wrong_norms(term.label, [term], weight, bias)
     yield from _wrong_norms("fc3 · every BatchNorm", terms, weight, bias)
     for term in branches:
-        yield from _wrong_places(term.label, [term], block, weight, bias)
-    yield from _wrong_places("fc3 · every branch", branches, block, weight, bias)
-    yield "fc3", "matrix transposed", _swapped(weight, block), bias
+        yield from _wrong_places(term.label, [term], block, columns, weight, bias)
+    yield from _wrong_places("fc3 · every branch", branches, block, columns, weight, bias)
+    yield "fc3", "matrix transposed", _swapped(merged, block)[:, columns], bias
 
 
 def _wrong_norms(
@@ -316,36 +338,40 @@ def _wrong_norms(
         yield label, wrong[0][0], W, b
 
 
-def _wrong_places(
-    label: str, terms: list[_Term], block: RepMLPBlock | RepMLP, weight: Tensor, bias: Tensor
+def _wrong_places(  # noqa: PLR0913 - what is wrong, and what of
+    label: str, terms: list[_Term], block: RepMLPBlock | RepMLP, columns: Tensor, weight: Tensor, bias: Tensor
 ) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    for wrong in zip(*(_wrong_matrices(term, block) for term in terms), strict=True):
+    for wrong in zip(*(_wrong_matrices(term, block, columns) for term in terms), strict=True):
         W = weight
         for term, (_, matrix) in zip(terms, wrong, strict=True):
             W = W + affine_by_running(term.bn)[0][term.channels, None] * (matrix - term.matrix)
         yield label, wrong[0][0], W, bias
 
 
-def _wrong_matrices(term: _Term, block: RepMLPBlock | RepMLP) -> Iterator[tuple[str, Tensor]]:
+def _wrong_matrices(term: _Term, block: RepMLPBlock | RepMLP, columns: Tensor) -> Iterator[tuple[str, Tensor]]:
     """(fault, M) of a branch whose taps lie elsewhere."""
     if term.kernel is None:
         return
     h, w = block.h, block.w
-    yield "Toeplitz matrix transposed", _swapped(term.matrix, block)
-    yield "kernel transposed", _toeplitz(term.kernel.transpose(-2, -1), h, w)
-    yield "h and w swapped", _toeplitz(term.kernel, w, h)
+    yield "Toeplitz matrix transposed", _toeplitz(term.kernel.flip(-2, -1), h, w, columns)
+    yield "kernel transposed", _toeplitz(term.kernel.transpose(-2, -1), h, w, columns)
+    yield "h and w swapped", _toeplitz(term.kernel, w, h, columns)
     padded = F.pad(term.kernel, (1, 1, 1, 1))
     for dy in (-1, 0, 1):
         for dx in (-1, 0, 1):
             if dy or dx:
-                yield "padding off by one", _toeplitz(padded.roll((dy, dx), dims=(-2, -1)), h, w)
+                yield "padding off by one", _toeplitz(padded.roll((dy, dx), dims=(-2, -1)), h, w, columns)
 
 
-def _toeplitz(kernel: Tensor, h: int, w: int) -> Tensor:
-    """The (O·h·w, C·h·w) matrix of a convolution (O, C, k, k) with padding k//2, by convolving an identity."""
+def _toeplitz(kernel: Tensor, h: int, w: int, columns: Tensor) -> Tensor:
+    """Columns of the (O·h·w, C·h·w) matrix of a convolution (O, C, k, k) with padding k//2: it convolves unit maps."""
     outputs, inputs, k_h, k_w = kernel.shape
-    identity = torch.eye(inputs * h * w, dtype=torch.float64).view(-1, inputs, h, w)
-    return F.conv2d(identity, kernel, padding=(k_h // 2, k_w // 2)).reshape(-1, outputs * h * w).T
+    matrix = torch.empty(outputs * h * w, len(columns), dtype=torch.float64)
+    for start in range(0, len(columns), _COLUMNS):  # by chunks: a convolution needs room for k² times its input
+        chunk = columns[start : start + _COLUMNS]
+        units = F.one_hot(chunk, inputs * h * w).double().view(-1, inputs, h, w)
+        matrix[:, start : start + len(chunk)] = F.conv2d(units, kernel, padding=(k_h // 2, k_w // 2)).flatten(1).T
+    return matrix
 
 
 def _swapped(matrix: Tensor, block: RepMLPBlock | RepMLP) -> Tensor:

@@ -243,6 +243,27 @@ def test_merging_and_the_suspects_agree(block: RepMLPBlock | RepMLP) -> None:
         torch.testing.assert_close(merged.bias.view(merged.groups, rows)[g], bias, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("fault", ["dropped", "Toeplitz matrix transposed", "matrix transposed"])
+def test_large_matrices_are_judged_by_some_of_their_columns(fault: str) -> None:
+    """168 positions: more than are looked at."""
+    torch.manual_seed(0)
+    block = randomize(nn.Sequential(RepMLPBlock(2, 12, 14, sharesets=1, kernels=(1, 3), hidden=2)))
+    wrong = copy.deepcopy(block)
+    if fault == "dropped":
+        wrong[0].repconv3.conv.weight.zero_()
+        wrong[0].repconv3.bn.running_mean.zero_()
+        wrong[0].repconv3.bn.bias.zero_()
+    elif fault == "Toeplitz matrix transposed":
+        wrong[0].repconv3.conv.weight.copy_(block[0].repconv3.conv.weight.flip(-1, -2))
+    merged = merge_branches(wrong)
+    if fault == "matrix transposed":
+        weight = merged[0].fc3.weight
+        weight.copy_(weight[:, :, 0, 0].T.clone()[:, :, None, None])
+    blame = blame_network(block, merged, [np.random.default_rng(0).standard_normal((2, 2, 12, 14), np.float32)])
+    part = "fc3" if fault == "matrix transposed" else "fc3 · branch repconv3"
+    assert (blame.block, blame.part, blame.fault) == ("0", part, fault)
+
+
 def test_a_check_takes_the_fault_that_explains_best_or_none() -> None:
     expected = torch.linspace(1, 2, 6, dtype=torch.float64).view(2, 3)
     near = ("x", "near", 2 * expected + 1e-6)

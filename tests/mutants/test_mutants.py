@@ -60,6 +60,7 @@ class Mutant:
         fault: what must be said to have gone wrong.
         card: of the network.
         caught: the error that ends the export.
+        batch: to export with.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Mutant:
     fault: str = ""
     card: ModelCard = CUT
     caught: type[Exception] = VerificationError
+    batch: str = "2"
 
 
 def is_3x3(_block: object, bn: object) -> bool:
@@ -245,8 +247,11 @@ EXPORT = [
         faults.changed_graph(faults.batch_in_a_reshape),
         "stages.1.1",
         "Reshape",
+        batch="1:2:4",
     ),
-    Mutant("batch size baked into the borders", faults.batch_at_the_borders, "input", "fails at batch 1"),
+    Mutant(
+        "batch size baked into the borders", faults.batch_at_the_borders, "input", "fails at batch 1", batch="1:2:4"
+    ),
 ]
 
 LOADING = [
@@ -388,7 +393,7 @@ def test_a_fault_in_the_export(
     tmp_path: Path,
 ) -> None:
     mutant.plant(monkeypatch)
-    table.check("export", mutant, lambda: export(checkpoint(CUT), card=CUT, batch="1:2:4", out=tmp_path / "out"))
+    table.check("export", mutant, lambda: export(checkpoint(CUT), card=CUT, batch=mutant.batch, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -397,7 +402,7 @@ def test_a_stale_simplified_graph_is_not_used(
     table: Table, checkpoint: Callable[[ModelCard], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     faults.stale_simplified_graph(monkeypatch)
-    bundle = export(checkpoint(CUT), card=CUT, batch="1:2:4", out=tmp_path / "out")
+    bundle = export(checkpoint(CUT), card=CUT, batch=2, out=tmp_path / "out")
     note = next(note for note in bundle.manifest.notes if note.startswith("not simplified"))
     assert "onnxsim changed the output by" in note
     assert "first at conv_embedding: the graph holds another weight; conv_embedding.conv.weight[" in note
@@ -415,10 +420,10 @@ def test_float16_overflow(table: Table, tmp_path: Path) -> None:
         ffn.ffn_fc2.conv.weight *= 100
         ffn.ffn_fc2.bn.running_var.fill_(1e12)
     path = save_network(network, tmp_path / "large.pth")
-    good = export(path, card=CUT, batch="1:2:4", out=tmp_path / "control")
+    good = export(path, card=CUT, batch=2, out=tmp_path / "control")
     assert all(hop.passed for hop in good.manifest.certificate[1:])
     mutant = Mutant("float16 overflow", lambda _: None, "stages.1.0 · ffn", "not finite")
-    table.check("export", mutant, lambda: export(path, card=CUT, precision="fp16", batch="1:2:4", out=tmp_path / "out"))
+    table.check("export", mutant, lambda: export(path, card=CUT, precision="fp16", batch=2, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -436,7 +441,7 @@ def test_a_fault_that_only_the_checkpoint_can_tell(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         mutant.plant(patch)
-        bundle = export(checkpoint(CUT), card=CUT, batch="1:2:4", out=tmp_path / "out")
+        bundle = export(checkpoint(CUT), card=CUT, batch=mutant.batch, out=tmp_path / "out")
     table.check("loading", mutant, lambda: bisect(bundle, checkpoint(CUT)))
 
 
