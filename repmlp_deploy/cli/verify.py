@@ -38,8 +38,6 @@ def verify_command(  # noqa: PLR0913 - one an option
     if bisect:
         _bisect(loaded, ckpt, card, as_json=json)
         return
-    if ckpt is not None:
-        raise InputError("--ckpt is for --bisect: pass both, or neither")
     hops, notes = recertify(loaded, artifact, RunnerOptions(device, threads))
     derived: list[Hop] = []
     if ckpt is not None:
