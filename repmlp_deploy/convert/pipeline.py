@@ -36,13 +36,15 @@ from repmlp_deploy.bundle import (
 )
 from repmlp_deploy.card import ModelCard, load_labels
 from repmlp_deploy.convert.certifying import Certifier, Run, batch_sizes
-from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
+from repmlp_deploy.convert.engine import GraphSpec, build_engine
+from repmlp_deploy.convert.engine_options import EngineOptions, with_profiles
+from repmlp_deploy.convert.flavours import FLAVOURS, check_options
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.layouts import to_layout
 from repmlp_deploy.convert.merging import merge_branches, upstream_form
 from repmlp_deploy.convert.onnx_export import Traced, export_graph, trace_network, with_metadata
 from repmlp_deploy.convert.onnx_proto import serialize_model
-from repmlp_deploy.convert.options import GRAPHS, parse_batch, parse_formats, require_choice
+from repmlp_deploy.convert.options import GRAPHS, parse_formats, parse_profiles, require_choice, whole_range
 from repmlp_deploy.convert.probing import probe_like, record_probe, run_network
 from repmlp_deploy.convert.provenance import describe_provenance
 from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
@@ -69,6 +71,7 @@ def export(  # noqa: PLR0913 - one a command-line option
     graph: str = "folded",
     precision: str = "fp32",
     batch: str | int | BatchRange = "1:8:64",
+    engine: EngineOptions | None = None,
     weights: str | None = None,
     input_size: tuple[int, int] | None = None,
     out: str | Path | None = None,
@@ -87,7 +90,9 @@ def export(  # noqa: PLR0913 - one a command-line option
         formats: of `FORMATS`, as a sequence or comma-separated.
         graph: `folded`, or `merged` for what upstream's own merge leaves.
         precision: of the graph; a row of `numerics.TOLERANCES`.
-        batch: sizes to serve, `MIN:OPT:MAX`, or one that is fixed.
+        batch: sizes to serve, `MIN:OPT:MAX`, or one that is fixed; several ranges, comma-separated, are engines'
+            optimisation profiles.
+        engine: how to build engines.
         weights: see `load_trained`.
         input_size: see `load_trained`.
         out: the bundle's folder, default `artifacts/<name>-<precision>`.
@@ -103,11 +108,13 @@ def export(  # noqa: PLR0913 - one a command-line option
         MissingDependency, MissingDevice, BuildError: a format cannot be made here.
         OutputError: `out` could not be written; an earlier bundle is untouched.
     """
+    profiles = (batch,) if isinstance(batch, BatchRange) else parse_profiles(batch)
     request = _Request(
         formats=parse_formats(formats),
         graph=graph,
         precision=precision,
-        batch=batch if isinstance(batch, BatchRange) else parse_batch(batch),
+        batch=whole_range(profiles),
+        engine=with_profiles(engine or EngineOptions(), profiles),
     )
     request.check()
     if out is not None:
@@ -159,6 +166,7 @@ class _Request:
     graph: str
     precision: str
     batch: BatchRange
+    engine: EngineOptions
 
     @property
     def needs_trace(self) -> bool:
@@ -174,7 +182,7 @@ class _Request:
         require_choice("--precision", self.precision, tuple(TOLERANCES))
         for name in self.formats:
             if name in FLAVOURS:
-                check_flavour(name)
+                check_options(name, self.engine)
 
 
 def _reparameterize(
@@ -217,7 +225,8 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
     for name in (name for name in request.formats if name in FLAVOURS):
         with clock.step(name):
             shapes = {key: x.shape[1:] for key, x in zip(interface.inputs, interface.examples, strict=True)}
-            engine = build_engine(name, data, inputs=shapes, batch=request.batch)
+            spec = GraphSpec(shapes, request.batch, request.precision)
+            engine = build_engine(name, data, spec, request.engine)
         made.add(name, f"model.{name}.engine", engine.plan, engine.details)
         made.notes.append(f"the {name} engine was built from the verified graph and has not run here")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import onnx
 
+from repmlp_deploy.convert.onnx_nodes import SCOPES
 from repmlp_deploy.convert.onnx_proto import large_weights, serialize_model, with_weights, without_weights
 from repmlp_deploy.errors import MissingDependency
 
@@ -38,7 +39,7 @@ class SimplificationFailed(Exception):  # noqa: N818 - an outcome the pipeline h
 
 
 def simplify_graph(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """`graph` with constants folded and redundant nodes gone, its metadata kept. To be verified like any other step.
+    """`graph` simplified, its metadata and its nodes' scopes kept. To be verified like any other step.
 
     Raises:
         SimplificationFailed: onnxsim crashed, hung or refused.
@@ -51,7 +52,16 @@ def simplify_graph(graph: onnx.ModelProto) -> onnx.ModelProto:
     simplified = with_weights(_in_child(without_weights(graph, kept, as_inputs=True)), kept)
     del simplified.metadata_props[:]
     simplified.metadata_props.extend(graph.metadata_props)
+    _restore_scopes(simplified, graph)
     return simplified
+
+
+def _restore_scopes(simplified: onnx.ModelProto, graph: onnx.ModelProto) -> None:
+    """Say again which module a node came from: onnxsim keeps the names of nodes and drops their properties."""
+    scopes = {node.name: [entry for entry in node.metadata_props if entry.key == SCOPES] for node in graph.graph.node}
+    for node in simplified.graph.node:
+        del node.metadata_props[:]
+        node.metadata_props.extend(scopes.get(node.name, ()))
 
 
 def _in_child(graph: onnx.ModelProto) -> onnx.ModelProto:
