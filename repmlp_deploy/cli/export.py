@@ -12,6 +12,7 @@ from typing import Annotated
 from repmlp_deploy.bundle import Bundle, Hop
 from repmlp_deploy.cli import engine_words as words
 from repmlp_deploy.cli.console import interrupt, print_json, print_table, progress, run_command, typer
+from repmlp_deploy.cli.engine_report import print_engines
 from repmlp_deploy.convert.options import GRAPHS, parse_formats, parse_profiles, parse_size, require_choice, whole_range
 from repmlp_deploy.numerics import TOLERANCES
 
@@ -67,7 +68,7 @@ def export_command(  # noqa: PLR0913 - one an option
     wanted, profiles = parse_formats(formats), parse_profiles(batch)
     engine = words.read_engine_options(
         wanted,
-        profiles,
+        profiles if len(profiles) > 1 else (),
         workspace_gb=workspace_gb,
         tf32=tf32,
         optimization_level=optimization_level,
@@ -139,6 +140,7 @@ def print_report(bundle: Bundle) -> None:
         [(name, entry.path, entry.precision, f"{entry.bytes / 1e6:.1f}") for name, entry in manifest.artifacts.items()],
         left=3,
     )
+    print_engines(bundle)
     for note in manifest.notes:
         sys.stdout.write(f"note: {note}\n")
     seconds = sum(manifest.provenance["seconds"].values())

@@ -82,10 +82,8 @@ class EngineOptions:
 
 
 def with_profiles(options: EngineOptions, profiles: Sequence[BatchRange]) -> EngineOptions:
-    """The options with the profiles of `--batch`, where it names several and the options have none of their own."""
-    if options.profiles or len(profiles) < 2:  # noqa: PLR2004 - one range is the graph's own
-        return options
-    return replace(options, profiles=tuple(profiles))
+    """The options with the profiles of `--batch`, where they have none of their own."""
+    return options if options.profiles else replace(options, profiles=tuple(profiles))
 
 
 def parse_capabilities(text: str) -> tuple[str, ...]:

@@ -123,7 +123,7 @@ def check_options(name: str, options: EngineOptions) -> Any:
 
     Raises:
         InputError: the flavour or its version lacks an option; the message says why.
-        BuildError, MissingDependency, MissingDevice: as `check_flavour`; MissingDevice also where an option needs a GPU.
+        BuildError, MissingDependency, MissingDevice: as `check_flavour`; the last also where an option needs a GPU.
     """
     flavour = FLAVOURS[name]
     asked = [option for option in options.asked() if (option, options.timing_cache) != ("timing_cache", "off")]

@@ -114,7 +114,7 @@ def export(  # noqa: PLR0913 - one a command-line option
         graph=graph,
         precision=precision,
         batch=whole_range(profiles),
-        engine=with_profiles(engine or EngineOptions(), profiles),
+        engine=with_profiles(engine or EngineOptions(), profiles if len(profiles) > 1 else ()),
     )
     request.check()
     if out is not None:
