@@ -15,22 +15,35 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.errors import VerificationError
 
-__all__ = ["TOLERANCES", "Comparison", "Tolerance", "allowed_error", "compare", "noise_floor", "require_close"]
+__all__ = [
+    "TOLERANCES",
+    "Comparison",
+    "Tolerance",
+    "allowed_error",
+    "compare",
+    "describe_distance",
+    "is_close",
+    "noise_floor",
+    "require_close",
+]
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a precision may cost: the largest absolute error, as a multiple of the noise floor.
+    """What a precision may cost.
 
     Attributes:
-        floor_ratio: allowed error over the noise floor.
+        floor_ratio: allowed absolute error over the noise floor.
         reason: why this much and no more.
+        between: allowed error of the differences between samples, `Comparison.between`; None where the noise floor is
+            strict enough alone. What ignores its input scores 1.
     """
 
     floor_ratio: float
     reason: str
+    between: float | None = None
 
 
 TOLERANCES = {
@@ -38,6 +51,23 @@ TOLERANCES = {
         floor_ratio=8.0,
         reason="the same arithmetic in another order: every step of every network measured stays below 1.5 floors, "
         "while one FC3 scaled by a thousandth is beyond 40 and a forgotten branch or bias beyond 10,000",
+    ),
+    "fp16": Tolerance(
+        floor_ratio=2.0**13,
+        between=0.05,
+        reason="the unit roundoff is 2^-11 and not 2^-24: the same roundings, each 2^13 times larger; measured "
+        "networks stay below a sixth of that",
+    ),
+    "bf16": Tolerance(
+        floor_ratio=2.0**16,
+        between=0.5,
+        reason="the unit roundoff is 2^-8: each rounding 2^16 times float32's; measured networks stay below a third",
+    ),
+    "int8": Tolerance(
+        floor_ratio=2.0**19,
+        between=0.75,
+        reason="a step is 1/127 of a tensor's largest value, 2^-7 of it even where values are small, which costs "
+        "several times what 2^-8 of each value would; measured networks stay below a third",
     ),
 }
 """One row a precision. A comparison that no row fails would prove nothing: each has a test in which it must fail."""
@@ -116,6 +146,13 @@ def allowed_error(precision: str, floor: float) -> float:
     return TOLERANCES[precision].floor_ratio * floor
 
 
+def is_close(result: Comparison, *, floor: float, precision: str) -> bool:
+    """Whether an output is as close to its reference as its precision must bring it."""
+    between = TOLERANCES[precision].between
+    keeps_samples_apart = between is None or np.isnan(result.between) or result.between <= between
+    return result.max_abs <= allowed_error(precision, floor) and bool(keeps_samples_apart)
+
+
 def require_close(  # noqa: PLR0913 - what is compared, and how it is judged
     what: str, output: Array, reference: Array, *, floor: float, precision: str = "fp32", classes: bool = True
 ) -> Comparison:
@@ -128,10 +165,21 @@ def require_close(  # noqa: PLR0913 - what is compared, and how it is judged
         result = compare(output, reference, classes=classes)
     except VerificationError as error:
         raise VerificationError(f"{what}: {error}") from None
-    allowed = allowed_error(precision, floor)
-    if not result.max_abs <= allowed:
-        raise VerificationError(
-            f"{what} differs from the trained network by {result.max_abs:.2e}; {precision} allows {allowed:.2e} "
-            f"({TOLERANCES[precision].floor_ratio:g} times the noise floor)"
-        )
+    if not is_close(result, floor=floor, precision=precision):
+        said = describe_distance(result.max_abs, result.between, floor=floor, precision=precision)
+        raise VerificationError(f"{what} {said}")
     return result
+
+
+def describe_distance(max_abs: float, between: float | None, *, floor: float, precision: str) -> str:
+    """How far an output is and how far it may be, for a message that begins with its name."""
+    tolerance, allowed = TOLERANCES[precision], allowed_error(precision, floor)
+    if not max_abs <= allowed:
+        return (
+            f"differs from the trained network by {max_abs:.2e}; {precision} allows {allowed:.2e} "
+            f"({tolerance.floor_ratio:g} times the noise floor)"
+        )
+    return (
+        f"moves samples against each other by {between:.2g} of the trained network's own differences; "
+        f"{precision} allows {tolerance.between}"
+    )

@@ -9,19 +9,19 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import repmlp_deploy
 from repmlp_deploy.bundle import ArtifactEntry, Bundle, FileEntry, check_output_folder
-from repmlp_deploy.convert.engine import Engine, GraphSpec, build_engine
+from repmlp_deploy.convert.engine import Engine, GraphSpec, build_engine, kept_products
 from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.convert.flavours import FLAVOURS, check_options
 from repmlp_deploy.convert.options import require_choice
 from repmlp_deploy.errors import BundleError
 
-__all__ = ["NOT_RUN", "add_engines", "engine_entry", "graph_spec", "kept_products", "read_contents", "verified_graph"]
+__all__ = ["NOT_RUN", "add_engines", "engine_entry", "graph_spec", "read_contents", "verified_graph"]
 
 NOT_RUN = "the {} engine was built from the verified graph and has not run here"
 
@@ -106,11 +106,6 @@ def graph_spec(bundle: Bundle) -> GraphSpec:
     for spec in manifest.inputs or (manifest.input,):
         inputs[spec.name] = tuple(int(size) for size in spec.shape[1:] if size is not None)
     return GraphSpec(inputs, manifest.batch, entry.precision, kept_products(entry.model_extra or {}))
-
-
-def kept_products(details: Mapping[str, Any]) -> tuple[str, ...]:
-    """The products that an ONNX artifact says it keeps in float32, by name."""
-    return tuple(str(kept["node"]) for kept in details.get("kept_fp32", ()) if "node" in kept)
 
 
 def engine_entry(name: str, engine: Engine, precision: str) -> ArtifactEntry:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import BatchRange, Bundle, Hop, Probe
 from repmlp_deploy.errors import MissingDependency, MissingDevice, VerificationError
-from repmlp_deploy.numerics import allowed_error, compare, noise_floor
+from repmlp_deploy.numerics import allowed_error, compare, describe_distance, is_close, noise_floor
 from repmlp_deploy.runtime.runner import RUNNERS, RunnerOptions, open_runner
 from repmlp_deploy.runtime.tasks import find_task
 
@@ -46,7 +46,8 @@ class Certifier:
         self.floor = self._floors[0]
         self.hops: list[Hop] = []
         for i, (reference, float32) in enumerate(probe.answers()):
-            line = self._hop("trained, float32", i, float32, reference, allowed=self._floors[i])
+            line = self._hop("trained, float32", i, float32, reference, "fp32")
+            line = line.model_copy(update={"allowed": self._floors[i]})
             self.hops.append(line.model_copy(update={"passed": None, "note": "the noise floor"}))
 
     def measure(self, name: str, run: Run, precision: str) -> list[Hop]:
@@ -63,9 +64,8 @@ class Certifier:
             if len(outputs) != len(references):
                 raise VerificationError(f"{name} has {len(outputs)} outputs; the trained network has {len(references)}")
             for i, (output, reference) in enumerate(zip(outputs, references, strict=True)):
-                allowed = allowed_error(precision, self._floors[i])
                 try:
-                    hops.append(self._hop(name, i, output, reference, allowed=allowed))
+                    hops.append(self._hop(name, i, output, reference, precision))
                 except VerificationError as error:
                     raise VerificationError(f"{name}{self._suffixes[i]} at batch {size}: {error}") from None
         return hops
@@ -80,25 +80,32 @@ class Certifier:
         self.hops += hops
         for hop in hops:
             if not hop.passed:
+                said = describe_distance(hop.max_abs, hop.between, floor=hop.floor, precision=precision)
                 raise VerificationError(
-                    f"{hop.name} at batch {hop.batch} differs from the trained network by {hop.max_abs:.2e}; "
-                    f"{precision} allows {hop.allowed:.2e}: nothing was written; please report this checkpoint"
+                    f"{hop.name} at batch {hop.batch} {said}: nothing was written; {_REMEDIES[precision]}"
                 )
 
-    def _hop(
-        self, name: str, index: int, output: NDArray[Any], reference: NDArray[np.float64], *, allowed: float
-    ) -> Hop:
+    def _hop(self, name: str, index: int, output: NDArray[Any], reference: NDArray[np.float64], precision: str) -> Hop:
         result = compare(output, reference, classes=reference.ndim == self._class_axes)
+        floor = self._floors[index]
         return Hop.model_validate(
             {
                 "name": name + self._suffixes[index],
                 "batch": len(output),
                 **result.as_dict(),
-                "floor": self._floors[index],
-                "allowed": allowed,
-                "passed": result.max_abs <= allowed,
+                "floor": floor,
+                "allowed": allowed_error(precision, floor),
+                "passed": is_close(result, floor=floor, precision=precision),
             }
         )
+
+
+_REMEDIES = {
+    "fp32": "please report this checkpoint",
+    "fp16": "keep the worst blocks in float32, --keep-fp32 PATTERN, or use bf16",
+    "bf16": "keep the worst blocks in float32, --keep-fp32 PATTERN, or use fp32",
+    "int8": "give more or better calibration images, or keep the worst blocks in float32, --keep-fp32 PATTERN",
+}
 
 
 def batch_sizes(batch: BatchRange) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from repmlp_deploy.convert.timing_cache import TimingCache, default_timing_cache
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency, OutputError
 from repmlp_deploy.runtime.tensorrt_log import recording, shared_logger
 
-__all__ = ["Engine", "GraphSpec", "build_engine"]
+__all__ = ["Engine", "GraphSpec", "build_engine", "kept_products"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,11 @@ def build_engine(name: str, graph: bytes, spec: GraphSpec, options: EngineOption
         "warnings": said.warnings,
     }
     return Engine(bytes(plan), details)
+
+
+def kept_products(details: Mapping[str, Any]) -> tuple[str, ...]:
+    """The products that an ONNX artifact says it keeps in float32, by name."""
+    return tuple(str(kept["node"]) for kept in details.get("kept_fp32", ()) if "node" in kept)
 
 
 def _profiles(spec: GraphSpec, options: EngineOptions) -> list[dict[str, list[list[int]]]]:

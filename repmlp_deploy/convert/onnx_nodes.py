@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from contextlib import suppress
 
+from repmlp_deploy.convert.onnx_proto import SCOPES
 from repmlp_deploy.errors import MissingDependency
 
 try:
@@ -12,10 +13,7 @@ try:
 except ImportError:
     raise MissingDependency("onnx", "rtx") from None
 
-__all__ = ["SCOPES", "node_modules"]
-
-SCOPES = "pkg.torch.onnx.name_scopes"
-"""The property in which torch.onnx writes a node's scopes: the network, modules inside it, and the operation."""
+__all__ = ["node_modules"]
 
 
 def node_modules(graph: bytes) -> dict[str, str]:

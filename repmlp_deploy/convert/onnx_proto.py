@@ -11,9 +11,12 @@ from collections.abc import Iterator, Sequence
 
 import onnx
 
-__all__ = ["LARGE_BYTES", "large_weights", "serialize_model", "with_weights", "without_weights"]
+__all__ = ["LARGE_BYTES", "SCOPES", "large_weights", "serialize_model", "with_weights", "without_weights"]
 
 LARGE_BYTES = 1 << 16
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""What the exporter notes on a node: the modules it came from, the outermost first, and its own name."""
 
 _GRAPH = onnx.ModelProto.GRAPH_FIELD_NUMBER
 _INITIALIZER = onnx.GraphProto.INITIALIZER_FIELD_NUMBER

@@ -10,8 +10,10 @@ from repmlp_deploy.errors import InputError
 
 __all__ = [
     "ALIASES",
+    "CALIBRATION_METHODS",
     "FORMATS",
     "GRAPHS",
+    "PRECISIONS",
     "parse_batch",
     "parse_formats",
     "parse_profiles",
@@ -23,6 +25,8 @@ __all__ = [
 FORMATS = ("onnx", "trt", "trt-rtx", "torch", "checkpoint")
 ALIASES = {"tensorrt": "trt", "engine": "trt"}
 GRAPHS = ("folded", "merged")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
 
 
 def parse_formats(formats: str | Sequence[str]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The pipeline: the only place that knows the order of the steps. Files are written once, at the end.
 
-    checkpoint → trained → probe → merged → folded → traced → graph → simplified → engine → bundle
+    checkpoint → trained → probe → merged → folded → traced → graph → simplified → in its precision → engine → bundle
 
 Every value is compared with the probe, that is with the trained network, before the next step uses it.
 """
@@ -20,6 +20,7 @@ from typing import Any
 import onnx
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 import repmlp_deploy
@@ -35,8 +36,10 @@ from repmlp_deploy.bundle import (
     check_output_folder,
 )
 from repmlp_deploy.card import ModelCard, load_labels
+from repmlp_deploy.convert.calibration import Calibration, measure_ranges, read_calibration, take_calibration
 from repmlp_deploy.convert.certifying import Certifier, Run, batch_sizes
-from repmlp_deploy.convert.engine import GraphSpec, build_engine
+from repmlp_deploy.convert.emulating import emulate_bf16
+from repmlp_deploy.convert.engine import GraphSpec, build_engine, kept_products
 from repmlp_deploy.convert.engine_options import EngineOptions, with_profiles
 from repmlp_deploy.convert.flavours import FLAVOURS, check_options
 from repmlp_deploy.convert.folding import fold_affine
@@ -44,19 +47,31 @@ from repmlp_deploy.convert.layouts import to_layout
 from repmlp_deploy.convert.merging import merge_branches, upstream_form
 from repmlp_deploy.convert.onnx_export import Traced, export_graph, trace_network, with_metadata
 from repmlp_deploy.convert.onnx_proto import serialize_model
-from repmlp_deploy.convert.options import GRAPHS, parse_formats, parse_profiles, require_choice, whole_range
+from repmlp_deploy.convert.options import (
+    CALIBRATION_METHODS,
+    GRAPHS,
+    PRECISIONS,
+    parse_formats,
+    parse_profiles,
+    require_choice,
+    whole_range,
+)
+from repmlp_deploy.convert.own_network import Interface
+from repmlp_deploy.convert.precision import product_tensors, set_precision
 from repmlp_deploy.convert.probing import probe_like, record_probe, run_network
 from repmlp_deploy.convert.provenance import describe_provenance
 from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
 from repmlp_deploy.convert.trained import OwnRequest, Trained, find_interface, load_own, take_trained
 from repmlp_deploy.errors import InputError, VerificationError
 from repmlp_deploy.nets.flat import Flat
-from repmlp_deploy.numerics import TOLERANCES
 from repmlp_deploy.runtime.onnx_runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["export"]
+
+PROBED = 8
+"""Calibration samples in the probe: int8 is judged on what its ranges are for."""
 
 Progress = Callable[[str], None]
 
@@ -72,6 +87,9 @@ def export(  # noqa: PLR0913 - one a command-line option
     precision: str = "fp32",
     batch: str | int | BatchRange = "1:8:64",
     engine: EngineOptions | None = None,
+    calibration: str | Path | Mapping[str, NDArray[Any]] | None = None,
+    calibration_method: str = "minmax",
+    keep_fp32: Sequence[str] = (),
     weights: str | None = None,
     input_size: tuple[int, int] | None = None,
     out: str | Path | None = None,
@@ -89,10 +107,14 @@ def export(  # noqa: PLR0913 - one a command-line option
         card: see `load_trained`; for a network that is no family's, only what it says of images, labels and the name.
         formats: of `FORMATS`, as a sequence or comma-separated.
         graph: `folded`, or `merged` for what upstream's own merge leaves.
-        precision: of the graph; a row of `numerics.TOLERANCES`.
+        precision: of the graph: `fp32`, `fp16`, `bf16` or `int8`.
         batch: sizes to serve, `MIN:OPT:MAX`, or one that is fixed; several ranges, comma-separated, are engines'
             optimisation profiles.
         engine: how to build engines.
+        calibration: for int8: a folder of images, a `.npz` of arrays, or arrays (n, …) by the names of the inputs. A
+            few of its samples become the probe, and so part of the bundle.
+        calibration_method: of `CALIBRATION_METHODS`: how ranges are chosen.
+        keep_fp32: patterns of module or node names that stay in float32, such as `stages.0.*`.
         weights: see `load_trained`.
         input_size: see `load_trained`.
         out: the bundle's folder, default `artifacts/<name>-<precision>`.
@@ -115,6 +137,9 @@ def export(  # noqa: PLR0913 - one a command-line option
         precision=precision,
         batch=whole_range(profiles),
         engine=with_profiles(engine or EngineOptions(), profiles if len(profiles) > 1 else ()),
+        calibration=calibration,
+        calibration_method=calibration_method,
+        keep_fp32=tuple(keep_fp32),
     )
     request.check()
     if out is not None:
@@ -130,8 +155,13 @@ def export(  # noqa: PLR0913 - one a command-line option
     check_output_folder(out)
 
     interface = find_interface(trained)
+    samples = None
+    if request.calibration is not None:
+        with clock.step("read calibration"):
+            samples = _calibration(request.calibration, trained.card, interface)
     with clock.step("probe"):
-        probe = record_probe(trained.network, *(probe_like(example.numpy()) for example in interface.examples))
+        inputs = [probe_like(x.numpy()) for x in interface.examples] if samples is None else samples.chosen(PROBED)
+        probe = record_probe(trained.network, *inputs)
     certifier = Certifier(
         probe,
         batch_sizes(request.batch),
@@ -139,7 +169,7 @@ def export(  # noqa: PLR0913 - one a command-line option
         outputs=interface.outputs,
     )
     merged, network = _reparameterize(trained, request, certifier, clock)
-    made = _Artifacts(request.precision, notes=list(trained.notes))
+    made = _Artifacts(request.precision, notes=[*trained.notes, *([] if samples is None else samples.remarks())])
     if "checkpoint" in request.formats:
         with clock.step("checkpoint"):
             made.add("checkpoint", *_checkpoint_file(trained, merged))
@@ -151,7 +181,7 @@ def export(  # noqa: PLR0913 - one a command-line option
                 certifier.require("torch.export program", partial(run_network, traced.program.module()))
                 made.add("torch", "model.pt2", _program_file(traced))
         if request.needs_onnx:
-            _make_onnx(traced, trained, request, certifier, made, clock)
+            _make_onnx(traced, trained, request, samples, certifier, made, clock)
     made.add_file(PROBE, probe.to_bytes())
     manifest = _manifest(trained, request, probe, certifier, made, clock)
     with clock.step("save"):
@@ -167,6 +197,9 @@ class _Request:
     precision: str
     batch: BatchRange
     engine: EngineOptions
+    calibration: str | Path | Mapping[str, NDArray[Any]] | None
+    calibration_method: str
+    keep_fp32: tuple[str, ...]
 
     @property
     def needs_trace(self) -> bool:
@@ -179,7 +212,18 @@ class _Request:
     def check(self) -> None:
         """Raise, before minutes are spent, if it cannot be had here."""
         require_choice("--graph", self.graph, GRAPHS)
-        require_choice("--precision", self.precision, tuple(TOLERANCES))
+        require_choice("--precision", self.precision, PRECISIONS)
+        require_choice("--calibration-method", self.calibration_method, CALIBRATION_METHODS)
+        if self.precision == "int8" and self.calibration is None:
+            raise InputError("int8 needs calibration images: pass --calibration DIR|FILE.npz")
+        if self.precision != "int8" and self.calibration is not None:
+            raise InputError(f"--calibration is for int8, and --precision is {self.precision}: drop one of them")
+        if self.precision == "fp32" and self.keep_fp32:
+            raise InputError("--keep-fp32 says nothing where everything is fp32: name a --precision")
+        if self.precision != "fp32" and (plain := [f for f in self.formats if f in ("torch", "checkpoint")]):
+            raise InputError(
+                f"--format {plain[0]} is float32; --precision {self.precision} is of graphs: drop one of them"
+            )
         for name in self.formats:
             if name in FLAVOURS:
                 check_options(name, self.engine)
@@ -203,32 +247,77 @@ def _reparameterize(
 
 
 def _make_onnx(  # noqa: PLR0913 - the values that meet here
-    traced: Traced, trained: Trained, request: _Request, certifier: Certifier, made: _Artifacts, clock: _Clock
+    traced: Traced,
+    trained: Trained,
+    request: _Request,
+    samples: Calibration | None,
+    certifier: Certifier,
+    made: _Artifacts,
+    clock: _Clock,
 ) -> None:
-    """The ONNX graph, verified, simplified, verified again; and the engines built from it."""
+    """The ONNX graph, verified, simplified, in its precision, verified each time; and the engines built from it."""
     with clock.step("export"):
         interface = find_interface(trained)
         model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs)
         model = with_metadata(model, _metadata(trained, request.batch))
         data = serialize_model(model)
     with clock.step("verify exported"):
-        certifier.require("exported ONNX", _onnx_run(data), request.precision)
+        certifier.require("exported ONNX", _onnx_run(data))
     with clock.step("simplify"):
         try:
-            model, data = _simplified(model, certifier, request.precision)
+            model, data = _simplified(model, certifier)
         except SimplificationFailed as error:
             made.notes.append(f"not simplified: {error}")
-    about = {"opset": model.opset_import[0].version, "nodes": len(model.graph.node)}
+    about: dict[str, Any] = {}
+    if request.precision != "fp32":
+        model, data, about = _lowered(model, data, request, samples, certifier, clock)
+    about |= {"opset": model.opset_import[0].version, "nodes": len(model.graph.node)}
     del model
     if "onnx" in request.formats:
         made.add("onnx", "model.onnx", data, about)
     for name in (name for name in request.formats if name in FLAVOURS):
         with clock.step(name):
             shapes = {key: x.shape[1:] for key, x in zip(interface.inputs, interface.examples, strict=True)}
-            spec = GraphSpec(shapes, request.batch, request.precision)
+            spec = GraphSpec(shapes, request.batch, request.precision, kept_products(about))
             engine = build_engine(name, data, spec, request.engine)
         made.add(name, f"model.{name}.engine", engine.plan, engine.details)
         made.notes.append(f"the {name} engine was built from the verified graph and has not run here")
+
+
+def _lowered(  # noqa: PLR0913 - the values that meet here
+    model: onnx.ModelProto,
+    data: bytes,
+    request: _Request,
+    samples: Calibration | None,
+    certifier: Certifier,
+    clock: _Clock,
+) -> tuple[onnx.ModelProto, bytes, dict[str, Any]]:
+    """The graph in the precision that was asked for, verified; its bytes; and what stays in float32."""
+    ranges = None
+    about: dict[str, Any] = {}
+    if samples is not None:
+        with clock.step("calibrate"):
+            ranges = measure_ranges(data, samples, product_tensors(model), request.calibration_method)
+        about = {"calibration": {"method": request.calibration_method, "samples": len(samples)}}
+    with clock.step(request.precision):
+        lowered = set_precision(model, request.precision, ranges=ranges, keep_fp32=request.keep_fp32)
+        data = serialize_model(lowered.model)
+    with clock.step(f"verify {request.precision}"):
+        if request.precision == "bf16":
+            run = _onnx_run(serialize_model(emulate_bf16(lowered.model)))
+            certifier.require("bf16 ONNX, emulated", run, "bf16")
+        else:
+            certifier.require(f"{request.precision} ONNX", _onnx_run(data), request.precision)
+    return lowered.model, data, about | lowered.describe()
+
+
+def _calibration(given: str | Path | Mapping[str, NDArray[Any]], card: ModelCard, interface: Interface) -> Calibration:
+    """The samples that were given for calibration."""
+    shapes = {name: tuple(x.shape[1:]) for name, x in zip(interface.inputs, interface.examples, strict=True)}
+    if isinstance(given, Mapping):
+        return take_calibration(given, shapes)
+    refusal = find_task(card.task).refusal
+    return read_calibration(given, shapes, None if refusal else card.preprocessing)
 
 
 def _manifest(  # noqa: PLR0913 - the values that meet here
@@ -313,7 +402,7 @@ def _onnx_run(data: bytes) -> Run:
     return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))
 
 
-def _simplified(graph: onnx.ModelProto, certifier: Certifier, precision: str) -> tuple[onnx.ModelProto, bytes]:
+def _simplified(graph: onnx.ModelProto, certifier: Certifier) -> tuple[onnx.ModelProto, bytes]:
     """The simplified graph, verified, and its bytes.
 
     Raises:
@@ -322,7 +411,7 @@ def _simplified(graph: onnx.ModelProto, certifier: Certifier, precision: str) ->
     simplified = simplify_graph(graph)
     data = serialize_model(simplified)
     try:
-        hops = certifier.measure("simplified ONNX", _onnx_run(data), precision)
+        hops = certifier.measure("simplified ONNX", _onnx_run(data), "fp32")
     except (VerificationError, InputError) as error:
         raise SimplificationFailed(str(error)) from error
     failed = [hop for hop in hops if not hop.passed]

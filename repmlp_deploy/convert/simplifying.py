@@ -14,8 +14,7 @@ from pathlib import Path
 
 import onnx
 
-from repmlp_deploy.convert.onnx_nodes import SCOPES
-from repmlp_deploy.convert.onnx_proto import large_weights, serialize_model, with_weights, without_weights
+from repmlp_deploy.convert.onnx_proto import SCOPES, large_weights, serialize_model, with_weights, without_weights
 from repmlp_deploy.errors import MissingDependency
 
 __all__ = ["SimplificationFailed", "simplify_graph"]
@@ -39,7 +38,7 @@ class SimplificationFailed(Exception):  # noqa: N818 - an outcome the pipeline h
 
 
 def simplify_graph(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """`graph` simplified, its metadata and its nodes' scopes kept. To be verified like any other step.
+    """`graph` with constants folded and redundant nodes gone, its metadata kept. To be verified like any other step.
 
     Raises:
         SimplificationFailed: onnxsim crashed, hung or refused.
@@ -52,16 +51,22 @@ def simplify_graph(graph: onnx.ModelProto) -> onnx.ModelProto:
     simplified = with_weights(_in_child(without_weights(graph, kept, as_inputs=True)), kept)
     del simplified.metadata_props[:]
     simplified.metadata_props.extend(graph.metadata_props)
-    _restore_scopes(simplified, graph)
+    _copy_scopes(graph, simplified)
     return simplified
 
 
-def _restore_scopes(simplified: onnx.ModelProto, graph: onnx.ModelProto) -> None:
-    """Say again which module a node came from: onnxsim keeps the names of nodes and drops their properties."""
-    scopes = {node.name: [entry for entry in node.metadata_props if entry.key == SCOPES] for node in graph.graph.node}
+def _copy_scopes(graph: onnx.ModelProto, simplified: onnx.ModelProto) -> None:
+    """Say again which modules a node came from: onnxsim keeps names of values but no notes on nodes."""
+    scopes = {
+        name: entry
+        for node in graph.graph.node
+        for entry in node.metadata_props
+        if entry.key == SCOPES
+        for name in node.output
+    }
     for node in simplified.graph.node:
-        del node.metadata_props[:]
-        node.metadata_props.extend(scopes.get(node.name, ()))
+        if node.output[0] in scopes and not any(entry.key == SCOPES for entry in node.metadata_props):
+            node.metadata_props.append(scopes[node.output[0]])
 
 
 def _in_child(graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -16,10 +16,9 @@ from pathlib import Path
 
 from repmlp_deploy.bundle import Manifest
 from repmlp_deploy.errors import InputError
+from repmlp_deploy.runtime.images import IMAGE_SUFFIXES
 
-__all__ = ["DATASETS", "SUFFIXES", "Dataset", "Sample", "read_dataset"]
-
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+__all__ = ["DATASETS", "Dataset", "Sample", "read_dataset"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def read_dataset(path: Path, manifest: Manifest) -> Dataset:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--data {path} cannot be read: {error}") from None
     if not dataset.samples:
-        raise InputError(f"--data {path} holds no images; expected {', '.join(SUFFIXES)} files")
+        raise InputError(f"--data {path} holds no images; expected {', '.join(IMAGE_SUFFIXES)} files")
     return dataset
 
 
@@ -176,7 +175,9 @@ def _id_of(name: str, known: Mapping[str, Sequence[int]], what: str) -> int:
 
 def _images(folder: Path) -> list[Path]:
     """Image files in `folder` and below it, sorted."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    files = (
+        path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
     return sorted(path for path in files if path.is_file())
 
 

@@ -19,7 +19,9 @@ from PIL import Image, ImageOps
 from repmlp_deploy.card import Preprocessing
 from repmlp_deploy.errors import ImageError
 
-__all__ = ["ImageLike", "open_image", "preprocess", "to_image"]
+__all__ = ["IMAGE_SUFFIXES", "ImageLike", "open_image", "preprocess", "to_image"]
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
 
