@@ -71,6 +71,9 @@ def export_command(  # noqa: PLR0913 - one an option
     keep_fp32: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Modules that stay in fp32, as stages.0.*; repeatable.")
     ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Also the error of lowering each block alone; slow.")
+    ] = False,
     weights: Annotated[str | None, typer.Option(help="model or ema, where the file holds both.")] = None,
     out: Annotated[Path | None, typer.Option(help="The bundle; default artifacts/<name>-<precision>.")] = None,
     allow_merged: Annotated[
@@ -114,6 +117,7 @@ def export_command(  # noqa: PLR0913 - one an option
             calibration=calibration,
             calibration_method=calibration_method,
             keep_fp32=keep_fp32 or (),
+            sensitivity=sensitivity,
             weights=weights,
             input_size=size,
             out=out,
@@ -180,6 +184,13 @@ def _precision_lines(manifest: Manifest) -> list[str]:
     if about is None:
         return []
     precision = next(iter(manifest.artifacts.values())).precision
+    if "sensitivity" in about:
+        print_table(
+            f"largest error if only this block is {precision}",
+            ("block", "max error"),
+            [(line["block"], f"{line['max_abs']:.2e}") for line in about["sensitivity"]],
+            left=1,
+        )
     lines = [f"{precision}: " + ", ".join(f"{count} {op}" for op, count in about["lowered"].items())]
     by_reason: dict[str, list[str]] = {}
     for kept in about["kept_fp32"]:

@@ -57,7 +57,7 @@ from repmlp_deploy.convert.options import (
     whole_range,
 )
 from repmlp_deploy.convert.own_network import Interface
-from repmlp_deploy.convert.precision import product_tensors, set_precision
+from repmlp_deploy.convert.precision import blocks_of, product_tensors, set_precision
 from repmlp_deploy.convert.probing import probe_like, record_probe, run_network
 from repmlp_deploy.convert.provenance import describe_provenance
 from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
@@ -90,6 +90,7 @@ def export(  # noqa: PLR0913 - one a command-line option
     calibration: str | Path | Mapping[str, NDArray[Any]] | None = None,
     calibration_method: str = "minmax",
     keep_fp32: Sequence[str] = (),
+    sensitivity: bool = False,
     weights: str | None = None,
     input_size: tuple[int, int] | None = None,
     out: str | Path | None = None,
@@ -115,6 +116,8 @@ def export(  # noqa: PLR0913 - one a command-line option
             few of its samples become the probe, and so part of the bundle.
         calibration_method: of `CALIBRATION_METHODS`: how ranges are chosen.
         keep_fp32: patterns of module or node names that stay in float32, such as `stages.0.*`.
+        sensitivity: also measure the error of lowering each block alone, so that the worst can be kept; it takes a
+            verification a block.
         weights: see `load_trained`.
         input_size: see `load_trained`.
         out: the bundle's folder, default `artifacts/<name>-<precision>`.
@@ -140,6 +143,7 @@ def export(  # noqa: PLR0913 - one a command-line option
         calibration=calibration,
         calibration_method=calibration_method,
         keep_fp32=tuple(keep_fp32),
+        sensitivity=sensitivity,
     )
     request.check()
     if out is not None:
@@ -200,6 +204,7 @@ class _Request:
     calibration: str | Path | Mapping[str, NDArray[Any]] | None
     calibration_method: str
     keep_fp32: tuple[str, ...]
+    sensitivity: bool
 
     @property
     def needs_trace(self) -> bool:
@@ -218,8 +223,9 @@ class _Request:
             raise InputError("int8 needs calibration images: pass --calibration DIR|FILE.npz")
         if self.precision != "int8" and self.calibration is not None:
             raise InputError(f"--calibration is for int8, and --precision is {self.precision}: drop one of them")
-        if self.precision == "fp32" and self.keep_fp32:
-            raise InputError("--keep-fp32 says nothing where everything is fp32: name a --precision")
+        if self.precision == "fp32" and (self.keep_fp32 or self.sensitivity):
+            option = "--keep-fp32" if self.keep_fp32 else "--sensitivity"
+            raise InputError(f"{option} says nothing where everything is fp32: name a --precision")
         if self.precision != "fp32" and (plain := [f for f in self.formats if f in ("torch", "checkpoint")]):
             raise InputError(
                 f"--format {plain[0]} is float32; --precision {self.precision} is of graphs: drop one of them"
@@ -303,12 +309,34 @@ def _lowered(  # noqa: PLR0913 - the values that meet here
         lowered = set_precision(model, request.precision, ranges=ranges, keep_fp32=request.keep_fp32)
         data = serialize_model(lowered.model)
     with clock.step(f"verify {request.precision}"):
-        if request.precision == "bf16":
-            run = _onnx_run(serialize_model(emulate_bf16(lowered.model)))
-            certifier.require("bf16 ONNX, emulated", run, "bf16")
-        else:
-            certifier.require(f"{request.precision} ONNX", _onnx_run(data), request.precision)
+        emulated = request.precision == "bf16"
+        name = f"{request.precision} ONNX" + (", emulated" if emulated else "")
+        certifier.require(name, _low_run(lowered.model, data), request.precision)
+    if request.sensitivity:
+        with clock.step("sensitivity"):
+            about["sensitivity"] = _sensitivity(model, request, ranges, certifier)
     return lowered.model, data, about | lowered.describe()
+
+
+def _low_run(model: onnx.ModelProto, data: bytes) -> Run:
+    """How a graph in a precision is run here: bf16 emulated, as ONNX Runtime's CPU provider has no such products."""
+    low = {tensor.data_type for tensor in model.graph.initializer}
+    return _onnx_run(serialize_model(emulate_bf16(model)) if onnx.TensorProto.BFLOAT16 in low else data)
+
+
+def _sensitivity(
+    model: onnx.ModelProto, request: _Request, ranges: Mapping[str, float] | None, certifier: Certifier
+) -> list[dict[str, Any]]:
+    """The error if only one block is in the precision, for every block, the worst first."""
+    blocks = blocks_of(model)
+    found = []
+    for block in blocks:
+        others = [name for other, names in blocks.items() if other != block for name in names]
+        alone = set_precision(model, request.precision, ranges=ranges, keep_fp32=others).model
+        hops = certifier.measure(block, _low_run(alone, serialize_model(alone)), request.precision)
+        worst = max(hops, key=lambda hop: hop.max_abs)
+        found.append({"block": block, "max_abs": worst.max_abs, "between": worst.between})
+    return sorted(found, key=lambda line: -line["max_abs"])
 
 
 def _calibration(given: str | Path | Mapping[str, NDArray[Any]], card: ModelCard, interface: Interface) -> Calibration:

@@ -38,13 +38,14 @@ try:
 except ImportError:
     raise MissingDependency("onnx", "export") from None
 
-__all__ = ["PRODUCTS", "Kept", "Lowered", "module_of", "product_tensors", "set_precision"]
+__all__ = ["PRODUCTS", "Kept", "Lowered", "blocks_of", "module_of", "product_tensors", "set_precision"]
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 _INT8_MAX = 127
 _BF16_OPSET = 22  # the first with bf16 convolutions
 _LOW_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+_IN_A_MODULE = 2  # scopes of an operation of the network itself
 _SINGLE_AXIS_RANK = 2  # MatMul weights of more axes have one scale
 
 _TYPED = ("Cast", "CastLike", "ConstantOfShape", "If", "Loop", "Range", "Scan")
@@ -138,9 +139,14 @@ def module_of(node: NodeProto) -> str:
 
 def _scope(node: NodeProto) -> str:
     """The innermost module in the exporter's note on a node."""
+    scopes = _scopes(node)
+    return scopes[-2] if len(scopes) > 1 else ""
+
+
+def _scopes(node: NodeProto) -> list[str]:
+    """The network, the modules inside it, the outermost first, and the operation."""
     noted = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
-    scopes = ast.literal_eval(noted)
-    return str(scopes[-2]) if len(scopes) > 1 else ""
+    return [str(scope) for scope in ast.literal_eval(noted)]
 
 
 def product_tensors(graph: onnx.ModelProto) -> tuple[str, ...]:
@@ -149,6 +155,19 @@ def product_tensors(graph: onnx.ModelProto) -> tuple[str, ...]:
     products = [node for node in graph.graph.node if _is_product(node, weights)]
     names = [node.input[0] for node in products] + [node.output[0] for node in products if node.op_type == "Conv"]
     return tuple(dict.fromkeys(names))
+
+
+def blocks_of(graph: onnx.ModelProto) -> dict[str, list[str]]:
+    """Every block with products, and the names of all its nodes; `stages.0.1`: the outermost module in the network."""
+    blocks: dict[str, list[str]] = {}
+    with_products = set()
+    for node in graph.graph.node:
+        scopes = _scopes(node)
+        block = scopes[1] if len(scopes) > _IN_A_MODULE else module_of(node).partition(".")[0]
+        blocks.setdefault(block, []).append(node.name)
+        if node.op_type in PRODUCTS:
+            with_products.add(block)
+    return {block: names for block, names in blocks.items() if block in with_products}
 
 
 class _Patterns:

@@ -50,6 +50,11 @@ def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSes
     try:
         session = ort.InferenceSession(model, settings, providers=providers)
     except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base
+        if "NOT_IMPLEMENTED" in str(error):  # bf16 on the CPU
+            raise MissingDevice(
+                f"ONNX Runtime's {providers[0]} cannot compute this graph ({str(error).rpartition(' : ')[2]}): "
+                "run it on a GPU, or export --format openvino or another --precision"
+            ) from None
         raise BundleError(f"ONNX Runtime refuses the model: {str(error).splitlines()[0]}") from None
     device = wanted if session.get_providers()[0] == PROVIDERS[wanted] else "cpu"
     if options.device is not None and device != options.device:
