@@ -16,7 +16,7 @@ from graph_cases import SMALL, GraphCase, graph_case
 from plan_files import Embedded, find_embedded
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.card import load_card
-from repmlp_deploy.convert.engine import Engine, GraphSpec, build_engine, kept_products
+from repmlp_deploy.convert.engine import GraphSpec, build_engine, kept_products
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.loading import load_network
 from repmlp_deploy.convert.merging import merge_branches
@@ -28,11 +28,11 @@ from repmlp_deploy.nets.families import FAMILIES
 PRECISIONS = {"fp32": "float", "fp16": "half", "bf16": "bf16", "int8": "int8"}
 
 
-def built(model: onnx.ModelProto, spec: GraphSpec, precision: str) -> Engine:
-    """The engine of a graph in a precision; the ranges of int8 are invented, which changes no type and no size."""
+def lower(model: onnx.ModelProto, spec: GraphSpec, precision: str) -> tuple[bytes, GraphSpec]:
+    """A graph in a precision; the ranges of int8 are invented, which changes no type and no size."""
     lowered = set_precision(model, precision, ranges=dict.fromkeys(product_tensors(model), 4.0))
     spec = replace(spec, precision=precision, kept_fp32=kept_products(lowered.describe()))
-    return build_engine("trt-rtx", serialize_model(lowered.model), spec)
+    return serialize_model(lowered.model), spec
 
 
 @pytest.fixture(scope="module", params=sorted(SMALL))
@@ -46,7 +46,7 @@ def test_every_family_is_among_the_cases() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_family_builds_in_every_precision(case: GraphCase, precision: str) -> None:
-    engine = built(case.model, case.spec, precision)
+    engine = build_engine("trt-rtx", *lower(case.model, case.spec, precision))
     products = sum(node.op_type in PRODUCTS for node in case.model.graph.node)
     assert engine.details["product_types"] == {PRECISIONS[precision]: products}
     found = find_embedded(engine.plan, "images")
@@ -64,11 +64,11 @@ def test_b224_builds_in_seconds_and_its_size_shows_the_precision() -> None:
     weights = 4 * sum(parameter.numel() for parameter in folded.state_dict().values())
     expected = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.25}
     for precision, share in expected.items():
-        started = time.perf_counter()
-        engine = built(model, spec, precision)
-        seconds = time.perf_counter() - started
-        print(precision, len(engine.plan), engine.details["build_seconds"], round(seconds, 2))
+        lowered = lower(model, spec, precision)
+        started = time.process_time()  # of all threads: what a busy neighbour does not change
+        engine = build_engine("trt-rtx", *lowered)
+        seconds = time.process_time() - started
         assert engine.details["product_types"].keys() == {PRECISIONS[precision]}
         assert 0.95 * share < engine.details["weights_bytes"] / weights < 1.1 * share + 0.05
         assert len(engine.plan) < (share + 0.1) * weights
-        assert engine.details["build_seconds"] < 6
+        assert seconds < 6
