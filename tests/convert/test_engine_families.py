@@ -11,9 +11,11 @@ import pytest
 import tensorrt_rtx
 import torch
 
+import gpu_roofline
 from golden_cases import GoldenCase
 from graph_cases import SMALL, GraphCase, graph_case
 from plan_files import Embedded, find_embedded
+from repmlp_deploy.bench.counting import count_graph
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.card import load_card
 from repmlp_deploy.convert.engine import GraphSpec, build_engine, kept_products
@@ -23,6 +25,7 @@ from repmlp_deploy.convert.merging import merge_branches
 from repmlp_deploy.convert.onnx_export import export_graph, trace_network
 from repmlp_deploy.convert.onnx_proto import serialize_model
 from repmlp_deploy.convert.precision import PRODUCTS, product_tensors, set_precision
+from repmlp_deploy.convert.simplifying import simplify_graph
 from repmlp_deploy.nets.families import FAMILIES
 
 PRECISIONS = {"fp32": "float", "fp16": "half", "bf16": "bf16", "int8": "int8"}
@@ -59,9 +62,12 @@ def test_b224_builds_in_seconds_and_its_size_shows_the_precision() -> None:
     state = GoldenCase("repmlpnet-b224").weights()
     folded = fold_affine(merge_branches(load_network(state, load_card("repmlpnet-b224"), merged=False)))
     traced = trace_network(folded, [torch.zeros(1, 3, 224, 224)], BatchRange(min=1, opt=8, max=64))
-    model = export_graph(traced, input_names=["images"], output_names=["logits"])
+    model = simplify_graph(export_graph(traced, input_names=["images"], output_names=["logits"]))
     spec = GraphSpec({"images": (3, 224, 224)}, BatchRange(min=1, opt=8, max=64))
     weights = 4 * sum(parameter.numel() for parameter in folded.state_dict().values())
+    counts = count_graph(model)  # what the guide's computed table rests on
+    assert (counts.macs, counts.weight_elements) == (gpu_roofline.MACS, gpu_roofline.WEIGHTS)
+    assert (counts.activation_elements, counts.io_elements) == (gpu_roofline.ACTIVATIONS, gpu_roofline.BORDER)
     expected = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.25}
     for precision, share in expected.items():
         lowered = lower(model, spec, precision)
