@@ -162,6 +162,8 @@ def _renewed(
     entries = {}
     for name, entry in bundle.manifest.artifacts.items():
         changed = describe_file(entry.path, contents[entry.path]).model_dump()
+        if name in FLAVOURS:  # whatever was left out is in it now
+            changed["options"] = {**(entry.model_extra or {})["options"], "refittable": True, "strip_weights": False}
         entries[name] = ArtifactEntry.model_validate({**entry.model_dump(), **changed})
     engines = [NOT_RUN.format(name) for name in entries if name in FLAVOURS]
     notes = (*trained.notes, f"refitted from a bundle of {_origin(bundle)}", *engines)

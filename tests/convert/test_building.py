@@ -17,6 +17,8 @@ from repmlp_deploy import Bundle
 from repmlp_deploy.bundle import MANIFEST, BatchRange
 from repmlp_deploy.cli.build import build_command
 from repmlp_deploy.cli.console import run_command
+from repmlp_deploy.cli.export import export_command
+from repmlp_deploy.convert import flavours
 from repmlp_deploy.convert.building import add_engines
 from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.errors import BundleError, InputError
@@ -124,6 +126,30 @@ def test_the_command_says_what_was_built_and_refuses_what_it_cannot(
     assert ends_with(bundle_folder, "--refit-from", "x.pth", "--tf32") == 2
     assert ends_with(bundle_folder, "--weights", "ema") == 2
     assert ends_with(tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--tf32",), 2, "--tf32 is about engines; add --format trt or trt-rtx"),
+        (("--batch", "1:1:1,1:8:64"), 2, "--batch is about engines"),
+        (("--format", "trt-rtx", "--compute-capability", "9.9"), 2, "cannot build for 9.9; it can for"),
+        (("--format", "trt-rtx", "--timing-cache", "x"), 2, "trt-rtx has no --timing-cache"),
+        (("--format", "trt-rtx", "--verbosity", "loud"), 2, "--verbosity loud: unknown"),
+        (("--format", "trt-rtx", "--strip-weights"), 4, "needs an NVIDIA driver"),
+        (("--format", "trt"), 4, "use --format trt-rtx, which builds for RTX GPUs without one"),
+    ],
+)
+def test_an_export_refuses_options_in_one_line_before_it_reads_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], code: int, said: str
+) -> None:
+    monkeypatch.setattr(flavours, "find_gpus", tuple)
+    with pytest.raises(SystemExit) as ended:
+        run_command(export_command, ["--ckpt", "there-is-none.pth", *words])
+    assert ended.value.code == code
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert said in error
 
 
 @pytest.mark.slow

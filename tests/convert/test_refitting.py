@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from graph_cases import SMALL, graph_case
 from repmlp_deploy import Bundle, Predictor
 from repmlp_deploy.bundle import MANIFEST
-from repmlp_deploy.convert import engine_refit
+from repmlp_deploy.convert import engine_refit, refitting
 from repmlp_deploy.convert.driver import Gpu
 from repmlp_deploy.convert.engine_refit import refit_engine
 from repmlp_deploy.convert.named_weights import named_weights, with_named_weights
@@ -163,6 +163,33 @@ def test_a_refittable_engine_asks_for_its_gpu(
     monkeypatch.setattr(engine_refit, "find_gpus", tuple)
     with pytest.raises(MissingDevice, match="refitting the trt-rtx engine needs the GPU it is for"):
         refit_bundle(bundle_folder, tmp_path / "none.pth")
+
+
+def test_a_bundle_with_an_engine_gets_it_refitted_with_the_graphs_own_weights(
+    bundle_folder: Path, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The refit itself, which needs a GPU, is replaced; what it is given is what the new graph holds."""
+    with_artifacts(bundle_folder, "onnx", "trt-rtx")
+    data = json.loads((bundle_folder / MANIFEST).read_text())
+    data["artifacts"]["trt-rtx"]["options"]["strip_weights"] = True
+    (bundle_folder / MANIFEST).write_text(json.dumps(data))
+    given = []
+
+    def refit(name: str, plan: bytes, weights: dict[str, np.ndarray]) -> bytes:
+        given.append((name, plan, weights))
+        return b"refitted plan"
+
+    monkeypatch.setattr(engine_refit, "find_gpus", lambda: (Gpu("a GPU", "8.6"),))
+    monkeypatch.setattr(refitting, "refit_engine", refit)
+    refitted = refit_bundle(bundle_folder, other_checkpoint, out=tmp_path / "out")
+    ((name, plan, weights),) = given
+    old = Bundle.load(bundle_folder)
+    assert (name, plan) == ("trt-rtx", old.read(old.artifact("trt-rtx")))
+    assert_same(weights, initializers(onnx.load_from_string(refitted.read(refitted.artifact("onnx")))))
+    assert refitted.read(refitted.artifact("trt-rtx")) == b"refitted plan"
+    options = refitted.artifact("trt-rtx").model_extra["options"]
+    assert (options["refittable"], options["strip_weights"]) == (True, False)
+    assert refitted.manifest.notes[-1].startswith("the trt-rtx engine was built from the verified graph")
 
 
 # engines, with a stand-in for what needs a GPU: the module's own types, a refitter that keeps what it is given

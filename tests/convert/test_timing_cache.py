@@ -9,7 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
+import tensorrt_rtx
 
+from graph_cases import graph_case
 from repmlp_deploy.convert import engine
 from repmlp_deploy.convert.driver import Gpu
 from repmlp_deploy.convert.engine_options import EngineOptions
@@ -162,3 +164,27 @@ def test_a_home_that_cannot_be_written_to_costs_a_warning_and_not_the_build(
     assert engine._timing_cache("trt", Module, EngineOptions(), warnings) is None
     assert len(warnings) == 1
     assert "no timing cache" in warnings[0]
+
+
+def test_the_real_bindings_have_what_the_cache_calls() -> None:
+    for owner, names in {
+        tensorrt_rtx.IBuilderConfig: ("create_timing_cache", "set_timing_cache", "get_timing_cache"),
+        tensorrt_rtx.ITimingCache: ("combine", "serialize"),
+    }.items():
+        for name in names:
+            assert hasattr(owner, name), f"{owner.__name__} has no {name}"
+    said = tensorrt_rtx.IBuilderConfig.set_timing_cache.__doc__
+    assert "ITimingCache, ignore_mismatch: bool) -> bool" in said
+    assert "ITimingCache, ignore_mismatch: bool) -> bool" in tensorrt_rtx.ITimingCache.combine.__doc__
+
+
+@pytest.mark.gpu
+def test_a_real_build_fills_the_cache_and_a_rebuild_reuses_it(tmp_path: Path) -> None:
+    case = graph_case("repmlpnet")
+    options = EngineOptions(timing_cache=tmp_path / "cache")
+    first, second = (
+        engine.build_engine("trt", case.model.SerializeToString(), case.spec, options).details for _ in range(2)
+    )
+    assert (first["timing_cache"], second["timing_cache"]) == ("new", "reused")
+    assert (tmp_path / "cache").stat().st_size > 100
+    assert second["build_seconds"] < first["build_seconds"]
