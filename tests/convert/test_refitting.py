@@ -160,7 +160,7 @@ def test_a_checkpoint_of_another_family_or_size_is_told_by_its_name(
     with pytest.raises(CheckpointError, match=rf"^other\.pth is of another architecture: {said}$"):
         refit_bundle(source, path)
     (tmp_path / "none.txt").write_text("no checkpoint")
-    with pytest.raises(CheckpointError, match="none.txt"):
+    with pytest.raises(CheckpointError, match=r"none\.txt"):
         refit_bundle(source, tmp_path / "none.txt")
 
 
