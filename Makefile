@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: venv
-	$(BIN)/python export.py --ckpt models/weights/repmlp-digits.safetensors --format onnx,trt-rtx --out artifacts/repmlp-digits-fp32
+	$(BIN)/python export.py --ckpt models/weights/repmlp-digits.safetensors --format onnx,openvino,trt-rtx --out artifacts/repmlp-digits-fp32
 	$(BIN)/repmlp-predict artifacts/repmlp-digits-fp32 models/samples/digits/*.png
 
 test: venv
