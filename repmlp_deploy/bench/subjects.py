@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from repmlp_deploy.bench.machine import has_nvidia_gpu
 from repmlp_deploy.bench.results import ProfileLine
 from repmlp_deploy.card import ModelCard
-from repmlp_deploy.convert.engine import FLAVOURS
+from repmlp_deploy.convert.flavours import FLAVOURS
 from repmlp_deploy.convert.options import require_choice
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.runner import RUNNERS
@@ -95,7 +95,7 @@ class Subject:
 
 _TORCH = "repmlp_deploy.bench.torch_subject:open_network"
 _BUNDLE = "repmlp_deploy.bench.bundle_subject:open_bundle"
-_OPENVINO = "repmlp_deploy.bench.openvino_subject:open_graph"
+_OPENVINO = "repmlp_deploy.bench.openvino_subject:open_ir"
 
 SUBJECTS: dict[str, Subject] = {
     "torch-trained": Subject(
@@ -127,8 +127,8 @@ SUBJECTS: dict[str, Subject] = {
         profiles=True,
     ),
     "openvino": Subject(
-        "folded fp32 ONNX graph compiled by OpenVINO with an explicit precision hint",
-        *("folded", "onnx", ("fp32", "bf16"), _OPENVINO, "openvino", "openvino"),
+        "folded graph as OpenVINO IR, OpenVINO",
+        *("folded", "openvino", ("fp32", "fp16", "bf16", "int8"), _OPENVINO, "openvino", "openvino"),
         profiles=True,
     ),
     "trt": Subject(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ from repmlp_deploy.convert.algebra import Step, prove_algebra
 from repmlp_deploy.convert.calibration import Calibration, measure_ranges, read_calibration, take_calibration
 from repmlp_deploy.convert.certifying import Certifier, Run, batch_sizes
 from repmlp_deploy.convert.emulating import emulate_bf16
-from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
+from repmlp_deploy.convert.engine import GraphSpec, build_engine, kept_products
+from repmlp_deploy.convert.engine_options import EngineOptions, with_profiles
+from repmlp_deploy.convert.flavours import FLAVOURS, check_options
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.graph_weights import match_weights
 from repmlp_deploy.convert.layouts import to_layout
@@ -60,9 +63,10 @@ from repmlp_deploy.convert.options import (
     CALIBRATION_METHODS,
     GRAPHS,
     PRECISIONS,
-    parse_batch,
     parse_formats,
+    parse_profiles,
     require_choice,
+    whole_range,
 )
 from repmlp_deploy.convert.own_network import Interface
 from repmlp_deploy.convert.precision import blocks_of, product_tensors, set_precision
@@ -94,6 +98,7 @@ def export(  # noqa: PLR0913 - one a command-line option
     graph: str = "folded",
     precision: str = "fp32",
     batch: str | int | BatchRange = "1:8:64",
+    engine: EngineOptions | None = None,
     calibration: str | Path | Mapping[str, NDArray[Any]] | None = None,
     calibration_method: str = "minmax",
     keep_fp32: Sequence[str] = (),
@@ -116,7 +121,9 @@ def export(  # noqa: PLR0913 - one a command-line option
         formats: of `FORMATS`, as a sequence or comma-separated.
         graph: `folded`, or `merged` for what upstream's own merge leaves.
         precision: of the graph: `fp32`, `fp16`, `bf16` or `int8`.
-        batch: sizes to serve, `MIN:OPT:MAX`, or one that is fixed.
+        batch: sizes to serve, `MIN:OPT:MAX`, or one that is fixed; several ranges, comma-separated, are engines'
+            optimisation profiles.
+        engine: how to build engines.
         calibration: for int8: a folder of images, a `.npz` of arrays, or arrays (n, …) by the names of the inputs. A
             few of its samples become the probe, and so part of the bundle.
         calibration_method: of `CALIBRATION_METHODS`: how ranges are chosen.
@@ -138,11 +145,13 @@ def export(  # noqa: PLR0913 - one a command-line option
         MissingDependency, MissingDevice, BuildError: a format cannot be made here.
         OutputError: `out` could not be written; an earlier bundle is untouched.
     """
+    profiles = (batch,) if isinstance(batch, BatchRange) else parse_profiles(batch)
     request = _Request(
         formats=parse_formats(formats),
         graph=graph,
         precision=precision,
-        batch=batch if isinstance(batch, BatchRange) else parse_batch(batch),
+        batch=whole_range(profiles),
+        engine=with_profiles(engine or EngineOptions(), profiles if len(profiles) > 1 else ()),
         calibration=calibration,
         calibration_method=calibration_method,
         keep_fp32=tuple(keep_fp32),
@@ -204,6 +213,7 @@ class _Request:
     graph: str
     precision: str
     batch: BatchRange
+    engine: EngineOptions
     calibration: str | Path | Mapping[str, NDArray[Any]] | None
     calibration_method: str
     keep_fp32: tuple[str, ...]
@@ -215,7 +225,12 @@ class _Request:
 
     @property
     def needs_onnx(self) -> bool:
-        return bool(set(self.formats) & {"onnx", *FLAVOURS})
+        return bool(set(self.formats) & {"onnx", "openvino", *FLAVOURS})
+
+    @property
+    def needs_lowering(self) -> bool:
+        """Whether the ONNX graph itself is wanted in the precision."""
+        return self.precision != "fp32" and bool(set(self.formats) & {"onnx", *FLAVOURS})
 
     @property
     def quick(self) -> bool:
@@ -240,7 +255,9 @@ class _Request:
             )
         for name in self.formats:
             if name in FLAVOURS:
-                check_flavour(name)
+                check_options(name, self.engine)
+        if "openvino" in self.formats:
+            _openvino().check_precision(self.precision, self.keep_fp32)
 
 
 def reparameterize(
@@ -327,8 +344,10 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
             made.graphs["simplified"] = hashlib.sha256(data).hexdigest()
         except SimplificationFailed as error:
             made.notes.append(f"not simplified: {error}")
+    if "openvino" in request.formats:
+        _make_openvino(data, trained, request, samples, certifier, made, clock)
     about: dict[str, Any] = {}
-    if request.precision != "fp32":
+    if request.needs_lowering:
         model, data, about = _lowered(model, data, request, samples, certifier, clock)
     about |= {"opset": model.opset_import[0].version, "nodes": len(model.graph.node)}
     del model
@@ -337,9 +356,46 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
     for name in (name for name in request.formats if name in FLAVOURS):
         with clock.step(name):
             shapes = {key: x.shape[1:] for key, x in zip(interface.inputs, interface.examples, strict=True)}
-            engine = build_engine(name, data, inputs=shapes, batch=request.batch)
+            spec = GraphSpec(shapes, request.batch, request.precision, kept_products(about))
+            engine = build_engine(name, data, spec, request.engine)
         made.add(name, f"model.{name}.engine", engine.plan, engine.details)
         made.notes.append(f"the {name} engine was built from the verified graph and has not run here")
+
+
+def _make_openvino(  # noqa: PLR0913 - the values that meet here
+    data: bytes,
+    trained: Trained,
+    request: _Request,
+    samples: Calibration | None,
+    certifier: Certifier,
+    made: _Artifacts,
+    clock: _Clock,
+) -> None:
+    """The IR of the float32 graph in the precision, verified as its runner runs it."""
+    interface = find_interface(trained)
+    with clock.step("openvino"):
+        ir = _openvino().build_ir(
+            data,
+            precision=request.precision,
+            batch=request.batch,
+            inputs={key: x.shape[1:] for key, x in zip(interface.inputs, interface.examples, strict=True)},
+            calibration=None if samples is None else samples.feeds(),
+            keep_fp32=request.keep_fp32,
+        )
+    with clock.step("verify openvino"):
+        runner = import_module("repmlp_deploy.runtime.openvino_runner")
+        model = runner.CompiledIR(lambda: (ir.xml, ir.weights), request.precision, RunnerOptions())
+        certifier.require(f"OpenVINO {request.precision}", model.run_all, request.precision)
+    made.add_file("model.bin", ir.weights)
+    about = {**ir.details, "products": model.products(), "companions": (made.files["model.bin"],)}
+    made.add("openvino", "model.xml", ir.xml, about)
+    if request.precision == "fp16":
+        made.notes.append("openvino stores fp16 and computes in float32, which is what CPUs have")
+
+
+def _openvino() -> Any:
+    """The step that needs OpenVINO, which only its format asks for."""
+    return import_module("repmlp_deploy.convert.openvino_ir")
 
 
 def _lowered(  # noqa: PLR0913 - the values that meet here

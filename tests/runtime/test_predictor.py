@@ -168,7 +168,7 @@ def test_a_changed_artifact_is_not_run(bundle_folder: Path) -> None:
 def test_formats_and_devices_are_had_or_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BundleError, match="has no openvino artifact; it has"):
         Predictor(bundle, format="openvino")
-    with pytest.raises(InputError, match="cannot run torch; it runs onnx"):
+    with pytest.raises(InputError, match="cannot run torch; it runs openvino, onnx"):
         Predictor(bundle, format="torch")
     with pytest.raises(InputError, match="device is 'tpu'; expected one of cpu, cuda"):
         Predictor(bundle, device="tpu")
@@ -195,5 +195,5 @@ def test_a_bundle_that_nothing_can_run_says_what_to_export(bundle_folder: Path) 
     data = json.loads((bundle_folder / MANIFEST).read_text())
     data["artifacts"] = {"trt-rtx": data["artifacts"]["trt-rtx"]}
     (bundle_folder / MANIFEST).write_text(json.dumps(data))
-    with pytest.raises(InputError, match="holds trt-rtx; Predictor runs onnx"):
+    with pytest.raises(InputError, match="holds trt-rtx; Predictor runs openvino, onnx"):
         Predictor(bundle_folder)
