@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := export,cpu,openvino,rtx,bench,dev
 
-.PHONY: venv demo test check clean
+.PHONY: venv demo test test-gpu check clean
 
 venv: $(VENV)/.installed
 
@@ -19,12 +19,16 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest
 
+test-gpu: venv
+	$(BIN)/python -m pytest -m gpu
+
 check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/models_table.py --check
+	$(BIN)/python tools/gpu_roofline.py --check
 
 clean:
 	rm -rf $(VENV) artifacts dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
