@@ -254,9 +254,7 @@ class _Request:
             option = "--keep-fp32" if self.keep_fp32 else "--sensitivity"
             raise InputError(f"{option} says nothing where everything is fp32: name a --precision")
         if self.precision != "fp32" and (plain := [f for f in self.formats if f in ("torch", "checkpoint")]):
-            raise InputError(
-                f"--format {plain[0]} is float32; --precision {self.precision} is of graphs: drop one of them"
-            )
+            raise InputError(f"--format {plain[0]} is float32, not {self.precision}: drop one of them")
         for name in self.formats:
             if name in FLAVOURS:
                 check_options(name, self.engine)
