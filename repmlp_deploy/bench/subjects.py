@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from repmlp_deploy.bench.machine import has_nvidia_gpu
 from repmlp_deploy.bench.results import ProfileLine
 from repmlp_deploy.card import ModelCard
-from repmlp_deploy.convert.engine import FLAVOURS
+from repmlp_deploy.convert.flavours import FLAVOURS
 from repmlp_deploy.convert.options import require_choice
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.runner import RUNNERS

@@ -10,8 +10,18 @@ from pathlib import Path
 from typing import Annotated
 
 from repmlp_deploy.bundle import Bundle, Hop, Manifest
+from repmlp_deploy.cli import engine_words as words
 from repmlp_deploy.cli.console import interrupt, print_json, print_table, progress, run_command, typer
-from repmlp_deploy.convert.options import GRAPHS, PRECISIONS, parse_batch, parse_formats, parse_size, require_choice
+from repmlp_deploy.cli.engine_report import print_engines
+from repmlp_deploy.convert.options import (
+    GRAPHS,
+    PRECISIONS,
+    parse_formats,
+    parse_profiles,
+    parse_size,
+    require_choice,
+    whole_range,
+)
 from repmlp_deploy.numerics import TOLERANCES
 
 __all__ = ["main", "print_hops", "print_report"]
@@ -41,7 +51,19 @@ def export_command(  # noqa: PLR0913 - one an option
     ] = "onnx",
     graph: Annotated[str, typer.Option(help="folded, or merged for what upstream's own merge leaves.")] = "folded",
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16 or int8.")] = "fp32",
-    batch: Annotated[str, typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes to serve, or one.")] = "1:8:64",
+    batch: Annotated[
+        str, typer.Option(metavar="MIN:OPT:MAX[,…]", help="Batch sizes to serve, or one; several: engine profiles.")
+    ] = "1:8:64",
+    workspace_gb: words.WorkspaceGb = None,
+    tf32: words.Tf32 = False,
+    optimization_level: words.OptimizationLevel = None,
+    timing_cache: words.TimingCache = "auto",
+    version_compatible: words.VersionCompatible = False,
+    hardware_compatible: words.HardwareCompatible = False,
+    compute_capability: words.Capabilities = None,
+    refittable: words.Refittable = False,
+    strip_weights: words.StripWeights = False,
+    verbosity: words.Verbosity = "error",
     calibration: Annotated[
         Path | None, typer.Option(metavar="DIR|FILE.npz", help="Images or arrays for int8; at least 32.")
     ] = None,
@@ -61,7 +83,21 @@ def export_command(  # noqa: PLR0913 - one an option
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Merge a trained RepMLP, prove the result equal to it, and export it."""
-    wanted, sizes = parse_formats(formats), parse_batch(batch)
+    wanted, profiles = parse_formats(formats), parse_profiles(batch)
+    engine = words.read_engine_options(
+        wanted,
+        profiles if len(profiles) > 1 else (),
+        workspace_gb=workspace_gb,
+        tf32=tf32,
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        compute_capability=compute_capability,
+        refittable=refittable,
+        strip_weights=strip_weights,
+        verbosity=verbosity,
+    )
     size = None if input_size is None else parse_size(input_size)
     require_choice("--graph", graph, GRAPHS)
     require_choice("--precision", precision, PRECISIONS)
@@ -76,7 +112,8 @@ def export_command(  # noqa: PLR0913 - one an option
             formats=wanted,
             graph=graph,
             precision=precision,
-            batch=sizes,
+            batch=whole_range(profiles),
+            engine=engine,
             calibration=calibration,
             calibration_method=calibration_method,
             keep_fp32=keep_fp32 or (),
@@ -131,6 +168,7 @@ def print_report(bundle: Bundle) -> None:
         [(name, entry.path, entry.precision, f"{entry.bytes / 1e6:.1f}") for name, entry in manifest.artifacts.items()],
         left=3,
     )
+    print_engines(bundle)
     for line in _precision_lines(manifest):
         sys.stdout.write(f"{line}\n")
     for note in manifest.notes:

@@ -16,8 +16,10 @@ __all__ = [
     "PRECISIONS",
     "parse_batch",
     "parse_formats",
+    "parse_profiles",
     "parse_size",
     "require_choice",
+    "whole_range",
 ]
 
 FORMATS = ("onnx", "trt", "trt-rtx", "torch", "checkpoint")
@@ -53,6 +55,26 @@ def parse_batch(text: str | int) -> BatchRange:
     if not low <= best <= high:
         raise InputError(f"--batch is {text}; MIN, OPT and MAX must not fall")
     return BatchRange(min=low, opt=best, max=high)
+
+
+def parse_profiles(text: str | int) -> tuple[BatchRange, ...]:
+    """The ranges of `MIN:OPT:MAX[,MIN:OPT:MAX…]`, each an engine's optimisation profile.
+
+    Raises:
+        InputError: one of them is no range, or they leave out sizes between the smallest and the largest.
+    """
+    profiles = tuple(parse_batch(part.strip()) for part in str(text).split(","))
+    reached = 0
+    for profile in sorted(profiles, key=lambda profile: profile.min):
+        if reached and profile.min > reached + 1:
+            raise InputError(f"--batch {text} leaves out sizes {reached + 1} to {profile.min - 1}; widen a range")
+        reached = max(reached, profile.max)
+    return profiles
+
+
+def whole_range(profiles: Sequence[BatchRange]) -> BatchRange:
+    """From the smallest size of several ranges to the largest; the last of them says which is best."""
+    return BatchRange(min=min(p.min for p in profiles), opt=profiles[-1].opt, max=max(p.max for p in profiles))
 
 
 def parse_size(text: str) -> tuple[int, int]:

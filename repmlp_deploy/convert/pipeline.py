@@ -39,7 +39,9 @@ from repmlp_deploy.card import ModelCard, load_labels
 from repmlp_deploy.convert.calibration import Calibration, measure_ranges, read_calibration, take_calibration
 from repmlp_deploy.convert.certifying import Certifier, Run, batch_sizes
 from repmlp_deploy.convert.emulating import emulate_bf16
-from repmlp_deploy.convert.engine import FLAVOURS, build_engine, check_flavour
+from repmlp_deploy.convert.engine import GraphSpec, build_engine, kept_products
+from repmlp_deploy.convert.engine_options import EngineOptions, with_profiles
+from repmlp_deploy.convert.flavours import FLAVOURS, check_options
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.layouts import to_layout
 from repmlp_deploy.convert.merging import merge_branches, upstream_form
@@ -49,9 +51,10 @@ from repmlp_deploy.convert.options import (
     CALIBRATION_METHODS,
     GRAPHS,
     PRECISIONS,
-    parse_batch,
     parse_formats,
+    parse_profiles,
     require_choice,
+    whole_range,
 )
 from repmlp_deploy.convert.own_network import Interface
 from repmlp_deploy.convert.precision import blocks_of, product_tensors, set_precision
@@ -83,6 +86,7 @@ def export(  # noqa: PLR0913 - one a command-line option
     graph: str = "folded",
     precision: str = "fp32",
     batch: str | int | BatchRange = "1:8:64",
+    engine: EngineOptions | None = None,
     calibration: str | Path | Mapping[str, NDArray[Any]] | None = None,
     calibration_method: str = "minmax",
     keep_fp32: Sequence[str] = (),
@@ -105,7 +109,9 @@ def export(  # noqa: PLR0913 - one a command-line option
         formats: of `FORMATS`, as a sequence or comma-separated.
         graph: `folded`, or `merged` for what upstream's own merge leaves.
         precision: of the graph: `fp32`, `fp16`, `bf16` or `int8`.
-        batch: sizes to serve, `MIN:OPT:MAX`, or one that is fixed.
+        batch: sizes to serve, `MIN:OPT:MAX`, or one that is fixed; several ranges, comma-separated, are engines'
+            optimisation profiles.
+        engine: how to build engines.
         calibration: for int8: a folder of images, a `.npz` of arrays, or arrays (n, …) by the names of the inputs. A
             few of its samples become the probe, and so part of the bundle.
         calibration_method: of `CALIBRATION_METHODS`: how ranges are chosen.
@@ -127,11 +133,13 @@ def export(  # noqa: PLR0913 - one a command-line option
         MissingDependency, MissingDevice, BuildError: a format cannot be made here.
         OutputError: `out` could not be written; an earlier bundle is untouched.
     """
+    profiles = (batch,) if isinstance(batch, BatchRange) else parse_profiles(batch)
     request = _Request(
         formats=parse_formats(formats),
         graph=graph,
         precision=precision,
-        batch=batch if isinstance(batch, BatchRange) else parse_batch(batch),
+        batch=whole_range(profiles),
+        engine=with_profiles(engine or EngineOptions(), profiles if len(profiles) > 1 else ()),
         calibration=calibration,
         calibration_method=calibration_method,
         keep_fp32=tuple(keep_fp32),
@@ -192,6 +200,7 @@ class _Request:
     graph: str
     precision: str
     batch: BatchRange
+    engine: EngineOptions
     calibration: str | Path | Mapping[str, NDArray[Any]] | None
     calibration_method: str
     keep_fp32: tuple[str, ...]
@@ -223,7 +232,7 @@ class _Request:
             )
         for name in self.formats:
             if name in FLAVOURS:
-                check_flavour(name)
+                check_options(name, self.engine)
 
 
 def _reparameterize(
@@ -275,7 +284,8 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
     for name in (name for name in request.formats if name in FLAVOURS):
         with clock.step(name):
             shapes = {key: x.shape[1:] for key, x in zip(interface.inputs, interface.examples, strict=True)}
-            engine = build_engine(name, data, inputs=shapes, batch=request.batch)
+            spec = GraphSpec(shapes, request.batch, request.precision, kept_products(about))
+            engine = build_engine(name, data, spec, request.engine)
         made.add(name, f"model.{name}.engine", engine.plan, engine.details)
         made.notes.append(f"the {name} engine was built from the verified graph and has not run here")
 

@@ -9,11 +9,14 @@ from onnx import TensorProto, helper
 
 from repmlp_deploy import Bundle, export
 from repmlp_deploy.bundle import BatchRange
-from repmlp_deploy.convert import engine
-from repmlp_deploy.convert.engine import Flavour, build_engine, check_flavour
+from repmlp_deploy.convert import flavours
+from repmlp_deploy.convert.driver import Gpu
+from repmlp_deploy.convert.engine import GraphSpec, build_engine
+from repmlp_deploy.convert.flavours import Flavour, check_flavour
 from repmlp_deploy.errors import BuildError, MissingDependency, MissingDevice
 
 BATCH = BatchRange(min=1, opt=2, max=4)
+SPEC = GraphSpec({"images": (3, 4, 4)}, BATCH)
 
 
 def graph_with(op: str) -> bytes:
@@ -34,7 +37,7 @@ def test_an_rtx_engine_is_really_built(bundle: Bundle) -> None:
     assert details is not None
     assert entry.bytes > 100_000
     assert details["flavour"] == "trt-rtx"
-    assert details["profile"]["images"] == [[1, 3, 32, 32], [4, 3, 32, 32], [16, 3, 32, 32]]
+    assert details["profiles"] == [{"images": [[1, 3, 32, 32], [4, 3, 32, 32], [16, 3, 32, 32]]}]
     assert set(details["layer_types"]) <= {"float", "int64", "int32", "bool"}
     assert details["layer_types"]["float"] > 50
 
@@ -52,12 +55,12 @@ def test_the_plan_is_raw_and_not_wrapped(bundle: Bundle) -> None:
 
 def test_a_parser_error_names_the_node() -> None:
     with pytest.raises(BuildError, match=r"the_odd_node .*NonMaxSuppressionOfDreams"):
-        build_engine("trt-rtx", graph_with("NonMaxSuppressionOfDreams"), inputs={"images": (3, 4, 4)}, batch=BATCH)
+        build_engine("trt-rtx", graph_with("NonMaxSuppressionOfDreams"), SPEC)
 
 
 def test_what_is_no_graph_is_refused() -> None:
     with pytest.raises(BuildError, match="cannot parse the graph"):
-        build_engine("trt-rtx", b"not a graph", inputs={"images": (3, 4, 4)}, batch=BATCH)
+        build_engine("trt-rtx", b"not a graph", SPEC)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test lacks")
@@ -67,7 +70,7 @@ def test_trt_without_a_driver_names_the_other_flavour() -> None:
 
 
 def test_trt_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.ctypes.util, "find_library", lambda _name: "libcuda.so.1")
+    monkeypatch.setattr(flavours, "find_gpus", lambda: (Gpu("a GPU", "8.6"),))
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(MissingDependency, match=r'pip install "repmlp-deploy\[trt\]"'):
         check_flavour("trt")
@@ -83,16 +86,16 @@ def test_trt_is_asked_for_before_anything_else_is_done(tmp_path: Path) -> None:
 
 def test_both_flavours_share_one_code_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other flavour, given the module that is at hand, builds by the same code."""
-    stand_in = Flavour("trt", "tensorrt_rtx", "trt", needs_gpu=False)
-    monkeypatch.setitem(engine.FLAVOURS, "trt", stand_in)
-    built = build_engine("trt", graph_with("Relu"), inputs={"images": (3, 4, 4)}, batch=BATCH)
+    stand_in = Flavour("trt", "tensorrt_rtx", "trt", oldest=(1, 0), needs_gpu=False)
+    monkeypatch.setitem(flavours.FLAVOURS, "trt", stand_in)
+    built = build_engine("trt", graph_with("Relu"), SPEC)
     assert built.details["flavour"] == "trt"
     assert len(built.plan) > 1000
 
 
 @pytest.mark.gpu
 def test_a_trt_engine_is_built_on_this_gpu() -> None:
-    built = build_engine("trt", graph_with("Relu"), inputs={"images": (3, 4, 4)}, batch=BATCH)
+    built = build_engine("trt", graph_with("Relu"), SPEC)
     assert built.details["layer_types"] == {"float": 1}
 
 
@@ -108,5 +111,5 @@ def test_layer_types_follow_the_graph() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.checker.check_model(model)
-    built = build_engine("trt-rtx", model.SerializeToString(), inputs={"images": (4, 4, 3)}, batch=BATCH)
+    built = build_engine("trt-rtx", model.SerializeToString(), GraphSpec({"images": (4, 4, 3)}, BATCH, "fp16"))
     assert set(built.details["layer_types"]) == {"half"}

@@ -1,0 +1,74 @@
+"""`repmlp-build BUNDLE`: engines for a bundle from its verified ONNX graph, without torch."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from repmlp_deploy.bundle import Bundle
+from repmlp_deploy.cli import engine_words as words
+from repmlp_deploy.cli.console import interrupt, print_json, progress, run_command, typer
+from repmlp_deploy.cli.engine_report import print_engines
+from repmlp_deploy.convert.building import add_engines
+from repmlp_deploy.convert.options import parse_formats, parse_profiles
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Entry point."""
+    signal.signal(signal.SIGINT, interrupt)
+    run_command(build_command)
+
+
+def build_command(  # noqa: PLR0913 - one an option
+    bundle: Annotated[Path, typer.Argument(help="The folder that repmlp-export wrote, with an ONNX graph.")],
+    formats: Annotated[str, typer.Option("--format", help="Comma-separated: trt, trt-rtx.")] = "trt-rtx",
+    batch: Annotated[
+        str | None, typer.Option(metavar="MIN:OPT:MAX[,…]", help="Profiles; default: what the bundle serves.")
+    ] = None,
+    workspace_gb: words.WorkspaceGb = None,
+    tf32: words.Tf32 = False,
+    optimization_level: words.OptimizationLevel = None,
+    timing_cache: words.TimingCache = "auto",
+    version_compatible: words.VersionCompatible = False,
+    hardware_compatible: words.HardwareCompatible = False,
+    compute_capability: words.Capabilities = None,
+    refittable: words.Refittable = False,
+    strip_weights: words.StripWeights = False,
+    verbosity: words.Verbosity = "error",
+    out: Annotated[Path | None, typer.Option(help="Another folder for the result; default: in its place.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The report as one JSON object on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
+) -> None:
+    """Build TensorRT engines from a bundle's verified ONNX graph, and put them into the bundle."""
+    wanted = parse_formats(formats)
+    engine = words.read_engine_options(
+        wanted,
+        () if batch is None else parse_profiles(batch),
+        workspace_gb=workspace_gb,
+        tf32=tf32,
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        compute_capability=compute_capability,
+        refittable=refittable,
+        strip_weights=strip_weights,
+        verbosity=verbosity,
+    )
+    with progress() as show:
+        built = add_engines(bundle, wanted, engine, out=out, progress=show)
+    _report(built, json=json)
+
+
+def _report(bundle: Bundle, *, json: bool) -> None:
+    if json:
+        print_json({"out": str(bundle.folder), **bundle.manifest.model_dump(mode="json", by_alias=True)})
+    else:
+        print_engines(bundle)
+        for note in bundle.manifest.notes:
+            sys.stdout.write(f"note: {note}\n")
+        sys.stdout.write(f"{bundle.folder}: complete\n")

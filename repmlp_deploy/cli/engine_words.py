@@ -1,0 +1,78 @@
+"""The words for engines on the command line, the same for every command that builds one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from repmlp_deploy.bundle import BatchRange
+from repmlp_deploy.cli.console import typer
+from repmlp_deploy.convert.engine_options import FLAGS, EngineOptions, parse_capabilities, with_profiles
+from repmlp_deploy.convert.flavours import FLAVOURS
+from repmlp_deploy.errors import InputError
+
+__all__ = [
+    "Capabilities",
+    "HardwareCompatible",
+    "OptimizationLevel",
+    "Refittable",
+    "StripWeights",
+    "Tf32",
+    "TimingCache",
+    "Verbosity",
+    "VersionCompatible",
+    "WorkspaceGb",
+    "read_engine_options",
+]
+
+WorkspaceGb = Annotated[float | None, typer.Option("--workspace-gb", help="Most scratch memory, in GiB.")]
+Tf32 = Annotated[bool, typer.Option("--tf32/--no-tf32", help="Round factors of float32 products to TF32.")]
+OptimizationLevel = Annotated[int | None, typer.Option(metavar="0-5", help="Time spent building; default 3.")]
+TimingCache = Annotated[str, typer.Option(metavar="FILE", help="auto, off or a file (trt).")]
+VersionCompatible = Annotated[bool, typer.Option("--version-compatible", help="Runs in later versions (trt).")]
+HardwareCompatible = Annotated[bool, typer.Option("--hardware-compatible", help="Runs from Ampere on (trt).")]
+Capabilities = Annotated[
+    str | None,
+    typer.Option(metavar="8.6,8.9,…", help="GPUs to build for (trt-rtx)."),
+]
+Refittable = Annotated[bool, typer.Option("--refittable", help="Weights can be replaced; needs a GPU.")]
+StripWeights = Annotated[bool, typer.Option("--strip-weights", help="Leave weights out; needs a GPU.")]
+Verbosity = Annotated[str, typer.Option(help="Of the builder: error, warning, info or verbose.")]
+
+
+def read_engine_options(  # noqa: PLR0913 - one a word
+    formats: Sequence[str],
+    profiles: Sequence[BatchRange] = (),
+    *,
+    workspace_gb: float | None,
+    tf32: bool,
+    optimization_level: int | None,
+    timing_cache: str,
+    version_compatible: bool,
+    hardware_compatible: bool,
+    compute_capability: str | None,
+    refittable: bool,
+    strip_weights: bool,
+    verbosity: str,
+) -> EngineOptions:
+    """The words as one value.
+
+    Raises:
+        InputError: one of them cannot be read, or there is no engine among `formats` that it could be for.
+    """
+    options = EngineOptions(
+        workspace_gb=workspace_gb,
+        tf32=tf32,
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        compute_capabilities=() if compute_capability is None else parse_capabilities(compute_capability),
+        refittable=refittable,
+        strip_weights=strip_weights,
+        verbosity=verbosity,
+    )
+    options = with_profiles(options, profiles)
+    if options.asked() and not set(formats) & FLAVOURS.keys():
+        raise InputError(f"{FLAGS[options.asked()[0]]} is about engines; add --format {' or '.join(FLAVOURS)}")
+    return options
