@@ -54,8 +54,11 @@ class Runner(Protocol):
 
 RUNNERS = {
     "onnx": "repmlp_deploy.runtime.onnx_runner:OnnxRunner",
+    # behind: an engine has not run where it was built, so it is taken when it is named or there is nothing else
+    "trt": "repmlp_deploy.runtime.tensorrt_runner:open_trt_runner",
+    "trt-rtx": "repmlp_deploy.runtime.tensorrt_runner:open_rtx_runner",
 }
-"""Artifact format to the class that runs it, the preferred one first."""
+"""Artifact format to the class or function that opens its runner, the preferred one first."""
 
 
 def open_runner(bundle: Bundle, artifact_format: str | None, options: RunnerOptions) -> Runner:
