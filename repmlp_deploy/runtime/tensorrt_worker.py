@@ -216,17 +216,13 @@ class Worker:
 
     def _run_captured(self, inputs: Sequence[Input], batch: int) -> _Bound:
         captured = self._captured.get(batch)
-        if captured is None and self.refusal is None:
-            try:
-                captured = self._captured[batch] = self._capture(inputs, batch)
-            except DeviceError as error:
-                self.refusal = str(error)
-        if captured is None:
-            return self._run_plainly(inputs, batch)
-        self._memory.launch(captured.graph, self._stream)
-        return captured.bound
+        if captured is not None:
+            self._memory.launch(captured.graph, self._stream)
+            return captured.bound
+        return self._run_plainly(inputs, batch) if self.refusal is not None else self._run_and_capture(inputs, batch)
 
-    def _capture(self, inputs: Sequence[Input], batch: int) -> _Captured:
+    def _run_and_capture(self, inputs: Sequence[Input], batch: int) -> _Bound:
+        """Run for real, because what TensorRT defers to the first inference must not be captured; then capture."""
         bound = _Bound(self._contexts.create(self._scratch), self._loaded)
         bound.prepare(batch, self._device, self._stream)
 
@@ -236,11 +232,16 @@ class Worker:
             bound.execute(self._stream)
             self._enqueue_outputs(bound)
 
-        enqueue()  # once for real: what TensorRT defers to the first inference must not be captured
+        enqueue()
         self._memory.synchronize(self._stream)
-        graph = self._memory.capture(self._stream, enqueue)
-        self._held.callback(self._memory.destroy_graph, graph)
-        return _Captured(graph, bound)
+        try:
+            graph = self._memory.capture(self._stream, enqueue)
+        except DeviceError as error:
+            self.refusal = str(error)
+        else:
+            self._held.callback(self._memory.destroy_graph, graph)
+            self._captured[batch] = _Captured(graph, bound)
+        return bound
 
     def _enqueue_input(self, tensor: Tensor, value: Input) -> int:
         """The device address of an input, its copy enqueued where one is needed."""
