@@ -58,9 +58,9 @@ def test_the_engine_answers_like_the_graph_at_every_batch_size(machine: Machine)
 @pytest.mark.parametrize("artifact_format", FORMATS)
 def test_the_predictor_pads_splits_and_passes_its_self_check(
     artifact_format: str,
-    _exported: Path,
+    _exported: Path,  # noqa: PT019 - its value is used
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: PT019 - its value is used
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bundle = with_engines(Bundle.load(_exported), tmp_path / "digits")
     machine = Machine(bundle, artifact_format).install(monkeypatch)
@@ -340,7 +340,11 @@ class TestGraphs:
         assert batch_buckets(8, 8, [8]) == {8}
 
 
-def test_several_profiles_serve_their_batches(_exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: PT019 - its value is used
+def test_several_profiles_serve_their_batches(
+    _exported: Path,  # noqa: PT019 - its value is used
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The tightest profile that fits is taken; going back and forth forgets no shape."""
     profiles = [
         {"images": [[n, 3, 32, 32] for n in (1, 8, 16)]},
