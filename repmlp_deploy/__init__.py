@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Bundle": "repmlp_deploy.bundle",
     "Embedding": "repmlp_deploy.runtime.tasks",
+    "EngineOptions": "repmlp_deploy.convert.engine_options",
     "ModelCard": "repmlp_deploy.card",
     "Prediction": "repmlp_deploy.runtime.tasks",
     "Predictor": "repmlp_deploy.runtime.predictor",
@@ -30,6 +31,7 @@ _HOMES = {
 __all__ = [
     "Bundle",
     "Embedding",
+    "EngineOptions",
     "ModelCard",
     "Prediction",
     "Predictor",
@@ -48,6 +50,7 @@ __all__ = [
 if TYPE_CHECKING:
     from repmlp_deploy.bundle import Bundle
     from repmlp_deploy.card import ModelCard, list_cards, load_card
+    from repmlp_deploy.convert.engine_options import EngineOptions
     from repmlp_deploy.convert.merging import merge_branches
     from repmlp_deploy.convert.pipeline import export
     from repmlp_deploy.errors import RepMLPError, VerificationError

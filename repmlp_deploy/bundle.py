@@ -45,6 +45,7 @@ __all__ = [
     "Probe",
     "TensorSpec",
     "check_output_folder",
+    "describe_file",
     "hash_file",
 ]
 
@@ -352,6 +353,11 @@ def check_output_folder(out: Path) -> None:
         raise InputError(f"--out {out} holds files of others ({', '.join(foreign[:3])}); name another folder")
     if not os.access(out.resolve().parent, os.W_OK | os.X_OK):
         raise OutputError(f"could not write {out}: no permission to write in {out.resolve().parent}")
+
+
+def describe_file(path: str, content: bytes) -> FileEntry:
+    """The entry of a file with this content."""
+    return FileEntry(path=path, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
 
 
 def hash_file(path: Path) -> str:

@@ -27,7 +27,7 @@ from repmlp_deploy.bench.timing import Warmup, compare_rounds, summarize
 
 __all__ = ["run_benchmark"]
 
-MOST_ROUNDS, LEAST_ROUNDS = 10, 3
+MOST_ROUNDS, LEAST_ROUNDS = 10, 5
 
 _LAST_SECONDS = 5  # for the report
 

@@ -4,8 +4,10 @@
 whatever drifts, such as temperature, frequency or a neighbour on the machine, hits all alike. Every call is kept;
 nothing is clipped.
 
-**Ratios.** A row's ratio is the baseline's median latency over its own. Its interval is a percentile bootstrap that
-resamples whole rounds, the same ones for both rows: calls within a round share the drift and are not independent.
+**Ratios.** Within a round, the baseline's median latency over the row's own: what drifts from round to round cancels.
+A row's ratio is the median over the rounds, its interval a percentile bootstrap that resamples whole rounds, because
+calls within a round share the drift and are not independent. Two runs have no rounds in common: their ratio is that of
+the medians of all calls, and each run's rounds are resampled for themselves.
 With fewer than six rounds a bootstrap is too sure of itself; the interval is then widened to hold every single
 round's ratio, which covers the median with probability 1 − 2^(1−k) for k rounds. A ratio whose interval holds 1 is
 not distinguishable from the baseline.
@@ -63,7 +65,7 @@ class Ratio(BaseModel):
     """How many times as fast as the baseline, with the interval that holds it at 95 %.
 
     Attributes:
-        value: median latency of the baseline over this row's.
+        value: latency of the baseline over this row's, the median over the rounds.
         low, high: the interval; None where there are too few rounds for one.
         verdict: what may be said.
         rounds: how many rounds the two have in common.
@@ -171,27 +173,26 @@ def compare_rounds(baseline: Rounds, own: Rounds, *, paired: bool = True, seed: 
     if paired:
         both = [(b, o) for b, o in zip(baseline, own, strict=False) if b and o]
         base, mine = [np.array(b) for b, _ in both], [np.array(o) for _, o in both]
+        singles = [float(np.median(b) / np.median(o)) for b, o in both]
     else:
         base, mine = [np.array(calls) for calls in baseline if calls], [np.array(calls) for calls in own if calls]
+        singles = [float(np.median(b) / np.median(o)) for b in base for o in mine]
     rounds = min(len(base), len(mine))
     if not rounds:
         raise ValueError("the two rows have no round in common")
-    value = float(np.median(np.concatenate(base)) / np.median(np.concatenate(mine)))
+    value = float(np.median(singles) if paired else np.median(np.concatenate(base)) / np.median(np.concatenate(mine)))
     if rounds < 2:  # noqa: PLR2004 - one round has no spread
         return Ratio(value=value, low=None, high=None, verdict="too few rounds", rounds=rounds)
     rng = np.random.default_rng(seed)
     first = rng.integers(0, len(base), (RESAMPLES, len(base)))
-    second = first if paired else rng.integers(0, len(mine), (RESAMPLES, len(mine)))
-    ratios = _pooled_medians(base, first) / _pooled_medians(mine, second)
+    if paired:
+        ratios = np.median(np.array(singles)[first], axis=1)
+    else:
+        second = rng.integers(0, len(mine), (RESAMPLES, len(mine)))
+        ratios = _pooled_medians(base, first) / _pooled_medians(mine, second)
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = (float(edge) for edge in np.percentile(ratios, [tail, 100 - tail]))
     if rounds < FEW_ROUNDS:
-        singles = [
-            float(np.median(b) / np.median(o))
-            for i, b in enumerate(base)
-            for j, o in enumerate(mine)
-            if i == j or not paired
-        ]
         low, high = min(low, *singles), max(high, *singles)
     return Ratio(value=value, low=low, high=high, verdict=_verdict(low, high), rounds=rounds)
 

@@ -13,6 +13,7 @@ from repmlp_deploy.cli.console import interrupt, print_json, progress, run_comma
 from repmlp_deploy.cli.engine_report import print_engines
 from repmlp_deploy.convert.building import add_engines
 from repmlp_deploy.convert.options import parse_formats, parse_profiles
+from repmlp_deploy.errors import InputError
 
 __all__ = ["main"]
 
@@ -25,7 +26,7 @@ def main() -> None:
 
 def build_command(  # noqa: PLR0913 - one an option
     bundle: Annotated[Path, typer.Argument(help="The folder that repmlp-export wrote, with an ONNX graph.")],
-    formats: Annotated[str, typer.Option("--format", help="Comma-separated: trt, trt-rtx.")] = "trt-rtx",
+    formats: Annotated[str | None, typer.Option("--format", help="Comma-separated: trt, trt-rtx (default).")] = None,
     batch: Annotated[
         str | None, typer.Option(metavar="MIN:OPT:MAX[,…]", help="Profiles; default: what the bundle serves.")
     ] = None,
@@ -39,12 +40,17 @@ def build_command(  # noqa: PLR0913 - one an option
     refittable: words.Refittable = False,
     strip_weights: words.StripWeights = False,
     verbosity: words.Verbosity = "error",
+    refit_from: Annotated[
+        Path | None,
+        typer.Option(metavar="CKPT", help="Instead of building: weights of another checkpoint for graph and engines."),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="model or ema, where CKPT holds both.")] = None,
     out: Annotated[Path | None, typer.Option(help="Another folder for the result; default: in its place.")] = None,
     json: Annotated[bool, typer.Option("--json", help="The report as one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Build TensorRT engines from a bundle's verified ONNX graph, and put them into the bundle."""
-    wanted = parse_formats(formats)
+    wanted = parse_formats(formats or "trt-rtx")
     engine = words.read_engine_options(
         wanted,
         () if batch is None else parse_profiles(batch),
@@ -59,8 +65,18 @@ def build_command(  # noqa: PLR0913 - one an option
         strip_weights=strip_weights,
         verbosity=verbosity,
     )
+    if refit_from is not None and (formats or engine.asked()):
+        raise InputError("--refit-from keeps engines as they were built: leave --format and engine options out")
+    if refit_from is None and weights is not None:
+        raise InputError("--weights is about the checkpoint of --refit-from, and there is none")
     with progress() as show:
-        built = add_engines(bundle, wanted, engine, out=out, progress=show)
+        if refit_from is None:
+            built = add_engines(bundle, wanted, engine, out=out, progress=show)
+        else:
+            show("loading PyTorch")
+            from repmlp_deploy.convert.refitting import refit_bundle  # noqa: PLC0415 - torch is not needed to build
+
+            built = refit_bundle(bundle, refit_from, weights=weights, out=out, progress=show)
     _report(built, json=json)
 
 

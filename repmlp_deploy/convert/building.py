@@ -7,14 +7,13 @@ compared with the trained network, and adds engines. The certificate carries ove
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import repmlp_deploy
-from repmlp_deploy.bundle import ArtifactEntry, Bundle, FileEntry, check_output_folder
+from repmlp_deploy.bundle import ArtifactEntry, Bundle, check_output_folder, describe_file
 from repmlp_deploy.convert.engine import Engine, GraphSpec, build_engine, kept_products
 from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.convert.flavours import FLAVOURS, check_options
@@ -110,9 +109,7 @@ def graph_spec(bundle: Bundle) -> GraphSpec:
 
 def engine_entry(name: str, engine: Engine, precision: str) -> ArtifactEntry:
     """An engine as the manifest describes it."""
-    file = FileEntry(
-        path=f"model.{name}.engine", sha256=hashlib.sha256(engine.plan).hexdigest(), bytes=len(engine.plan)
-    )
+    file = describe_file(f"model.{name}.engine", engine.plan)
     return ArtifactEntry.model_validate({**file.model_dump(), "precision": precision, **engine.details})
 
 

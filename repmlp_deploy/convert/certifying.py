@@ -77,13 +77,13 @@ class Certifier:
             VerificationError: it strays too far from the trained network.
         """
         hops = self.measure(name, run, precision)
-        self.hops += hops
         for hop in hops:
             if not hop.passed:
                 said = describe_distance(hop.max_abs, hop.between, floor=hop.floor, precision=precision)
                 raise VerificationError(
                     f"{hop.name} at batch {hop.batch} {said}: nothing was written; {_REMEDIES[precision]}"
                 )
+        self.hops += hops
 
     def _hop(self, name: str, index: int, output: NDArray[Any], reference: NDArray[np.float64], precision: str) -> Hop:
         result = compare(output, reference, classes=reference.ndim == self._class_axes)

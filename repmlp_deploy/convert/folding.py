@@ -133,13 +133,17 @@ class FoldedUnit(nn.Module):
             y = self._product(x.reshape(-1, S, h * w)).reshape(-1, J, S, h * w)
             gate = gate.reshape(-1, J, S, 1)
             y = (y + self.offset) * (gate * self.scale) if self.divided else (y * self.scale + self.offset) * gate
-            z = x + y.reshape(x.shape)
+            z = x + y.reshape(-1, *x.shape[1:])
         else:
-            cut = x.reshape(-1, J * S, rows, h, columns, w).permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, C, h, w)
+            cut = (
+                x.reshape(-1, J * S, rows, h, columns, w).permute(0, 2, 4, 1, 3, 5).contiguous()
+            )  # (N, rows, columns, C, h, w)
             y = self._product(cut.reshape(-1, S, h * w)).reshape(-1, J, S, h * w)
             y = (y + self.offset) * self.scale if self.divided else y * self.scale + self.offset
-            y = y.reshape(-1, rows, columns, S, h, w).permute(0, 3, 1, 4, 2, 5)  # (N·J, S, rows, h, columns, w)
-            z = x + y.reshape(x.shape) * gate
+            y = (
+                y.reshape(-1, rows, columns, S, h, w).permute(0, 3, 1, 4, 2, 5).contiguous()
+            )  # (N·J, S, rows, h, columns, w)
+            z = x + y.reshape(-1, *x.shape[1:]) * gate
         out: Tensor = z + self.ffn(z)
         return out
 
@@ -147,7 +151,7 @@ class FoldedUnit(nn.Module):
         """W of every shareset times its rows: (M, S, h·w) -> (M, S, h·w)."""
         if self.S == 1:
             return x @ self.fc3
-        return (x.transpose(0, 1) @ self.fc3).transpose(0, 1)  # (S, M, h·w) × (S, h·w, h·w)
+        return (x.transpose(0, 1) @ self.fc3).transpose(0, 1).contiguous()  # (S, M, h·w) × (S, h·w, h·w)
 
 
 class FoldedBlock(RepMLPBlock):
@@ -164,7 +168,7 @@ class FoldedBlock(RepMLPBlock):
         self.bias = _constant(block.fc3.bias.detach().view(self.S, area))
 
     def _apply_fc3(self, rows: Tensor) -> Tensor:
-        return grouped_product(rows.flatten(1), self.weight).view_as(rows) + self.bias
+        return grouped_product(rows.flatten(1), self.weight).view(-1, *rows.shape[1:]) + self.bias
 
 
 class FoldedRepMLP(nn.Module):
@@ -193,10 +197,10 @@ class FoldedRepMLP(nn.Module):
             pooled = F.avg_pool2d(x, (h, w))  # (N, C, H, W) -> (N, C, rows, columns)
             added = self.fc1_fc2(pooled.reshape(-1, C * rows * columns))
             cut = cut + added.reshape(-1, g, C // g, rows, 1, columns, 1)
-        cut = cut.permute(1, 0, 3, 5, 2, 4, 6)  # (g, N, rows, columns, C/g, h, w)
+        cut = cut.permute(1, 0, 3, 5, 2, 4, 6).contiguous()  # (g, N, rows, columns, C/g, h, w)
         y = cut.reshape(g, -1, C // g * h * w) @ self.fc3 + self.bias  # (g, N·partitions, O/g·h·w)
         y = y.reshape(g, -1, rows, columns, O // g, h, w)
-        return y.permute(1, 0, 4, 2, 5, 3, 6).reshape(-1, O, self.H, self.W)
+        return y.permute(1, 0, 4, 2, 5, 3, 6).contiguous().view(-1, O, self.H, self.W)
 
 
 def _constant(value: Tensor) -> nn.Parameter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from pydantic import ValidationError
@@ -39,7 +40,7 @@ def infer_card(  # noqa: PLR0913 - each says something that shapes cannot
         layout: the layout's name.
         merged: whether the branches are gone, so that kernels cannot be told.
         input_size: (H, W), where shapes cannot tell it.
-        name: what to call a network that no card describes, and the file in messages.
+        name: the file, for messages; its stem is what a network is called that no card describes.
 
     Raises:
         CheckpointError: the shapes fit no network of the family.
@@ -59,14 +60,14 @@ def infer_card(  # noqa: PLR0913 - each says something that shapes cannot
             return card, f"recognised as {card.name}"
     for card in cards:
         if card_spec(card).model_dump(exclude={*loose, "classes"}) == spec.model_dump(exclude={*loose, "classes"}):
-            own = _own_card(name, family, spec.model_dump(), card.preprocessing)
+            own = _own_card(Path(name).stem, family, spec.model_dump(), card.preprocessing)
             return (
                 own,
                 f"recognised as {card.name} with other classes; its preprocessing is assumed, labels are unknown",
             )
     size = spec.model_dump()["input_size"]
     usual = Preprocessing(resize=Resize(mode="exact", size=size), mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
-    own = _own_card(name, family, spec.model_dump(), usual)
+    own = _own_card(Path(name).stem, family, spec.model_dump(), usual)
     return own, "no card has this architecture; ImageNet's mean and std are assumed and labels unknown: see --card"
 
 

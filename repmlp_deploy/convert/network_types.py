@@ -16,7 +16,7 @@ from repmlp_deploy.errors import VerificationError
 __all__ = ["NetworkTypes", "read_types", "require_precision"]
 
 _PRODUCTS = ("CONVOLUTION", "MATRIX_MULTIPLY")
-_TYPES = {"fp32": "float", "fp16": "half", "bf16": "bf16", "int8": "int8", "fp8": "fp8"}
+_TYPES = {"fp32": "float", "fp16": "half", "bf16": "bf16", "int8": "int8"}
 
 
 @dataclass(frozen=True)

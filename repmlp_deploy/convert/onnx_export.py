@@ -1,4 +1,10 @@
-"""From a torch module to an ONNX graph: symbolic batch, fixed H and W, metadata embedded."""
+"""From a torch module to an ONNX graph: symbolic batch, fixed H and W, metadata embedded.
+
+Reasoning about a symbolic batch costs torch more than everything else together. A network whose code never names the
+batch, every reshape leaving it to −1, gives the same nodes when it is traced with a fixed one; only the graph's borders
+say it then, and `with_symbolic_batch` makes them say otherwise. Whether that was so, running the graph at other batch
+sizes tells; where it was not, the network is traced again as it should be.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +30,13 @@ try:
 except ImportError as error:
     raise MissingDependency(error.name or "onnx", "export") from None
 
-__all__ = ["OPSET", "Traced", "export_graph", "trace_network", "with_metadata"]
+__all__ = ["OPSET", "TRACED", "Traced", "export_graph", "trace_network", "with_metadata", "with_symbolic_batch"]
 
 OPSET = 20  # the first with Gelu
 
 _TRACED_BATCH = 2  # 0 and 1 would be specialised
+TRACED = BatchRange(min=_TRACED_BATCH, opt=_TRACED_BATCH, max=_TRACED_BATCH)
+"""The fixed batch to trace with where the batch is to be made symbolic afterwards."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,18 @@ def export_graph(traced: Traced, *, input_names: Sequence[str], output_names: Se
     if exported is None:
         raise RepMLPError(f"torch.onnx.export returned nothing: {chatter.getvalue()[-200:]}")
     return exported.model_proto
+
+
+def with_symbolic_batch(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """`graph` with a symbolic batch at its borders, whatever it was traced with; the weights are not copied."""
+    if graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        return graph
+    for value in (*graph.graph.input, *graph.graph.output):
+        batch = value.type.tensor_type.shape.dim[0]
+        batch.ClearField("dim_value")
+        batch.dim_param = "batch"
+    del graph.graph.value_info[:]  # shapes inside that say the batch
+    return graph
 
 
 def with_metadata(graph: onnx.ModelProto, metadata: Mapping[str, object]) -> onnx.ModelProto:

@@ -13,7 +13,7 @@ try:
 except ImportError:
     raise MissingDependency("onnx", "rtx") from None
 
-__all__ = ["node_modules"]
+__all__ = ["node_module", "node_modules"]
 
 
 def node_modules(graph: bytes) -> dict[str, str]:
@@ -22,8 +22,13 @@ def node_modules(graph: bytes) -> dict[str, str]:
         nodes = onnx.load_from_string(graph).graph.node
     except Exception:  # noqa: BLE001 - what is no graph has no modules; protobuf's errors have no common root
         return {}
-    found = {node.name: _by_scopes(node) or _by_weights(node) for node in nodes}
+    found = {node.name: node_module(node) for node in nodes}
     return {name: module for name, module in found.items() if module}
+
+
+def node_module(node: onnx.NodeProto) -> str:
+    """The innermost module a node is of, `stages.0.1.gp.fc1`: by its scopes, or else by its weights; empty for none."""
+    return _by_scopes(node) or _by_weights(node)
 
 
 def _by_scopes(node: onnx.NodeProto) -> str:

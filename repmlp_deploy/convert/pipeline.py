@@ -45,7 +45,14 @@ from repmlp_deploy.convert.flavours import FLAVOURS, check_options
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.layouts import to_layout
 from repmlp_deploy.convert.merging import merge_branches, upstream_form
-from repmlp_deploy.convert.onnx_export import Traced, export_graph, trace_network, with_metadata
+from repmlp_deploy.convert.onnx_export import (
+    TRACED,
+    Traced,
+    export_graph,
+    trace_network,
+    with_metadata,
+    with_symbolic_batch,
+)
 from repmlp_deploy.convert.onnx_proto import serialize_model
 from repmlp_deploy.convert.options import (
     CALIBRATION_METHODS,
@@ -179,13 +186,14 @@ def export(  # noqa: PLR0913 - one a command-line option
             made.add("checkpoint", *_checkpoint_file(trained, merged))
     if request.needs_trace:
         with clock.step("trace"):
-            traced = trace_network(network, interface.examples, request.batch)
+            traced = trace_network(network, interface.examples, TRACED if request.quick else request.batch)
         if "torch" in request.formats:
             with clock.step("torch program"):
                 certifier.require("torch.export program", partial(run_network, traced.program.module()))
                 made.add("torch", "model.pt2", _program_file(traced))
         if request.needs_onnx:
-            _make_onnx(traced, trained, request, samples, certifier, made, clock)
+            exported = _verified_graph(network, traced, trained, request, certifier, clock)
+            _make_onnx(*exported, trained, request, samples, certifier, made, clock)
     made.add_file(PROBE, probe.to_bytes())
     manifest = _manifest(trained, request, probe, certifier, made, clock)
     with clock.step("save"):
@@ -213,6 +221,11 @@ class _Request:
     @property
     def needs_onnx(self) -> bool:
         return bool(set(self.formats) & {"onnx", *FLAVOURS})
+
+    @property
+    def quick(self) -> bool:
+        """Whether a fixed batch may be traced although several are served; not upstream's form, whose code names it."""
+        return self.batch.min != self.batch.max and self.graph == "folded" and "torch" not in self.formats
 
     def check(self) -> None:
         """Raise, before minutes are spent, if it cannot be had here."""
@@ -252,8 +265,37 @@ def _reparameterize(
     return merged, folded
 
 
+def _verified_graph(  # noqa: PLR0913 - the values that meet here
+    network: nn.Module, traced: Traced, trained: Trained, request: _Request, certifier: Certifier, clock: _Clock
+) -> tuple[onnx.ModelProto, bytes]:
+    """The ONNX graph of a traced network, verified, and its bytes."""
+    if not request.quick:
+        return _exported(traced, trained, request, certifier, clock)
+    try:
+        return _exported(traced, trained, request, certifier, clock)
+    except VerificationError:  # the network's own code names the batch it was traced with
+        with clock.step("trace again"):
+            traced = trace_network(network, find_interface(trained).examples, request.batch)
+    return _exported(traced, trained, request, certifier, clock)
+
+
+def _exported(
+    traced: Traced, trained: Trained, request: _Request, certifier: Certifier, clock: _Clock
+) -> tuple[onnx.ModelProto, bytes]:
+    with clock.step("export"):
+        interface = find_interface(trained)
+        model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs)
+        model = with_symbolic_batch(model) if request.batch.min != request.batch.max else model
+        model = with_metadata(model, _metadata(trained, request.batch))
+        data = serialize_model(model)
+    with clock.step("verify exported"):
+        certifier.require("exported ONNX", _onnx_run(data))
+    return model, data
+
+
 def _make_onnx(  # noqa: PLR0913 - the values that meet here
-    traced: Traced,
+    model: onnx.ModelProto,
+    data: bytes,
     trained: Trained,
     request: _Request,
     samples: Calibration | None,
@@ -261,14 +303,8 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
     made: _Artifacts,
     clock: _Clock,
 ) -> None:
-    """The ONNX graph, verified, simplified, in its precision, verified each time; and the engines built from it."""
-    with clock.step("export"):
-        interface = find_interface(trained)
-        model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs)
-        model = with_metadata(model, _metadata(trained, request.batch))
-        data = serialize_model(model)
-    with clock.step("verify exported"):
-        certifier.require("exported ONNX", _onnx_run(data))
+    """The graph simplified, in its precision, verified each time; and the engines built from it."""
+    interface = find_interface(trained)
     with clock.step("simplify"):
         try:
             model, data = _simplified(model, certifier)
@@ -401,7 +437,7 @@ class _Clock:
             self._progress(name)
         started = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - started, 3)
+        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - started, 3)
 
 
 @dataclass
@@ -427,7 +463,16 @@ class _Artifacts:
 def _onnx_run(data: bytes) -> Run:
     session, _ = open_session(data, RunnerOptions(device="cpu"))
     names = [value.name for value in session.get_inputs()]
-    return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))
+
+    def run(*inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        try:
+            outputs: list[NDArray[Any]] = session.run(None, dict(zip(names, inputs, strict=True)))
+        except Exception as error:  # onnxruntime's exceptions share no public base
+            said = str(error).splitlines()[0]
+            raise VerificationError(f"ONNX Runtime cannot run the graph at batch {len(inputs[0])}: {said}") from error
+        return outputs
+
+    return run
 
 
 def _simplified(graph: onnx.ModelProto, certifier: Certifier) -> tuple[onnx.ModelProto, bytes]:

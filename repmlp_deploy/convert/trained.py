@@ -94,7 +94,7 @@ def load_trained(
             layout=state.layout.name,
             merged=state.merged,
             input_size=input_size,
-            name=Path(path).stem,
+            name=name,
         )
         notes.append(remark)
     elif given.family != state.layout.family:

@@ -185,7 +185,7 @@ class RepMLPBlock(nn.Module):
             raise ValueError(f"map is {x.shape[2]}x{x.shape[3]}; it must divide into {h}x{w} partitions")
         rows, columns = x.shape[2] // h, x.shape[3] // w
         partitions = x.reshape(-1, C, rows, h, columns, w)
-        partitions = partitions.permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, C, h, w)
+        partitions = partitions.permute(0, 2, 4, 1, 3, 5).contiguous()  # (N, rows, columns, C, h, w)
         y = self._apply_fc3(partitions.reshape(-1, S, h * w)).reshape(-1, S, h, w)
         if self.fc3_bn is not None:
             y = self.fc3_bn(y)
@@ -193,9 +193,11 @@ class RepMLPBlock(nn.Module):
             windows = partitions.reshape(-1, S, h, w)
             for branch in self.branches():
                 y = y + branch(windows)
-        y = y.reshape(-1, rows, columns, S, h, w).permute(0, 3, 1, 4, 2, 5)  # (N·C/S, S, rows, h, columns, w)
+        y = (
+            y.reshape(-1, rows, columns, S, h, w).permute(0, 3, 1, 4, 2, 5).contiguous()
+        )  # (N·C/S, S, rows, h, columns, w)
         gate: Tensor = self.gp(x)
-        return y.reshape(x.shape) * gate
+        return y.reshape(-1, *x.shape[1:]) * gate
 
     def _apply_fc3(self, rows: Tensor) -> Tensor:
         """FC3 of every row: (M, S, h·w) -> (M, S, h·w)."""

@@ -188,7 +188,7 @@ class MobileFaceNet(nn.Module):
         for stage in self.stages:
             x = stage(x)
         y: Tensor = self.embed(self.gdc(self.widen(x)))  # (N, C, h, w) -> (N, embedding, 1, 1)
-        return y.flatten(1)
+        return y.reshape(-1, self.spec.embedding)
 
     def switch_to_deploy(self) -> None:
         """Merge every block in place; `merge_branches` leaves its input untouched."""

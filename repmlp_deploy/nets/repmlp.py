@@ -202,4 +202,4 @@ def grouped_product(rows: Tensor, weight: Tensor) -> Tensor:
     if groups == 1:
         return rows @ weight[0]
     y = rows.reshape(-1, groups, K).transpose(0, 1) @ weight  # (g, M, K) × (g, K, R)
-    return y.transpose(0, 1).reshape(-1, groups * R)
+    return y.transpose(0, 1).contiguous().view(-1, groups * R)

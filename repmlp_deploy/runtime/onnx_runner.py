@@ -36,7 +36,7 @@ def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSes
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads is {options.threads}; it must be at least 1")
     settings = ort.SessionOptions()
-    settings.log_severity_level = 3  # errors; what matters of the rest is checked below
+    settings.log_severity_level = 4  # errors are raised too; what matters of the rest is checked below
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
     available = ort.get_available_providers()

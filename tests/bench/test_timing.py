@@ -105,3 +105,11 @@ def test_resampled_medians_are_medians():
     chosen = rng.integers(0, 4, (50, 4))
     expected = [np.median(np.concatenate([rounds[i] for i in choice])) for choice in chosen]
     np.testing.assert_allclose(_pooled_medians(rounds, chosen), expected)
+
+
+def test_what_drifts_from_round_to_round_cancels() -> None:
+    """Twice as fast in each of two rounds, whose calls pooled would say that nothing differs."""
+    baseline = ((100.0,) * 10, (200.0,) * 2)
+    own = ((50.0,) * 2, (100.0,) * 10)
+    assert compare_rounds(baseline, own).value == 2
+    assert compare_rounds(baseline, own, paired=False).value == 1
