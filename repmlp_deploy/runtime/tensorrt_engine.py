@@ -7,7 +7,6 @@ sees the file before its SHA-256, its flavour, its version, the GPU it is for an
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from repmlp_deploy.bundle import Bundle, Manifest, TensorSpec
 from repmlp_deploy.errors import BundleError, MissingDependency, MissingDevice
+from repmlp_deploy.runtime.tensorrt_log import recording, shared_logger
 
 __all__ = [
     "FLAVOURS",
@@ -137,7 +137,6 @@ class LoadedEngine:
         record: what the manifest says of it.
         inputs: in the manifest's order.
         outputs: in the manifest's order.
-        errors: the last that TensorRT reported.
     """
 
     trt: Any
@@ -146,7 +145,6 @@ class LoadedEngine:
     record: EngineRecord
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    errors: deque[str]
 
     def find_profile(self, batch: int) -> int | None:
         """The profile that serves a batch size, the tightest of several; None for none."""
@@ -159,7 +157,8 @@ class LoadedEngine:
 
     def last_error(self) -> str:
         """What TensorRT said last."""
-        return self.errors[-1] if self.errors else "no message"
+        message: str = shared_logger(self.trt).last_error
+        return message
 
 
 def import_flavour(artifact_format: str) -> Any:
@@ -295,13 +294,12 @@ def load_engine(trt: Any, plan: bytes, record: EngineRecord, manifest: Manifest)
     Raises:
         BundleError: TensorRT refuses it, or it has other inputs, outputs or profiles than the manifest.
     """
-    logger = _shared_logger(trt)
-    logger.errors.clear()
-    runtime = trt.Runtime(logger)
-    engine = runtime.deserialize_cuda_engine(plan)
+    with recording(trt) as said:
+        runtime = trt.Runtime(shared_logger(trt))
+        engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        said = logger.errors[-1] if logger.errors else "no message"
-        raise BundleError(f"{trt.__name__} {trt.__version__} refuses the engine: {said}")
+        message = said.errors[-1].splitlines()[0] if said.errors else "no message"
+        raise BundleError(f"{trt.__name__} {trt.__version__} refuses the engine: {message}")
     found = {name: _mode(trt, engine, name) for name in map(engine.get_tensor_name, range(engine.num_io_tensors))}
     specs = [(spec, True) for spec in _input_specs(manifest)] + [(spec, False) for spec in _output_specs(manifest)]
     if found != {spec.name: is_input for spec, is_input in specs}:
@@ -314,7 +312,7 @@ def load_engine(trt: Any, plan: bytes, record: EngineRecord, manifest: Manifest)
     _check_native_profiles(engine, record)
     inputs = tuple(tensor for tensor in tensors if tensor.is_input)
     outputs = tuple(tensor for tensor in tensors if not tensor.is_input)
-    return LoadedEngine(trt, runtime, engine, record, inputs, outputs, logger.errors)
+    return LoadedEngine(trt, runtime, engine, record, inputs, outputs)
 
 
 def _mode(trt: Any, engine: Any, name: str) -> bool:
@@ -348,25 +346,3 @@ def _check_native_profiles(engine: Any, record: EngineRecord) -> None:
     )
     if engine.num_optimization_profiles != len(record.profiles) or found != record.profiles:
         raise BundleError("the engine's profiles are not those of the manifest: export again")
-
-
-_LOGGERS: dict[str, Any] = {}
-"""Module name to its logger: TensorRT keeps the first that it is given for the whole process."""
-
-
-def _shared_logger(trt: Any) -> Any:
-    """A logger that keeps the last errors instead of printing them."""
-    if isinstance(_LOGGERS.get(trt.__name__), trt.ILogger):
-        return _LOGGERS[trt.__name__]
-
-    class Kept(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: deque[str] = deque(maxlen=16)
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(msg.splitlines()[0] if msg else "")
-
-    _LOGGERS[trt.__name__] = Kept()
-    return _LOGGERS[trt.__name__]

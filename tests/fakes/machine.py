@@ -17,6 +17,7 @@ from fakes.gpu import Gpu
 from fakes.pycuda_driver import make_driver
 from fakes.tensorrt import Plan, make_tensorrt
 from repmlp_deploy.bundle import ArtifactEntry, Bundle
+from repmlp_deploy.runtime import tensorrt_log
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.tensorrt_engine import FLAVOURS
 from repmlp_deploy.runtime.tensorrt_runner import EngineSettings, TensorRTRunner
@@ -62,6 +63,7 @@ class Machine:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> Machine:
         """Put the modules in place."""
         onnx = self.bundle.read(self.bundle.artifact("onnx"))
+        monkeypatch.setattr(tensorrt_log, "_loggers", {})  # the real module's logger is not for the stand-in's
         for name in FORMATS:
             entry = self.bundle.artifact(name)
             profiles = tuple(
