@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import BundleError, InputError, MissingDependency, MissingDevice
+from repmlp_deploy.runtime.onnx_providers import PROVIDERS, open_provider_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 
 try:
@@ -18,8 +19,6 @@ except ImportError:
 
 __all__ = ["OnnxRunner", "open_session"]
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
 
 def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSession, str]:
     """A session on a serialized model, and the device it really runs on.
@@ -28,6 +27,7 @@ def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSes
 
     Raises:
         InputError: there is no such device name.
+        MissingDependency: the device's plugin is not installed.
         MissingDevice: the device is not there.
         BundleError: ONNX Runtime refuses the model.
     """
@@ -40,25 +40,26 @@ def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSes
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
     available = ort.get_available_providers()
-    wanted = options.device or ("cuda" if PROVIDERS["cuda"] in available else "cpu")
-    if PROVIDERS[wanted] not in available:
-        raise MissingDevice(
-            f"ONNX Runtime here has no {PROVIDERS[wanted]}, only {', '.join(available)}: "
-            'pip uninstall onnxruntime && pip install "repmlp-deploy[gpu]"'
-        )
-    providers = [PROVIDERS[wanted]] if wanted == "cpu" else [PROVIDERS[wanted], PROVIDERS["cpu"]]
+    wanted = options.device or ("cuda" if PROVIDERS["cuda"].name in available else "cpu")
+    name = PROVIDERS[wanted].name
     try:
-        session = ort.InferenceSession(model, settings, providers=providers)
+        session = open_provider_session(model, settings, wanted, options.cache)
+    except (MissingDevice, MissingDependency):
+        raise
     except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base
         if "NOT_IMPLEMENTED" in str(error):  # bf16 on the CPU
             raise MissingDevice(
-                f"ONNX Runtime's {providers[0]} cannot compute this graph ({str(error).rpartition(' : ')[2]}): "
+                f"ONNX Runtime's {name} cannot compute this graph ({str(error).rpartition(' : ')[2]}): "
                 "run it on a GPU, or export --format openvino or another --precision"
             ) from None
         raise BundleError(f"ONNX Runtime refuses the model: {str(error).splitlines()[0]}") from None
-    device = wanted if session.get_providers()[0] == PROVIDERS[wanted] else "cpu"
+    device = wanted if session.get_providers()[0] == name else "cpu"
     if options.device is not None and device != options.device:
-        raise MissingDevice(f"ONNX Runtime could not start {PROVIDERS[wanted]}; it offers {session.get_providers()}")
+        raise MissingDevice(
+            f"ONNX Runtime could not start {name}, only {', '.join(session.get_providers())}: "
+            "the driver, CUDA or cuDNN it needs is missing or of another version"
+        )
+    session.disable_fallback()  # or a failure on the device would end on the CPU, unseen
     return session, device
 
 
