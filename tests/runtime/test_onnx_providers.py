@@ -139,9 +139,7 @@ def test_a_plugin_that_cannot_be_loaded_names_what_it_lacks(
     runtime: Runtime, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_name: str, _path: str) -> None:
-        raise RuntimeError(
-            "[ONNXRuntimeError] : 1 : FAIL : Failed to load x.so with error: libcudart.so.12: none"
-        )
+        raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : Failed to load x.so with error: libcudart.so.12: none")
 
     monkeypatch.setattr(onnxruntime, "register_execution_provider_library", fail)
     with pytest.raises(MissingDevice, match=r"cannot load Nv\w+: libcudart.so.12: none: install the NVIDIA driver"):

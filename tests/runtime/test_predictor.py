@@ -195,5 +195,5 @@ def test_a_bundle_that_nothing_can_run_says_what_to_export(bundle_folder: Path) 
     data = json.loads((bundle_folder / MANIFEST).read_text())
     data["artifacts"] = {"torch": data["artifacts"]["torch"]}
     (bundle_folder / MANIFEST).write_text(json.dumps(data))
-    with pytest.raises(InputError, match="holds torch; Predictor runs .*onnx"):
+    with pytest.raises(InputError, match=r"holds torch; Predictor runs .*onnx"):
         Predictor(bundle_folder)
