@@ -57,8 +57,8 @@ class TensorRTRunner:
 
     Args:
         bundle: on disk.
-        options: `cache` is the folder of TensorRT-RTX's runtime cache, by default the bundle's own; `threads` has no
-            meaning here.
+        options: `cache` is the folder of TensorRT-RTX's runtime cache, by default the one that the bundle lies in;
+            `threads` has no meaning here.
         artifact_format: `trt` or `trt-rtx`.
         settings: how the engine is run.
 
