@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := export,cpu,openvino,rtx,bench,dev
 
-.PHONY: venv demo test check clean
+.PHONY: venv demo test test-gpu check clean
 
 venv: $(VENV)/.installed
 
@@ -13,11 +13,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: venv
-	$(BIN)/python export.py --ckpt models/weights/repmlp-digits.safetensors --format onnx,trt-rtx --out artifacts/repmlp-digits-fp32
+	$(BIN)/python export.py --ckpt models/weights/repmlp-digits.safetensors --format onnx,openvino,trt-rtx --out artifacts/repmlp-digits-fp32
 	$(BIN)/repmlp-predict artifacts/repmlp-digits-fp32 models/samples/digits/*.png
 
 test: venv
 	$(BIN)/python -m pytest
+
+test-gpu: venv
+	$(BIN)/python -m pytest -m gpu
 
 check: venv
 	$(BIN)/ruff format --check .
@@ -25,6 +28,7 @@ check: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/models_table.py --check
+	$(BIN)/python tools/gpu_roofline.py --check
 
 clean:
 	rm -rf $(VENV) artifacts dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

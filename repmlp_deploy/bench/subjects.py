@@ -95,7 +95,7 @@ class Subject:
 
 _TORCH = "repmlp_deploy.bench.torch_subject:open_network"
 _BUNDLE = "repmlp_deploy.bench.bundle_subject:open_bundle"
-_OPENVINO = "repmlp_deploy.bench.openvino_subject:open_graph"
+_OPENVINO = "repmlp_deploy.bench.openvino_subject:open_ir"
 
 SUBJECTS: dict[str, Subject] = {
     "torch-trained": Subject(
@@ -127,8 +127,8 @@ SUBJECTS: dict[str, Subject] = {
         profiles=True,
     ),
     "openvino": Subject(
-        "folded fp32 ONNX graph compiled by OpenVINO with an explicit precision hint",
-        *("folded", "onnx", ("fp32", "bf16"), _OPENVINO, "openvino", "openvino"),
+        "folded graph as OpenVINO IR, OpenVINO",
+        *("folded", "openvino", ("fp32", "fp16", "bf16", "int8"), _OPENVINO, "openvino", "openvino"),
         profiles=True,
     ),
     "trt": Subject(

@@ -29,6 +29,8 @@ __all__ = ["Target", "Unavailable", "counts_key", "find_targets"]
 
 Show = Callable[[str], None]
 
+CALIBRATION_SAMPLES, CALIBRATION_SEED = 32, 7
+
 
 class Unavailable(Exception):  # noqa: N818 - an outcome that becomes a row's reason
     """What a row needs cannot be made here; the message is the reason."""
@@ -75,9 +77,7 @@ class Target:
             if self.checkpoint is None:
                 raise Unavailable("a bundle holds no trained network: pass --ckpt")
             return job.model_copy(update={"checkpoint": str(self.checkpoint)})
-        # OpenVINO compiles the fp32 graph itself; every other artifact has its precision built in
-        stored = "fp32" if format_name == "openvino" else precision
-        bundle = self._bundle(subject.needs, subject.graph, stored, show)
+        bundle = self._bundle(subject.needs, subject.graph, precision, show)
         return job.model_copy(update={"bundle": str(bundle.folder)})
 
     def probe(self) -> Path:
@@ -149,6 +149,11 @@ class Target:
             raise Unavailable(f"this version exports no {artifact}")
         if self.checkpoint is None:
             raise AssertionError("a target has a checkpoint or a bundle")
+        calibration = None
+        if precision == "int8":
+            calibration = {"images": probe_inputs(self.shape, CALIBRATION_SAMPLES, CALIBRATION_SEED)}
+            note = f"{self.name}: int8 is calibrated with {CALIBRATION_SAMPLES} seeded inputs, not with images"
+            self.notes += [] if note in self.notes else [note]
         return export(
             self.checkpoint,
             card=self.card,
@@ -156,6 +161,7 @@ class Target:
             graph=graph,
             precision=precision,
             batch=self.batches,
+            calibration=calibration,
             out=self.folder / f"{artifact}-{graph}-{precision}",
             progress=lambda step: show(f"{self.name}: exporting the {graph} graph: {step}"),
         )
@@ -164,7 +170,7 @@ class Target:
 def counts_key(format_name: str) -> str:
     """Which of a target's counts a format computes."""
     subject = SUBJECTS[format_name]
-    return subject.graph if subject.needs == "checkpoint" else f"{subject.graph} ONNX"
+    return subject.graph if subject.needs in ("checkpoint", "openvino") else f"{subject.graph} ONNX"
 
 
 def find_targets(settings: Settings, folder: Path) -> list[Target]:

@@ -47,7 +47,7 @@ def export_command(  # noqa: PLR0913 - one an option
         str | None, typer.Option(metavar="HxW", help="Input size, where keys and shapes cannot tell it.")
     ] = None,
     formats: Annotated[
-        str, typer.Option("--format", help="Comma-separated: onnx, trt, trt-rtx, torch, checkpoint.")
+        str, typer.Option("--format", help="Comma-separated: onnx, openvino, trt, trt-rtx, torch, checkpoint.")
     ] = "onnx",
     graph: Annotated[str, typer.Option(help="folded, or merged for what upstream's own merge leaves.")] = "folded",
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16 or int8.")] = "fp32",
@@ -165,7 +165,15 @@ def print_report(bundle: Bundle) -> None:
     print_table(
         "artifacts",
         ("format", "file", "precision", "MB"),
-        [(name, entry.path, entry.precision, f"{entry.bytes / 1e6:.1f}") for name, entry in manifest.artifacts.items()],
+        [
+            (
+                name,
+                ", ".join(file.path for file in (entry, *entry.companions)),
+                entry.precision,
+                f"{sum(file.bytes for file in (entry, *entry.companions)) / 1e6:.1f}",
+            )
+            for name, entry in manifest.artifacts.items()
+        ],
         left=3,
     )
     print_engines(bundle)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from repmlp_deploy.cli.console import print_json, print_table, run_command, typer
+from repmlp_deploy.cli.console import one_line, print_json, print_table, run_command, typer
 from repmlp_deploy.errors import InputError, OutputError
 from repmlp_deploy.runtime.predictor import Predictor
 
@@ -25,6 +26,9 @@ def predict_command(  # noqa: PLR0913 - one an option
     artifact: Annotated[str | None, typer.Option("--format", help="Artifact; default: the best here.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep what the runtime compiles there, for a quick next start.")
+    ] = None,
     top: Annotated[int, typer.Option(help="Classes to show.")] = 1,
     out: Annotated[Path | None, typer.Option(help="segment: folder for NAME-mask.png and NAME-overlay.png.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Run the probe first; exit 3 if it fails.")] = False,
@@ -34,7 +38,9 @@ def predict_command(  # noqa: PLR0913 - one an option
     """Say what an exported bundle makes of images: classes, masks or embeddings."""
     if top < 1:
         raise InputError(f"--top is {top}; it must be at least 1")
-    with Predictor(bundle, format=artifact, device=device, threads=threads) as predictor:
+    with Predictor(bundle, format=artifact, device=device, threads=threads, cache=cache) as predictor:
+        for name, why in predictor.details.get("passed_over", {}).items():
+            sys.stderr.write(f"note: the {name} artifact was passed over: {one_line(why)}\n")
         if check:
             predictor.self_check()
         show = _SHOWN[predictor.manifest.task]

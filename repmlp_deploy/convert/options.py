@@ -22,7 +22,7 @@ __all__ = [
     "whole_range",
 ]
 
-FORMATS = ("onnx", "trt", "trt-rtx", "torch", "checkpoint")
+FORMATS = ("onnx", "openvino", "trt", "trt-rtx", "torch", "checkpoint")
 ALIASES = {"tensorrt": "trt", "engine": "trt"}
 GRAPHS = ("folded", "merged")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,12 @@ class _Request:
 
     @property
     def needs_onnx(self) -> bool:
-        return bool(set(self.formats) & {"onnx", *FLAVOURS})
+        return bool(set(self.formats) & {"onnx", "openvino", *FLAVOURS})
+
+    @property
+    def needs_lowering(self) -> bool:
+        """Whether the ONNX graph itself is wanted in the precision."""
+        return self.precision != "fp32" and bool(set(self.formats) & {"onnx", *FLAVOURS})
 
     @property
     def quick(self) -> bool:
@@ -246,6 +252,8 @@ class _Request:
         for name in self.formats:
             if name in FLAVOURS:
                 check_options(name, self.engine)
+        if "openvino" in self.formats:
+            _openvino().check_precision(self.precision, self.keep_fp32)
 
 
 def _reparameterize(
@@ -310,8 +318,10 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
             model, data = _simplified(model, certifier)
         except SimplificationFailed as error:
             made.notes.append(f"not simplified: {error}")
+    if "openvino" in request.formats:
+        _make_openvino(data, trained, request, samples, certifier, made, clock)
     about: dict[str, Any] = {}
-    if request.precision != "fp32":
+    if request.needs_lowering:
         model, data, about = _lowered(model, data, request, samples, certifier, clock)
     about |= {"opset": model.opset_import[0].version, "nodes": len(model.graph.node)}
     del model
@@ -324,6 +334,42 @@ def _make_onnx(  # noqa: PLR0913 - the values that meet here
             engine = build_engine(name, data, spec, request.engine)
         made.add(name, f"model.{name}.engine", engine.plan, engine.details)
         made.notes.append(f"the {name} engine was built from the verified graph and has not run here")
+
+
+def _make_openvino(  # noqa: PLR0913 - the values that meet here
+    data: bytes,
+    trained: Trained,
+    request: _Request,
+    samples: Calibration | None,
+    certifier: Certifier,
+    made: _Artifacts,
+    clock: _Clock,
+) -> None:
+    """The IR of the float32 graph in the precision, verified as its runner runs it."""
+    interface = find_interface(trained)
+    with clock.step("openvino"):
+        ir = _openvino().build_ir(
+            data,
+            precision=request.precision,
+            batch=request.batch,
+            inputs={key: x.shape[1:] for key, x in zip(interface.inputs, interface.examples, strict=True)},
+            calibration=None if samples is None else samples.feeds(),
+            keep_fp32=request.keep_fp32,
+        )
+    with clock.step("verify openvino"):
+        runner = import_module("repmlp_deploy.runtime.openvino_runner")
+        model = runner.CompiledIR(lambda: (ir.xml, ir.weights), request.precision, RunnerOptions())
+        certifier.require(f"OpenVINO {request.precision}", model.run_all, request.precision)
+    made.add_file("model.bin", ir.weights)
+    about = {**ir.details, "products": model.products(), "companions": (made.files["model.bin"],)}
+    made.add("openvino", "model.xml", ir.xml, about)
+    if request.precision == "fp16":
+        made.notes.append("openvino stores fp16 and computes in float32, which is what CPUs have")
+
+
+def _openvino() -> Any:
+    """The step that needs OpenVINO, which only its format asks for."""
+    return import_module("repmlp_deploy.convert.openvino_ir")
 
 
 def _lowered(  # noqa: PLR0913 - the values that meet here

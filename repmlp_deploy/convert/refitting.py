@@ -123,13 +123,21 @@ def _trained(bundle: Bundle, checkpoint: str | Path, weights: str | None) -> Tra
     height, width = manifest.input.shape[-2:]
     if height is None or width is None:
         raise InputError(f"{manifest.name} has no fixed input size")
-    trained = load_trained(checkpoint, weights=weights, input_size=(height, width))
-    if trained.card.family != manifest.family:
+    try:
+        trained = load_trained(checkpoint, weights=weights, input_size=(height, width))
+    except InputError:  # damaged, or a network whose maps are of another size: then it can be read without one
+        trained = load_trained(checkpoint, weights=weights)
+    theirs, ours = (trained.card.family, trained.card.input_size), (manifest.family, (height, width))
+    if theirs != ours:
         raise CheckpointError(
-            f"{Path(checkpoint).name} is of another architecture: a {trained.card.family}; "
-            f"{manifest.name} is a {manifest.family}"
+            f"{Path(checkpoint).name} is of another architecture: {_named(*theirs)}, not {_named(*ours)}"
         )
     return trained
+
+
+def _named(family: str, size: tuple[int, int]) -> str:
+    """`repmlpnet of 224x224`."""
+    return f"{family} of {size[0]}x{size[1]}"
 
 
 def _traced_form(trained: Trained, certifier: Certifier) -> nn.Module:

@@ -21,7 +21,7 @@ try:
 except ImportError:
     raise MissingDependency("onnxruntime", "cpu") from None
 
-__all__ = ["PROVIDERS", "Provider", "open_provider_session"]
+__all__ = ["COMPILING", "PROVIDERS", "Provider", "open_provider_session"]
 
 
 def _no_options(_cache: Path | None) -> dict[str, str]:
@@ -73,6 +73,9 @@ PROVIDERS = {
     ),
 }
 """Device name to execution provider."""
+
+COMPILING = ("tensorrt", "rtx")
+"""Those that compile nodes: ONNX Runtime cannot write a graph that has any, and they have caches of their own."""
 
 
 def open_provider_session(

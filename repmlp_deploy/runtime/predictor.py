@@ -48,6 +48,9 @@ class Predictor:
         format: which artifact; by default the first that can be run here.
         device: `cpu` or `cuda`; by default the best that is there. One that was asked for is had or refused.
         threads: of one inference; by default the runtime's choice.
+        cache: folder for what the runtime compiles or optimises, where that makes the next start quicker: OpenVINO's
+            compiled models, ONNX Runtime's int8 graphs. It must belong to whoever runs the service, since what is in it
+            runs as it is. By default nothing is kept.
         array_order: channel order of image arrays, `RGB` or `BGR`.
 
     Raises:
@@ -55,15 +58,17 @@ class Predictor:
         InputError: the network has several inputs or outputs.
         MissingDependency: the artifact's runtime is not installed.
         MissingDevice: the device is not there.
+        OutputError: the cache cannot be written.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one a way of running it
         self,
         bundle: str | Path | Bundle,
         *,
         format: str | None = None,  # noqa: A002 - the word of the command line
         device: str | None = None,
         threads: int | None = None,
+        cache: str | Path | None = None,
         array_order: str = "RGB",
     ) -> None:
         if array_order not in ("RGB", "BGR"):
@@ -73,7 +78,8 @@ class Predictor:
         self._task = find_task(self.manifest.task)
         _require_single(self.manifest)
         self._array_order = array_order
-        self._runner = open_runner(self.bundle, format, RunnerOptions(device, threads))
+        options = RunnerOptions(device, threads, cache=None if cache is None else Path(cache))
+        self._runner = open_runner(self.bundle, format, options)
 
     @property
     def format(self) -> str:
@@ -92,7 +98,7 @@ class Predictor:
 
     @property
     def details(self) -> dict[str, Any]:
-        """What the runtime says of itself: version, providers, threads."""
+        """What the runtime says of itself: version, threads; and, `passed_over`, which artifacts cannot run here."""
         return dict(self._runner.details)
 
     @overload

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import Bundle
-from repmlp_deploy.errors import InputError
+from repmlp_deploy.errors import InputError, MissingDependency, MissingDevice
 
-__all__ = ["RUNNERS", "Runner", "RunnerOptions", "open_runner"]
+__all__ = ["DEVICES", "RUNNERS", "Runner", "RunnerOptions", "open_runner"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Runner(Protocol):
 
 
 RUNNERS = {
+    "openvino": "repmlp_deploy.runtime.openvino_runner:OpenVinoRunner",
     "onnx": "repmlp_deploy.runtime.onnx_runner:OnnxRunner",
     # behind: an engine has not run where it was built, so it is taken when it is named or there is nothing else
     "trt": "repmlp_deploy.runtime.tensorrt_runner:open_trt_runner",
@@ -60,20 +61,49 @@ RUNNERS = {
 }
 """Artifact format to the class or function that opens its runner, the preferred one first."""
 
+DEVICES = {
+    "openvino": ("cpu",),
+    "onnx": ("cpu", "cuda", "tensorrt", "rtx"),
+    "trt": ("cuda",),
+    "trt-rtx": ("cuda",),
+}
+"""Artifact format to the devices its runner knows."""
+
 
 def open_runner(bundle: Bundle, artifact_format: str | None, options: RunnerOptions) -> Runner:
-    """The runner of one artifact, by default of the first in `RUNNERS` that the bundle has.
+    """The runner of one artifact, by default of the first in `RUNNERS` that the bundle has and this machine can run.
+
+    Where none was asked for, the runner's `details["passed_over"]` tells those before it that cannot run here, and why.
 
     Raises:
-        InputError: the bundle has nothing that can be run.
+        InputError: the bundle has nothing that can be run, or nothing that runs on the device.
         MissingDependency: the runtime is not installed.
+        MissingDevice: the device, or what the precision needs of it, is not there.
     """
-    if artifact_format is None:
-        runnable = [name for name in RUNNERS if name in bundle.manifest.artifacts]
-        if not runnable:
-            have, can = ", ".join(bundle.manifest.artifacts), ", ".join(RUNNERS)
-            raise InputError(f"{bundle.manifest.name} holds {have}; Predictor runs {can}: export one of these too")
-        artifact_format = runnable[0]
+    if artifact_format is not None:
+        return _open(bundle, artifact_format, options)
+    runnable = [name for name in RUNNERS if name in bundle.manifest.artifacts]
+    if not runnable:
+        have, can = ", ".join(bundle.manifest.artifacts), ", ".join(RUNNERS)
+        raise InputError(f"{bundle.manifest.name} holds {have}; Predictor runs {can}: export one of these too")
+    fitting = [name for name in runnable if options.device is None or options.device in DEVICES[name]]
+    if not fitting:
+        known = dict.fromkeys(device for name in runnable for device in DEVICES[name])
+        raise InputError(f"device is {options.device!r}; expected one of {', '.join(known)}")
+    errors: dict[str, MissingDependency | MissingDevice] = {}
+    for name in fitting:
+        try:
+            runner = _open(bundle, name, options)
+        except (MissingDependency, MissingDevice) as error:
+            errors[name] = error
+            continue
+        if errors:
+            runner.details["passed_over"] = {failed: str(error) for failed, error in errors.items()}
+        return runner
+    raise next(iter(errors.values()))
+
+
+def _open(bundle: Bundle, artifact_format: str, options: RunnerOptions) -> Runner:
     bundle.artifact(artifact_format)
     if artifact_format not in RUNNERS:
         raise InputError(f"Predictor cannot run {artifact_format}; it runs {', '.join(RUNNERS)}")

@@ -71,7 +71,8 @@ def test_fp32_rows_are_measured_and_proved_equal(report):
 def test_providers_and_devices_are_the_runtimes_own_words(report):
     proofs = {row.name: row.proof for row in report.rows}
     assert proofs["onnx fp32"]["providers"] == ["CPUExecutionProvider"]
-    assert proofs["openvino fp32"]["device"] == "CPU"
+    assert proofs["openvino fp32"]["device"] == "cpu"
+    assert proofs["openvino fp32"]["inference_precision"] == "f32"
     assert set(proofs["openvino fp32"]["products"]) == {"f32"}
 
 

@@ -22,6 +22,7 @@ from repmlp_deploy.convert.named_weights import named_weights, with_named_weight
 from repmlp_deploy.convert.precision import product_tensors, set_precision
 from repmlp_deploy.convert.refitting import refit_bundle
 from repmlp_deploy.errors import BuildError, CheckpointError, InputError, MissingDevice
+from task_cases import save_network, small_network
 
 FAST = ("repmlpnet", "mobilefacenet")  # the second has PReLUs, whose slopes lose their name
 
@@ -142,6 +143,25 @@ def test_a_checkpoint_of_another_architecture_is_refused_and_nothing_is_written(
     with pytest.raises(CheckpointError, match=r"seven.pth is of another architecture: head.weight has shape \(7, 96\)"):
         refit_bundle(source, tmp_path / "seven.pth")
     assert (source / MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "said"),
+    [
+        ("repmlpnet", (64, 64), "repmlpnet of 64x64, not repmlpnet of 32x32"),
+        ("mobilefacenet", (32, 32), "mobilefacenet of 32x32, not repmlpnet of 32x32"),
+    ],
+)
+def test_a_checkpoint_of_another_family_or_size_is_told_by_its_name(
+    bundle_folder: Path, tmp_path: Path, family: str, size: tuple[int, int], said: str
+) -> None:
+    source = with_artifacts(bundle_folder, "onnx")
+    path = save_network(small_network(family, input_size=size), tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=rf"^other\.pth is of another architecture: {said}$"):
+        refit_bundle(source, path)
+    (tmp_path / "none.txt").write_text("no checkpoint")
+    with pytest.raises(CheckpointError, match=r"none\.txt"):
+        refit_bundle(source, tmp_path / "none.txt")
 
 
 def test_what_cannot_be_refitted_is_refused_before_anything_is_read(bundle_folder: Path, tmp_path: Path) -> None:

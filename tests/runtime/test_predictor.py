@@ -168,7 +168,7 @@ def test_a_changed_artifact_is_not_run(bundle_folder: Path) -> None:
 def test_formats_and_devices_are_had_or_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BundleError, match="has no openvino artifact; it has"):
         Predictor(bundle, format="openvino")
-    with pytest.raises(InputError, match="cannot run torch; it runs onnx"):
+    with pytest.raises(InputError, match="cannot run torch; it runs openvino, onnx"):
         Predictor(bundle, format="torch")
     with pytest.raises(InputError, match="device is 'tpu'; expected one of cpu, cuda"):
         Predictor(bundle, device="tpu")

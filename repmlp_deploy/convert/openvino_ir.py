@@ -1,0 +1,314 @@
+"""OpenVINO IR from a verified ONNX graph: fp32, fp16, bf16, and int8 through NNCF.
+
+Products are convolutions and matrix products with constant weights; they hold nearly all of a network's bytes and
+arithmetic, and a precision is one of theirs:
+
+| precision | weights of products | what the CPU plugin computes them in |
+|---|---|---|
+| fp32 | float32 | float32 |
+| fp16 | float16 | float32: the file is half as large, the speed the same |
+| bf16 | bfloat16 | bfloat16, asked for by the runner: the plugin rounds weights to it in any case |
+| int8 | int8, symmetric, a scale an output channel | uint8 × int8 into int32; what lies between in float32 |
+
+**Convolutions on single points.** A 1×1 convolution on a 1×1 map is a product over channels. With a symbolic batch
+OpenVINO 2026.4 gives wrong results for it at batch 1 where it fuses an activation and a channel-wise product into it
+and computes in bfloat16 or int8, by up to half of the value: the gates of the global perceptron. As MatMul it is right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmlp_deploy.bundle import BatchRange
+from repmlp_deploy.errors import BuildError, InputError, MissingDependency
+
+try:
+    import openvino as ov
+    from openvino import opset15 as ops
+except ImportError:
+    raise MissingDependency("openvino", "openvino") from None
+
+__all__ = ["IR", "build_ir", "check_precision"]
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+
+_STORED = {"fp16": ov.Type.f16, "bf16": ov.Type.bf16}
+_PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
+_SUFFIX = "/WithoutBiases"  # which the ONNX reader adds to a product whose bias it splits off
+
+
+@dataclass(frozen=True)
+class IR:
+    """An OpenVINO model.
+
+    Attributes:
+        xml: the topology.
+        weights: its constants, what a `.bin` file holds.
+        details: version, what is stored and computed in what, and why.
+    """
+
+    xml: bytes
+    weights: bytes
+    details: dict[str, Any]
+
+
+def check_precision(precision: str, keep_fp32: Sequence[str] = ()) -> None:
+    """Raise, before minutes are spent, unless an IR of this precision can be made here.
+
+    Raises:
+        InputError: there is no such precision, or nothing can be kept out of it.
+        MissingDependency: int8 needs nncf.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"openvino has no precision {precision}; it has {', '.join(PRECISIONS)}")
+    if precision == "bf16" and keep_fp32:
+        raise InputError("openvino computes a whole model in bf16 or none of it: use --keep-fp32 with fp16 or int8")
+    if precision == "int8":
+        _import_nncf()
+
+
+def build_ir(  # noqa: PLR0913 - the graph, and all that decides what becomes of it
+    graph: bytes,
+    *,
+    precision: str,
+    batch: BatchRange,
+    inputs: Mapping[str, Sequence[int]],
+    calibration: Sequence[Mapping[str, NDArray[Any]]] | None = None,
+    keep_fp32: Sequence[str] = (),
+) -> IR:
+    """The IR of a serialized fp32 ONNX graph.
+
+    Args:
+        graph: the model, weights inside.
+        precision: of `PRECISIONS`.
+        batch: sizes to serve; a range stays symbolic.
+        inputs: name of every input to its shape without the batch, (C, H, W).
+        calibration: for int8, feeds of batch 1: name of every input to its array (1, C, H, W).
+        keep_fp32: patterns as in a shell, of node names or of module names such as `stages.0.*`, that stay in float32.
+
+    Raises:
+        InputError: the precision cannot be had, calibration is missing, or a pattern matches nothing.
+        BuildError: OpenVINO or NNCF refuses the graph.
+        MissingDependency: int8 needs nncf.
+    """
+    check_precision(precision, keep_fp32)
+    model = _read(graph)
+    n = batch.min if batch.min == batch.max else -1
+    model.reshape({name: [n, *shape] for name, shape in inputs.items()})
+    if n < 0:
+        _turn_point_convolutions(model)
+    kept = _kept_nodes(model, keep_fp32)
+    details: dict[str, Any] = {"version": ov.__version__}
+    if precision == "int8":
+        if not calibration:
+            raise InputError("int8 needs calibration inputs: pass --calibration DIR or FILE.npz")
+        model = _quantized(model, calibration, kept)
+        details |= {"nncf": _import_nncf().__version__, "calibration_samples": len(calibration)}
+    elif precision in _STORED:
+        kept |= _store_weights(model, _STORED[precision], kept)
+    return IR(*_serialized(model), details | _report(model, kept))
+
+
+def _read(graph: bytes) -> Any:
+    try:
+        return ov.Core().read_model(graph)
+    except RuntimeError as error:
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise BuildError(f"OpenVINO cannot read the graph: {said[-1]}") from None
+
+
+def _products(model: Any) -> list[Any]:
+    return [op for op in model.get_ordered_ops() if op.get_type_name() in _PRODUCTS]
+
+
+def _name(product: Any) -> str:
+    """A product's name in the ONNX graph."""
+    return str(product.get_friendly_name()).removesuffix(_SUFFIX)
+
+
+def _weights(product: Any) -> Any:
+    """The Constant that a product multiplies by, behind what decompresses or dequantizes it; None without one."""
+    node = product.input_value(1).get_node()
+    while node.get_type_name() in ("Convert", "Multiply", "Subtract", "Reshape", "FakeQuantize"):
+        node = node.input_value(0).get_node()
+    return node if node.get_type_name() == "Constant" else None
+
+
+def _turn_point_convolutions(model: Any) -> None:
+    """Make every 1×1 convolution on a 1×1 map a MatMul: (N, C, 1, 1) -> (N, C) -> (N, O) -> (N, O, 1, 1)."""
+    for op in model.get_ordered_ops():
+        weights = _weights(op) if op.get_type_name() == "Convolution" else None
+        if weights is None or not _is_on_points(op):
+            continue
+        rows, columns = weights.get_output_shape(0)[:2]
+        matrix = ops.constant(weights.data.reshape(rows, columns))
+        matrix.set_friendly_name(weights.get_friendly_name())
+        flat = ops.reshape(op.input_value(0), ops.constant([-1, columns], ov.Type.i64), special_zero=False)
+        product = ops.matmul(flat, matrix, transpose_a=False, transpose_b=True)
+        product.set_friendly_name(op.get_friendly_name())
+        point = ops.reshape(product, ops.constant([-1, rows, 1, 1], ov.Type.i64), special_zero=False)
+        for reader in list(op.output(0).get_target_inputs()):
+            reader.replace_source_output(point.output(0))
+
+
+def _is_on_points(convolution: Any) -> bool:
+    """Whether input, kernel and output are 1×1 maps; a 1×1 kernel with padding is not."""
+    ports = (convolution.input(0), convolution.input(1), convolution.output(0))
+    return all(str(edge) == "1" for port in ports for edge in list(port.get_partial_shape())[2:])
+
+
+def _kept_nodes(model: Any, patterns: Sequence[str]) -> dict[str, str]:
+    """Names of the nodes that a pattern keeps, with the pattern.
+
+    Raises:
+        InputError: a pattern matches nothing.
+    """
+    kept: dict[str, str] = {}
+    for pattern in patterns:
+        found = [op for op in model.get_ordered_ops() if any(fnmatchcase(name, pattern) for name in _known_as(op))]
+        if not found:
+            modules = sorted({module for op in _products(model) if (module := _module(op))})
+            raise InputError(f"--keep-fp32 {pattern} matches no node; modules are {', '.join(modules[:4])}, …")
+        kept |= {_name(op): f"--keep-fp32 {pattern}" for op in found}
+    return kept
+
+
+def _known_as(op: Any) -> list[str]:
+    """What a pattern may mean: the node, and its module with everything it is inside of."""
+    parts = _module(op).split(".")
+    return [_name(op), *(".".join(parts[:end]) for end in range(1, len(parts) + 1) if parts[0])]
+
+
+def _module(op: Any) -> str:
+    """The module whose weights a product multiplies by, `stages.0.1.fc3`; empty for what is none."""
+    weights = _weights(op) if op.get_type_name() in _PRODUCTS else None
+    return "" if weights is None else str(weights.get_friendly_name()).removesuffix(".weight")
+
+
+def _store_weights(model: Any, kind: Any, kept: Mapping[str, str]) -> dict[str, str]:
+    """Store products' weights in a smaller type; names of those it cannot hold, with the reason."""
+    beyond: dict[str, str] = {}
+    for op in _products(model):
+        weights = _weights(op)
+        if _name(op) in kept or weights is None or weights.get_element_type() != ov.Type.f32:
+            continue
+        if kind == ov.Type.f16 and np.abs(weights.data).max() > np.finfo(np.float16).max:
+            beyond[_name(op)] = "weights beyond float16's 65504"
+            continue
+        small = ops.constant(_rounded(weights.data, kind))
+        small.set_friendly_name(weights.get_friendly_name())
+        widened = ops.convert(small, "f32")
+        for reader in list(weights.output(0).get_target_inputs()):
+            reader.replace_source_output(widened.output(0))
+    return beyond
+
+
+def _rounded(values: NDArray[np.float32], kind: Any) -> Any:
+    """A tensor of finite values in a half-sized type, each the nearest, ties to even."""
+    tensor = ov.Tensor(kind, ov.Shape(values.shape))  # memory of its own: a constant keeps it, not numpy's
+    if kind == ov.Type.f16:
+        tensor.data[:] = values
+        return tensor
+    # bfloat16 is the upper half of float32; OpenVINO's own conversion of constants does not round to nearest
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    upper = ((bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))) >> 16).astype(np.uint16)
+    tensor.data.view(np.uint16)[:] = upper
+    return tensor
+
+
+def _report(model: Any, kept: Mapping[str, str]) -> dict[str, Any]:
+    """What is stored in what: counts of products whose weights are smaller than float32, and the others by name."""
+    lowered: Counter[str] = Counter()
+    stored: Counter[str] = Counter()
+    left = []
+    for op in _products(model):
+        weights = _weights(op)
+        kind = "none" if weights is None else weights.get_element_type().get_type_name()
+        stored[kind] += 1
+        if kind in ("f32", "none"):
+            reason = kept.get(_name(op), "its weights are no constant" if weights is None else "NNCF left it")
+            left.append({"node": _name(op), "op": op.get_type_name(), "module": _module(op), "reason": reason})
+        else:
+            lowered[op.get_type_name()] += 1
+    about: dict[str, Any] = {"product_weights": dict(stored)}
+    return about | {"lowered": dict(lowered), "kept_fp32": left} if lowered else about
+
+
+def _quantized(model: Any, calibration: Sequence[Mapping[str, NDArray[Any]]], kept: Collection[str]) -> Any:
+    """`model` in int8: weights symmetric a channel, activations asymmetric a tensor, ranges the largest ever seen.
+
+    Symmetric activations were no faster on a CPU and a fifth further from the trained network. NNCF's own choice of
+    ranges, the mean over samples of each one's largest, cuts off what outliers say: up to six times further.
+    """
+    nncf = _import_nncf()
+    ranges = import_module("nncf.quantization.range_estimator").RangeEstimatorParametersSet.MINMAX
+    names = [op.get_friendly_name() for op in model.get_ordered_ops() if _name(op) in kept]
+    with _captured():
+        try:
+            return nncf.quantize(
+                model,
+                nncf.Dataset([dict(feed) for feed in calibration]),
+                preset=nncf.QuantizationPreset.MIXED,
+                target_device=nncf.TargetDevice.CPU,
+                subset_size=len(calibration),
+                ignored_scope=nncf.IgnoredScope(names=names) if names else None,
+                advanced_parameters=nncf.AdvancedQuantizationParameters(activations_range_estimator_params=ranges),
+            )
+        except Exception as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BuildError(f"NNCF cannot quantize the graph: {said}; run again with --debug") from error
+
+
+def _import_nncf() -> Any:
+    """NNCF, imported on demand for its second and a half, with its telemetry off."""
+    before = os.environ.get("NNCF_CI")
+    os.environ["NNCF_CI"] = "1"  # read once, at import
+    try:
+        with _captured():
+            import nncf  # noqa: PLC0415 - int8 alone needs it
+    except ImportError:
+        raise MissingDependency("nncf", "openvino") from None
+    finally:
+        if before is None:
+            del os.environ["NNCF_CI"]
+        else:
+            os.environ["NNCF_CI"] = before
+    return nncf
+
+
+def _serialized(model: Any) -> tuple[bytes, bytes]:
+    """The content of the two files of an IR, which OpenVINO writes to a folder only."""
+    with tempfile.TemporaryDirectory(prefix="repmlp-openvino-") as folder:
+        path = Path(folder, "model.xml")
+        ov.save_model(model, path, compress_to_fp16=False)
+        return path.read_bytes(), path.with_suffix(".bin").read_bytes()
+
+
+@contextlib.contextmanager
+def _captured() -> Iterator[None]:
+    """What NNCF prints, warns and logs inside is kept from the terminal."""
+    text = io.StringIO()
+    logger = logging.getLogger("nncf")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before

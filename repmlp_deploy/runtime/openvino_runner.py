@@ -1,0 +1,228 @@
+"""OpenVINO: a model compiled for the CPU in the precision its artifact records, with a pool of infer requests.
+
+OpenVINO takes bfloat16 by itself wherever the CPU has it, and emulates it slowly where AVX-512 lacks it; so the
+precision is always named, and what the plugin answers is compared with what was asked.
+"""
+
+from __future__ import annotations
+
+import io
+import queue
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmlp_deploy.bundle import Bundle
+from repmlp_deploy.errors import BundleError, InputError, MissingDependency, MissingDevice
+from repmlp_deploy.runtime.cache import Cache, cache_key
+from repmlp_deploy.runtime.runner import RunnerOptions
+
+try:
+    import openvino as ov
+except ImportError:
+    raise MissingDependency("openvino", "openvino") from None
+
+__all__ = ["COMPUTES_IN", "CompiledIR", "OpenVinoRunner", "layer_info"]
+
+COMPUTES_IN = MappingProxyType({"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"})
+"""An artifact's precision to the inference precision asked for: of all products, for int8 of what is not quantized.
+
+fp16 stores half and computes in float32, which is what CPUs have.
+"""
+
+_CAPABILITY = {"bf16": "BF16"}
+_PRODUCTS = ("Convolution", "FullyConnected", "FullyConnectedQuantizedLegacy", "MatMul")
+_REQUESTS = 8  # more callers than these wait: one stream runs one inference at a time, the others only hold memory
+
+
+class OpenVinoRunner:
+    """The bundle's OpenVINO artifact."""
+
+    format = "openvino"
+
+    def __init__(self, bundle: Bundle, options: RunnerOptions) -> None:
+        entry = bundle.artifact(self.format)
+        if len(entry.companions) != 1:
+            raise BundleError(f"{entry.path} comes with {len(entry.companions)} files; expected one, of weights")
+        files = (entry, entry.companions[0])
+        self._model = CompiledIR(
+            lambda: (bundle.read(files[0]), bundle.read(files[1])),
+            entry.precision,
+            options,
+            key=" ".join(file.sha256 for file in files),
+        )
+        self.device = self._model.device
+        self.details: dict[str, Any] = self._model.details
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, C, H, W) float32 -> (N, …) float32."""
+        output: NDArray[np.float32] = self._model.run_all(batch)[0]
+        return output
+
+    def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        """Every output for every input, both in the model's order."""
+        return self._model.run_all(*inputs)
+
+    def products(self) -> dict[str, int]:
+        """How many convolutions and products run in each type."""
+        return self._model.products()
+
+    def close(self) -> None:
+        """Give back the model's memory."""
+        del self._model
+
+
+class CompiledIR:
+    """A model compiled from memory; `run_all` may be called from any number of threads.
+
+    Args:
+        read: gives the IR's topology and its constants; not called where the cache has the compiled model.
+        precision: a key of `COMPUTES_IN`.
+        options: device, threads and cache.
+        key: what tells this model from others in the cache; without one nothing is cached.
+        more: further properties of the plugin.
+
+    Raises:
+        InputError: a device other than the CPU, or no threads.
+        MissingDevice: the CPU lacks the precision.
+        BundleError: OpenVINO refuses the model.
+    """
+
+    device = "cpu"
+
+    def __init__(
+        self,
+        read: Callable[[], tuple[bytes, bytes]],
+        precision: str,
+        options: RunnerOptions,
+        *,
+        key: str = "",
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        core = ov.Core()
+        _check(core, precision, options)
+        settings = {**_settings(precision, options), **more}
+        cache = Cache(options.cache) if options.cache is not None and key else None
+        self.compiled, came = _compile(core, read, settings, cache, key)
+        hint = self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        if hint != settings["INFERENCE_PRECISION_HINT"]:
+            raise MissingDevice(f"OpenVINO was asked for {settings['INFERENCE_PRECISION_HINT']} and answers {hint}")
+        self._inputs = [_edges(port) for port in self.compiled.inputs]
+        self._requests: queue.LifoQueue[Any] = queue.LifoQueue()
+        for _ in range(_REQUESTS):
+            self._requests.put(None)  # made when first needed
+        self.details: dict[str, Any] = {
+            "runtime": f"openvino {ov.__version__}",
+            "processor": core.get_property("CPU", "FULL_DEVICE_NAME"),
+            "inference_precision": hint,
+            "threads": self.compiled.get_property("INFERENCE_NUM_THREADS"),
+            "streams": self.compiled.get_property("NUM_STREAMS"),
+            "compiled": came,
+        }
+
+    def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        """Every output for every input, both in the model's order; inputs are copied, outputs are the caller's.
+
+        Raises:
+            InputError: an input has another shape than the model's; OpenVINO itself answers some of them all the same.
+        """
+        for value, (edges, dtype) in zip(inputs, self._inputs, strict=True):
+            fits = len(value.shape) == len(edges) and all(
+                b in (None, a) for a, b in zip(value.shape, edges, strict=True)
+            )
+            if not fits or value.dtype != dtype:
+                takes = ", ".join("N" if edge is None else str(edge) for edge in edges)
+                raise InputError(f"input is {value.dtype} {value.shape}; the model takes {dtype} ({takes})")
+        with self._request() as request:
+            answers = request.infer(list(inputs), share_inputs=False, share_outputs=False)
+            return [answers[i] for i in range(len(answers))]
+
+    def products(self) -> dict[str, int]:
+        """How many convolutions and products run in each type, as the plugin says of the compiled model."""
+        kinds: dict[str, int] = {}
+        for node in self.compiled.get_runtime_model().get_ordered_ops():
+            if layer_info(node, "layerType") in _PRODUCTS:
+                kind = layer_info(node, "runtimePrecision")
+                kinds[kind] = kinds.get(kind, 0) + 1
+        return dict(sorted(kinds.items()))
+
+    @contextmanager
+    def _request(self) -> Iterator[Any]:
+        """An infer request for this caller alone."""
+        request = self._requests.get()
+        try:
+            request = self.compiled.create_infer_request() if request is None else request
+            yield request
+        finally:
+            self._requests.put(request)
+
+
+def layer_info(node: Any, key: str) -> str:
+    """What a node of a compiled model says of itself under `key`; empty where it says nothing."""
+    info = node.get_rt_info()
+    return str(info[key].astype(str)) if key in info else ""
+
+
+def _edges(port: Any) -> tuple[list[int | None], Any]:
+    """The shape and type of an input; None for an edge that is symbolic."""
+    edges = [edge.get_length() if edge.is_static else None for edge in port.get_partial_shape()]
+    return edges, np.dtype(port.get_element_type().to_dtype())
+
+
+def _check(core: Any, precision: str, options: RunnerOptions) -> None:
+    """Raise unless this machine can run the precision as asked for."""
+    if options.device not in (None, "cpu"):
+        raise InputError(f"device is {options.device!r}; the openvino artifact runs on cpu")
+    if options.threads is not None and options.threads < 1:
+        raise InputError(f"threads is {options.threads}; it must be at least 1")
+    if precision not in COMPUTES_IN:
+        raise BundleError(f"the openvino artifact is {precision}; this version runs {', '.join(COMPUTES_IN)}")
+    able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if _CAPABILITY.get(precision, "FP32") not in able:
+        raise MissingDevice(
+            f"this CPU has no {precision} instructions (OpenVINO names {', '.join(able)}): export fp32 or int8 for it"
+        )
+
+
+def _settings(precision: str, options: RunnerOptions) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": COMPUTES_IN[precision],
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+    }
+    if options.threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = options.threads
+    return settings
+
+
+def _compile(
+    core: Any, read: Callable[[], tuple[bytes, bytes]], settings: dict[str, Any], cache: Cache | None, key: str
+) -> tuple[Any, str]:
+    """The compiled model, and where it came from."""
+    if cache is not None:
+        machine = (core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"))
+        key = cache_key("openvino", ov.get_version(), key, sorted(settings.items()), *machine)
+        blob = cache.load(key)
+        if blob is not None:
+            try:
+                return core.import_model(blob, "CPU", settings), "from the cache"
+            except RuntimeError:  # whole, and yet not what this version reads: made again below
+                pass
+    try:
+        compiled = core.compile_model(core.read_model(*read()), "CPU", settings)
+    except RuntimeError as error:
+        raise BundleError(f"OpenVINO refuses the model: {_last_line(error)}") from None
+    if cache is None:
+        return compiled, "here"
+    exported = compiled.export_model()
+    cache.store(key, exported.getvalue() if isinstance(exported, io.BytesIO) else bytes(exported))
+    return compiled, "here, and cached"
+
+
+def _last_line(error: Exception) -> str:
+    """What OpenVINO has to say, behind the source lines it came through."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
