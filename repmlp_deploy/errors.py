@@ -9,6 +9,7 @@ RepMLPError
 ├── VerificationError        3   an output strays from the trained network's; nothing is written
 ├── MissingDependency        4   a package is not installed; the message names the exact remedy
 ├── MissingDevice            4   a device, driver or provider is not there
+├── DeviceError              4   a device is there, and a call to it failed
 ├── BuildError               4   a vendor's builder refused a graph that had been verified
 └── OutputError              5   the result could not be written; an earlier one is untouched
 
@@ -22,6 +23,7 @@ __all__ = [
     "BundleError",
     "CardError",
     "CheckpointError",
+    "DeviceError",
     "ImageError",
     "InputError",
     "MissingDependency",
@@ -84,6 +86,12 @@ class MissingDependency(RepMLPError, ImportError):  # noqa: N818 - the contract'
 
 class MissingDevice(RepMLPError):  # noqa: N818 - reads as what it says
     """A device, driver or execution provider that is not there."""
+
+    exit_code = 4
+
+
+class DeviceError(RepMLPError, RuntimeError):
+    """A call to a device that is there, but failed."""
 
     exit_code = 4
 

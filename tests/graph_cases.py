@@ -7,7 +7,6 @@ from functools import cache
 
 import onnx
 import torch
-from task_cases import small_network
 from torch import nn
 
 from golden import fill
@@ -20,6 +19,7 @@ from repmlp_deploy.convert.simplifying import simplify_graph
 from repmlp_deploy.nets.families import FAMILIES
 from repmlp_deploy.nets.pure_mlp import PureMLPSpec
 from repmlp_deploy.nets.repmlp_resnet import RepMLPResNetSpec
+from task_cases import small_network
 
 BATCH = BatchRange(min=1, opt=4, max=8)
 

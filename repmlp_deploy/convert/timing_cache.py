@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from repmlp_deploy.errors import OutputError
+from repmlp_deploy.file_lock import locked
 
 __all__ = ["TimingCache", "default_timing_cache"]
 
@@ -45,7 +45,7 @@ class TimingCache:
         self._cache: Any = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path):
+            with locked(path):
                 pass
         except OSError as error:
             raise OutputError(f"--timing-cache {path}: {error.strerror or error}") from None
@@ -69,7 +69,7 @@ class TimingCache:
         """
         learned = config.get_timing_cache()
         try:
-            with _locked(self.path):
+            with locked(self.path):
                 others = None if self.state.startswith("replaced") else _parsed(config, self._read())
                 if others is not None:
                     learned.combine(others, False)
@@ -93,19 +93,3 @@ def _parsed(config: Any, data: bytes) -> Any:
     with suppress(TypeError, ValueError, RuntimeError):
         return config.create_timing_cache(data)
     return None
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """The file beside `path` that its writers agree on, locked; a process that dies gives it back."""
-    with path.with_name(f"{path.name}.lock").open("a+b") as file:
-        if sys.platform == "win32":
-            import msvcrt  # noqa: PLC0415 - Windows alone has it
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-        else:
-            import fcntl  # noqa: PLC0415 - Windows has none
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import BundleError, InputError, MissingDependency, MissingDevice
 from repmlp_deploy.runtime.cache import Cache, cache_key, describe_processor
+from repmlp_deploy.runtime.onnx_providers import COMPILING, PROVIDERS, open_provider_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 
 try:
@@ -21,8 +22,6 @@ except ImportError:
     raise MissingDependency("onnxruntime", "cpu") from None
 
 __all__ = ["OnnxRunner", "open_cached", "open_session"]
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 CACHED = ("int8",)
 """Precisions whose optimised graph is worth keeping: it starts in 0.6 of the time. In the others most of a start is
@@ -37,6 +36,7 @@ def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSes
 
     Raises:
         InputError: there is no such device name.
+        MissingDependency: the device's plugin is not installed.
         MissingDevice: the device is not there.
         BundleError: ONNX Runtime refuses the model.
     """
@@ -88,29 +88,30 @@ def _providers(device: str | None) -> tuple[str, list[str]]:
     if device is not None and device not in PROVIDERS:
         raise InputError(f"device is {device!r}; expected one of {', '.join(PROVIDERS)}")
     available = ort.get_available_providers()
-    wanted = device or ("cuda" if PROVIDERS["cuda"] in available else "cpu")
-    if PROVIDERS[wanted] not in available:
-        raise MissingDevice(
-            f"ONNX Runtime here has no {PROVIDERS[wanted]}, only {', '.join(available)}: "
-            'pip uninstall onnxruntime && pip install "repmlp-deploy[gpu]"'
-        )
-    return wanted, [PROVIDERS[wanted]] if wanted == "cpu" else [PROVIDERS[wanted], PROVIDERS["cpu"]]
+    wanted = device or ("cuda" if PROVIDERS["cuda"].name in available else "cpu")
+    return wanted, [PROVIDERS[wanted].name, *PROVIDERS[wanted].behind]
 
 
 def _start(model: bytes, settings: ort.SessionOptions, options: RunnerOptions) -> tuple[ort.InferenceSession, str]:
-    wanted, providers = _providers(options.device)
+    wanted, (name, *_) = _providers(options.device)
     try:
-        session = ort.InferenceSession(model, settings, providers=providers)
+        session = open_provider_session(model, settings, wanted, options.cache)
+    except (MissingDevice, MissingDependency):
+        raise
     except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base
         if "NOT_IMPLEMENTED" in str(error):  # bf16 on the CPU
             raise MissingDevice(
-                f"ONNX Runtime's {providers[0]} cannot compute this graph ({str(error).rpartition(' : ')[2]}): "
+                f"ONNX Runtime's {name} cannot compute this graph ({str(error).rpartition(' : ')[2]}): "
                 "run it on a GPU, or export --format openvino or another --precision"
             ) from None
         raise BundleError(f"ONNX Runtime refuses the model: {str(error).splitlines()[0]}") from None
-    device = wanted if session.get_providers()[0] == PROVIDERS[wanted] else "cpu"
+    device = wanted if session.get_providers()[0] == name else "cpu"
     if options.device is not None and device != options.device:
-        raise MissingDevice(f"ONNX Runtime could not start {PROVIDERS[wanted]}; it offers {session.get_providers()}")
+        raise MissingDevice(
+            f"ONNX Runtime could not start {name}, only {', '.join(session.get_providers())}: "
+            "the driver, CUDA or cuDNN it needs is missing or of another version"
+        )
+    session.disable_fallback()  # or a failure on the device would end on the CPU, unseen
     return session, device
 
 
@@ -121,7 +122,7 @@ class OnnxRunner:
 
     def __init__(self, bundle: Bundle, options: RunnerOptions) -> None:
         entry = bundle.artifact(self.format)
-        if options.cache is not None and entry.precision in CACHED:
+        if options.cache is not None and entry.precision in CACHED and options.device not in COMPILING:
             cache = Cache(options.cache)
             self._session, self.device, came = open_cached(lambda: bundle.read(entry), options, cache, entry.sha256)
         else:

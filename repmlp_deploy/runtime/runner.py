@@ -55,10 +55,18 @@ class Runner(Protocol):
 RUNNERS = {
     "openvino": "repmlp_deploy.runtime.openvino_runner:OpenVinoRunner",
     "onnx": "repmlp_deploy.runtime.onnx_runner:OnnxRunner",
+    # behind: an engine has not run where it was built, so it is taken when it is named or there is nothing else
+    "trt": "repmlp_deploy.runtime.tensorrt_runner:open_trt_runner",
+    "trt-rtx": "repmlp_deploy.runtime.tensorrt_runner:open_rtx_runner",
 }
-"""Artifact format to the class that runs it, the preferred one first."""
+"""Artifact format to the class or function that opens its runner, the preferred one first."""
 
-DEVICES = {"openvino": ("cpu",), "onnx": ("cpu", "cuda")}
+DEVICES = {
+    "openvino": ("cpu",),
+    "onnx": ("cpu", "cuda", "tensorrt", "rtx"),
+    "trt": ("cuda",),
+    "trt-rtx": ("cuda",),
+}
 """Artifact format to the devices its runner knows."""
 
 
@@ -68,7 +76,7 @@ def open_runner(bundle: Bundle, artifact_format: str | None, options: RunnerOpti
     Where none was asked for, the runner's `details["passed_over"]` tells those before it that cannot run here, and why.
 
     Raises:
-        InputError: the bundle has nothing that can be run.
+        InputError: the bundle has nothing that can be run, or nothing that runs on the device.
         MissingDependency: the runtime is not installed.
         MissingDevice: the device, or what the precision needs of it, is not there.
     """
@@ -79,8 +87,11 @@ def open_runner(bundle: Bundle, artifact_format: str | None, options: RunnerOpti
         have, can = ", ".join(bundle.manifest.artifacts), ", ".join(RUNNERS)
         raise InputError(f"{bundle.manifest.name} holds {have}; Predictor runs {can}: export one of these too")
     fitting = [name for name in runnable if options.device is None or options.device in DEVICES[name]]
+    if not fitting:
+        known = dict.fromkeys(device for name in runnable for device in DEVICES[name])
+        raise InputError(f"device is {options.device!r}; expected one of {', '.join(known)}")
     errors: dict[str, MissingDependency | MissingDevice] = {}
-    for name in fitting or runnable[-1:]:
+    for name in fitting:
         try:
             runner = _open(bundle, name, options)
         except (MissingDependency, MissingDevice) as error:

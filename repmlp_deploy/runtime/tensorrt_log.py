@@ -55,7 +55,7 @@ class Recording:
 
 
 def shared_logger(trt: Any) -> Any:
-    """The one logger of a module; outside a recording only errors are told, on stderr."""
+    """The one logger of a module; outside a recording only errors are told, on stderr. `last_error` is the last one."""
     with _making:
         if trt.__name__ not in _loggers:
             _loggers[trt.__name__] = _make_logger(trt)
@@ -79,8 +79,11 @@ def _make_logger(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.record: Recording | None = None
+            self.last_error = "no message"
 
         def log(self, severity: Any, message: str) -> None:
+            if _LEVELS.get(severity.name, 0) == _LEVELS["ERROR"]:
+                self.last_error = message.splitlines()[0] if message else self.last_error
             if self.record is not None:
                 self.record.take(severity.name, message)
             elif _LEVELS.get(severity.name, 0) == 0:

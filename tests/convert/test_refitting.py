@@ -11,7 +11,6 @@ import pytest
 import tensorrt_rtx
 import torch
 from onnx import numpy_helper
-from task_cases import save_network, small_network
 
 from graph_cases import SMALL, graph_case
 from repmlp_deploy import Bundle, Predictor
@@ -23,6 +22,7 @@ from repmlp_deploy.convert.named_weights import named_weights, with_named_weight
 from repmlp_deploy.convert.precision import product_tensors, set_precision
 from repmlp_deploy.convert.refitting import refit_bundle
 from repmlp_deploy.errors import BuildError, CheckpointError, InputError, MissingDevice
+from task_cases import save_network, small_network
 
 FAST = ("repmlpnet", "mobilefacenet")  # the second has PReLUs, whose slopes lose their name
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from task_cases import save_network, small_network
 
 from repmlp_deploy import Bundle, Predictor, export
 from repmlp_deploy.card import data_root
@@ -14,6 +13,7 @@ from repmlp_deploy.errors import ImageError, InputError, OutputError
 from repmlp_deploy.evaluating.datasets import read_dataset
 from repmlp_deploy.evaluating.evaluation import evaluate, state_key
 from repmlp_deploy.evaluating.tallies import ClassTally, MaskTally, best_threshold, verification
+from task_cases import save_network, small_network
 from train_digits import digit_images, split_indices
 
 DIGITS = data_root() / "weights" / "repmlp-digits.safetensors"

@@ -2,7 +2,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from task_cases import filled, random_inputs, save_network, small_card, small_network
 from torch import nn
 
 from repmlp_deploy import Predictor, export
@@ -12,6 +11,7 @@ from repmlp_deploy.convert.trained import load_trained
 from repmlp_deploy.errors import CardError, CheckpointError, InputError
 from repmlp_deploy.nets.families import build_network
 from repmlp_deploy.nets.repmlpnet import RepMLPNet, RepMLPNetSpec
+from task_cases import filled, random_inputs, save_network, small_card, small_network
 
 FAMILY = "repmlpnet-backbone"
 NAMES = {

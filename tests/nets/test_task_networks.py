@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from task_cases import random_inputs, save_network, small_card, small_network
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,6 +12,7 @@ from repmlp_deploy.convert.trained import load_trained
 from repmlp_deploy.errors import CardError, CheckpointError
 from repmlp_deploy.nets.families import FAMILIES, build_network, card_spec
 from repmlp_deploy.nets.pspnet import PSPHead, PSPNet, _pooled
+from task_cases import random_inputs, save_network, small_card, small_network
 
 FAMILIES_HERE = ("pspnet", "mobilefacenet")
 

@@ -193,7 +193,7 @@ def test_formats_and_devices_are_had_or_refused(bundle: Bundle, monkeypatch: pyt
 
 def test_a_bundle_that_nothing_can_run_says_what_to_export(bundle_folder: Path) -> None:
     data = json.loads((bundle_folder / MANIFEST).read_text())
-    data["artifacts"] = {"trt-rtx": data["artifacts"]["trt-rtx"]}
+    data["artifacts"] = {"torch": data["artifacts"]["torch"]}
     (bundle_folder / MANIFEST).write_text(json.dumps(data))
-    with pytest.raises(InputError, match="holds trt-rtx; Predictor runs openvino, onnx"):
+    with pytest.raises(InputError, match=r"holds torch; Predictor runs .*onnx"):
         Predictor(bundle_folder)

@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from task_cases import filled, save_network, small_card, small_network
 
 from repmlp_deploy import Embedding, Predictor, Segmentation, export
 from repmlp_deploy.card import ModelCard, load_card
@@ -17,6 +16,7 @@ from repmlp_deploy.numerics import compare, require_close
 from repmlp_deploy.runtime.images import preprocess, to_image
 from repmlp_deploy.runtime.tasks import TASKS, embeddings_from_outputs, find_task, masks_from_logits, palette
 from repmlp_deploy.zoo import inference_model
+from task_cases import filled, save_network, small_card, small_network
 
 
 @pytest.fixture(scope="module", params=["pspnet", "mobilefacenet"])
