@@ -14,6 +14,7 @@ _HOMES = {
     "Bundle": "repmlp_deploy.bundle",
     "Embedding": "repmlp_deploy.runtime.tasks",
     "EngineOptions": "repmlp_deploy.convert.engine_options",
+    "EngineSettings": "repmlp_deploy.runtime.runner",
     "ModelCard": "repmlp_deploy.card",
     "Prediction": "repmlp_deploy.runtime.tasks",
     "Predictor": "repmlp_deploy.runtime.predictor",
@@ -32,6 +33,7 @@ __all__ = [
     "Bundle",
     "Embedding",
     "EngineOptions",
+    "EngineSettings",
     "ModelCard",
     "Prediction",
     "Predictor",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from repmlp_deploy.convert.pipeline import export
     from repmlp_deploy.errors import RepMLPError, VerificationError
     from repmlp_deploy.runtime.predictor import Predictor
+    from repmlp_deploy.runtime.runner import EngineSettings
     from repmlp_deploy.runtime.tasks import Embedding, Prediction, Segmentation
     from repmlp_deploy.zoo import get_model, inference_model
 

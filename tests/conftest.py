@@ -11,12 +11,13 @@ from torch import nn
 
 from repmlp_deploy import Bundle, export
 from repmlp_deploy.card import data_root
+from repmlp_deploy.convert.driver import find_gpus
 from repmlp_deploy.nets.repmlpnet import RepMLPNet, RepMLPNetSpec
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that needs a GPU skips with the reason where there is none."""
-    if torch.cuda.is_available():
+    if find_gpus():
         return
     for item in items:
         if item.get_closest_marker("gpu"):

@@ -41,7 +41,7 @@ def eval_command(  # noqa: PLR0913 - one an option
     ckpt: Annotated[
         Path | None, typer.Option(help="The trained checkpoint: score it too, and count agreement with it.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the best here.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images a batch; default: the bundle's best.")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that decode images; default: one a processor.")] = None,

@@ -24,7 +24,7 @@ def predict_command(  # noqa: PLR0913 - one an option
     bundle: Annotated[Path, typer.Argument(help="The folder that repmlp-export wrote.")],
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     artifact: Annotated[str | None, typer.Option("--format", help="Artifact; default: the best here.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the best here.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
     cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep what the runtime compiles there, for a quick next start.")

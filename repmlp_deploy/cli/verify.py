@@ -25,7 +25,7 @@ def main() -> None:
 def verify_command(  # noqa: PLR0913 - one an option
     bundle: Annotated[Path, typer.Argument(help="The folder that repmlp-export wrote.")],
     artifact: Annotated[str | None, typer.Option("--format", help="One artifact; default: all that run here.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the best here.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
     ckpt: Annotated[Path | None, typer.Option(help="The checkpoint that the bundle was made from.")] = None,
     card: Annotated[str | None, typer.Option(help="Its card, where the bundle's name is none in models/.")] = None,

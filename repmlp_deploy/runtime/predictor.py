@@ -14,7 +14,7 @@ from repmlp_deploy.bundle import Bundle, Manifest
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.numerics import Comparison, noise_floor, require_close
 from repmlp_deploy.runtime.images import ImageLike, preprocess, to_image
-from repmlp_deploy.runtime.runner import RunnerOptions, open_runner
+from repmlp_deploy.runtime.runner import EngineSettings, RunnerOptions, open_runner
 from repmlp_deploy.runtime.tasks import (
     Answer,
     Embedding,
@@ -46,11 +46,13 @@ class Predictor:
     Args:
         bundle: the folder that `repmlp-export` wrote.
         format: which artifact; by default the first that can be run here.
-        device: `cpu` or `cuda`; by default the best that is there. One that was asked for is had or refused.
+        device: `cpu` or `cuda`, for ONNX artifacts also `tensorrt` or `rtx`; by default the best that is there. One
+            that was asked for is had or refused.
         threads: of one inference; by default the runtime's choice.
         cache: folder for what the runtime compiles or optimises, where that makes the next start quicker: OpenVINO's
             compiled models, ONNX Runtime's int8 graphs. It must belong to whoever runs the service, since what is in it
-            runs as it is. By default nothing is kept.
+            runs as it is. By default nothing is kept but what TensorRT-RTX compiles, beside the bundle.
+        engine: how a TensorRT engine is run: device memory, GPU, workers, CUDA graphs.
         array_order: channel order of image arrays, `RGB` or `BGR`.
 
     Raises:
@@ -69,6 +71,7 @@ class Predictor:
         device: str | None = None,
         threads: int | None = None,
         cache: str | Path | None = None,
+        engine: EngineSettings | None = None,
         array_order: str = "RGB",
     ) -> None:
         if array_order not in ("RGB", "BGR"):
@@ -78,7 +81,8 @@ class Predictor:
         self._task = find_task(self.manifest.task)
         _require_single(self.manifest)
         self._array_order = array_order
-        options = RunnerOptions(device, threads, cache=None if cache is None else Path(cache))
+        folder = None if cache is None else Path(cache)
+        options = RunnerOptions(device, threads, folder, engine or EngineSettings())
         self._runner = open_runner(self.bundle, format, options)
 
     @property

@@ -14,7 +14,24 @@ from numpy.typing import NDArray
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import InputError, MissingDependency, MissingDevice
 
-__all__ = ["DEVICES", "RUNNERS", "Runner", "RunnerOptions", "open_runner"]
+__all__ = ["DEVICES", "RUNNERS", "EngineSettings", "Runner", "RunnerOptions", "open_runner"]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a TensorRT engine is run.
+
+    Attributes:
+        memory: the device memory back end, `cuda-python` or `pycuda`, an entry of `device_memory.DEVICE_MEMORY`.
+        device: index of the GPU; None for the first, or the one whose context the back end joins.
+        workers: at most so many inferences at a time; each holds buffers and scratch memory for the largest batch.
+        cuda_graphs: whether to use CUDA graphs where the back end and the engine allow it.
+    """
+
+    memory: str = "cuda-python"
+    device: int | None = None
+    workers: int = 2
+    cuda_graphs: bool = True
 
 
 @dataclass(frozen=True)
@@ -22,14 +39,17 @@ class RunnerOptions:
     """How an artifact is to be run.
 
     Attributes:
-        device: `cpu`, `cuda`, or None for the best that is there.
+        device: an entry of `DEVICES`, or None for the best that is there.
         threads: of one inference; None leaves the choice to the runtime.
-        cache: folder for what a runtime compiles or optimises, so that the next start is quick; None keeps nothing.
+        cache: folder for what a runtime compiles or optimises, so that the next start is quick. None keeps nothing, but
+            for TensorRT-RTX's own cache, without which every start compiles for seconds: it lies beside the bundle.
+        engine: for TensorRT engines.
     """
 
     device: str | None = None
     threads: int | None = None
     cache: Path | None = None
+    engine: EngineSettings = EngineSettings()
 
 
 class Runner(Protocol):

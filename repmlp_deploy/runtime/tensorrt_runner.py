@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from numpy.typing import NDArray
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.device_arrays import as_device_array
-from repmlp_deploy.runtime.device_memory import DEVICE_MEMORY, DeviceMemory, open_memory
-from repmlp_deploy.runtime.runner import RunnerOptions
+from repmlp_deploy.runtime.device_memory import DeviceMemory, open_memory
+from repmlp_deploy.runtime.runner import EngineSettings, RunnerOptions
 from repmlp_deploy.runtime.runtime_cache import RuntimeCache
 from repmlp_deploy.runtime.tensorrt_engine import (
     FLAVOURS,
@@ -32,24 +31,7 @@ from repmlp_deploy.runtime.tensorrt_engine import (
 )
 from repmlp_deploy.runtime.tensorrt_worker import Contexts, Input, Worker, batch_buckets
 
-__all__ = ["EngineSettings", "TensorRTRunner", "open_rtx_runner", "open_trt_runner"]
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """How an engine is run.
-
-    Attributes:
-        memory: the device memory back end, an entry of `DEVICE_MEMORY`.
-        device: index of the GPU; None for the first, or the one whose context the back end joins.
-        workers: at most so many inferences at a time; each holds buffers and scratch memory for the largest batch.
-        cuda_graphs: whether to use CUDA graphs where the back end and the engine allow it.
-    """
-
-    memory: str = next(iter(DEVICE_MEMORY))
-    device: int | None = None
-    workers: int = 2
-    cuda_graphs: bool = True
+__all__ = ["TensorRTRunner", "open_rtx_runner", "open_trt_runner"]
 
 
 class TensorRTRunner:
@@ -57,10 +39,9 @@ class TensorRTRunner:
 
     Args:
         bundle: on disk.
-        options: `cache` is the folder of TensorRT-RTX's runtime cache, by default the one that the bundle lies in;
-            `threads` has no meaning here.
+        options: `engine` says how it is run; `cache` is the folder of TensorRT-RTX's runtime cache, by default the one
+            that the bundle lies in; `threads` has no meaning here.
         artifact_format: `trt` or `trt-rtx`.
-        settings: how the engine is run.
 
     Raises:
         BundleError: the file or the manifest is not what was certified, or the engine is of another release.
@@ -78,9 +59,8 @@ class TensorRTRunner:
         options: RunnerOptions,
         *,
         artifact_format: str,
-        settings: EngineSettings | None = None,
     ) -> None:
-        settings = settings or EngineSettings()
+        settings = options.engine
         self.format = artifact_format
         _check_options(artifact_format, options, settings)
         record = EngineRecord.of(bundle, artifact_format)

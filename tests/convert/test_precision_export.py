@@ -109,7 +109,7 @@ def test_a_bf16_graph_is_refused_by_a_runtime_that_cannot_compute_it(tmp_path: P
         ({"precision": "fp32", "keep_fp32": ["head"]}, "--keep-fp32 says nothing where everything is fp32"),
         ({"precision": "fp32", "sensitivity": True}, "--sensitivity says nothing where everything is fp32"),
         ({"precision": "fp16", "formats": "onnx,torch"}, "--format torch is float32, not fp16"),
-        ({"precision": "fp8"}, "--precision fp8: unknown; did you mean fp"),
+        ({"precision": "fp8"}, "--precision fp8: unknown; expected one of fp32, fp16"),
         ({"calibration_method": "max"}, "--calibration-method max: unknown"),
     ],
 )

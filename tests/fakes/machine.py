@@ -6,7 +6,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from fakes.pycuda_driver import make_driver
 from fakes.tensorrt import Plan, make_tensorrt
 from repmlp_deploy.bundle import ArtifactEntry, Bundle
 from repmlp_deploy.runtime import tensorrt_log
-from repmlp_deploy.runtime.runner import RunnerOptions
+from repmlp_deploy.runtime.runner import EngineSettings, RunnerOptions
 from repmlp_deploy.runtime.tensorrt_engine import FLAVOURS
-from repmlp_deploy.runtime.tensorrt_runner import EngineSettings, TensorRTRunner
+from repmlp_deploy.runtime.tensorrt_runner import TensorRTRunner
 
 FORMATS = ("trt", "trt-rtx")
 MEMORIES = ("cuda-python", "pycuda")
@@ -83,12 +83,9 @@ class Machine:
     def open(self, options: RunnerOptions | None = None, **settings: Any) -> TensorRTRunner:
         """A runner, as a service opens it."""
         with self.context():
-            return TensorRTRunner(
-                self.bundle,
-                options or RunnerOptions(),
-                artifact_format=self.format,
-                settings=EngineSettings(memory=self.memory, **settings),
-            )
+            engine = EngineSettings(memory=self.memory, **settings)
+            options = replace(options or RunnerOptions(), engine=engine)
+            return TensorRTRunner(self.bundle, options, artifact_format=self.format)
 
     @contextmanager
     def context(self) -> Iterator[None]:

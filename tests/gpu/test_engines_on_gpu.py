@@ -24,9 +24,9 @@ from repmlp_deploy.convert.certifying import recertify
 from repmlp_deploy.convert.driver import find_gpus
 from repmlp_deploy.errors import BundleError, MissingDependency, MissingDevice
 from repmlp_deploy.runtime.onnx_runner import OnnxRunner
-from repmlp_deploy.runtime.runner import RunnerOptions
+from repmlp_deploy.runtime.runner import EngineSettings, RunnerOptions
 from repmlp_deploy.runtime.tensorrt_engine import FLAVOURS
-from repmlp_deploy.runtime.tensorrt_runner import EngineSettings, TensorRTRunner
+from repmlp_deploy.runtime.tensorrt_runner import TensorRTRunner
 
 pytestmark = pytest.mark.gpu
 
@@ -73,12 +73,8 @@ def opened(bundle: Bundle, memory: str = "cuda-python", **settings: Any) -> Iter
         context = cuda.Device(0).retain_primary_context()
         context.push()
     try:
-        runner = TensorRTRunner(
-            bundle,
-            RunnerOptions(),
-            artifact_format=artifact_format,
-            settings=EngineSettings(memory=memory, **settings),
-        )
+        options = RunnerOptions(engine=EngineSettings(memory=memory, **settings))
+        runner = TensorRTRunner(bundle, options, artifact_format=artifact_format)
         try:
             yield runner
         finally:
