@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from task_cases import small_network
 
 from repmlp_deploy import Bundle
 from repmlp_deploy.bundle import MANIFEST, BatchRange, hash_file
@@ -27,6 +26,7 @@ from repmlp_deploy.convert.probing import probe_inputs
 from repmlp_deploy.convert.rederiving import blame_bundle
 from repmlp_deploy.convert.simplifying import simplify_graph
 from repmlp_deploy.errors import InputError
+from task_cases import small_network
 
 INPUTS = [probe_inputs((3, 32, 32), samples=2)]
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from task_cases import small_network
 from test_own_network import Segmenter
 from torch import nn
 
@@ -25,6 +24,7 @@ from repmlp_deploy.nets.pure_mlp import PureMLP, PureMLPSpec
 from repmlp_deploy.nets.reparam import affine_of_batch_norm
 from repmlp_deploy.nets.repmlp import RepMLP
 from repmlp_deploy.nets.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec
+from task_cases import small_network
 
 
 @pytest.fixture(scope="module", autouse=True)

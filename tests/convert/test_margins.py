@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from task_cases import filled, small_card, small_network
 from test_own_network import Segmenter
 from torch import nn
 
@@ -14,6 +13,7 @@ from conftest import randomize
 from repmlp_deploy import export, get_model
 from repmlp_deploy.nets.families import FAMILIES
 from repmlp_deploy.nets.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec
+from task_cases import filled, small_card, small_network
 
 LEAST = 3.0
 

@@ -7,6 +7,7 @@ random weights and BatchNorm statistics; the control is the same export without 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from task_cases import filled, save_network, small_card
 
 from repmlp_deploy import Bundle, export
 from repmlp_deploy.bundle import MANIFEST, PROBE, Probe, hash_file
@@ -27,6 +27,7 @@ from repmlp_deploy.convert.certifying import recertify
 from repmlp_deploy.convert.rederiving import blame_bundle
 from repmlp_deploy.errors import BundleError, CheckpointError, InputError, VerificationError
 from repmlp_deploy.nets.families import build_network
+from task_cases import filled, save_network, small_card
 
 CUT = small_card("repmlpnet", input_size=(16, 24), depths=(1, 2), partitions=((4, 3), (2, 3)), kernels=(1, 3))
 """Two partitions in the first stage, one in the second, h ≠ w, 1 < S < C."""
@@ -306,7 +307,8 @@ class Table:
         self.add(where, mutant.name, type(caught.value).__name__, said)
 
     def add(self, where: str, name: str, how: str, said: str) -> None:
-        self.lines.append((where, name, how, said.rpartition("first at ")[2]))
+        said = re.sub(r"(/[\w.-]+)+/", "", said.rpartition("first at ")[2])  # without the folders of files
+        self.lines.append((where, name, how, said))
 
     def __str__(self) -> str:
         widths = [max(len(line[i]) for line in self.lines) for i in range(3)]
@@ -502,7 +504,7 @@ def test_a_changed_file_is_not_read(
         recertify(Bundle.load(copied))
     assert file in str(caught.value)
     table.missed.remove(name)
-    table.add("bundle", name, "BundleError", str(caught.value).replace(f"{copied}/", ""))
+    table.add("bundle", name, "BundleError", str(caught.value))
 
 
 @pytest.mark.parametrize(
