@@ -7,6 +7,7 @@ random weights and BatchNorm statistics; the control is the same export without 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -306,7 +307,8 @@ class Table:
         self.add(where, mutant.name, type(caught.value).__name__, said)
 
     def add(self, where: str, name: str, how: str, said: str) -> None:
-        self.lines.append((where, name, how, said.rpartition("first at ")[2]))
+        said = re.sub(r"(/[\w.-]+)+/", "", said.rpartition("first at ")[2])  # without the folders of files
+        self.lines.append((where, name, how, said))
 
     def __str__(self) -> str:
         widths = [max(len(line[i]) for line in self.lines) for i in range(3)]
@@ -502,7 +504,7 @@ def test_a_changed_file_is_not_read(
         recertify(Bundle.load(copied))
     assert file in str(caught.value)
     table.missed.remove(name)
-    table.add("bundle", name, "BundleError", str(caught.value).replace(f"{copied}/", ""))
+    table.add("bundle", name, "BundleError", str(caught.value))
 
 
 @pytest.mark.parametrize(
