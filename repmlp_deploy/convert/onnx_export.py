@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from repmlp_deploy.bundle import BatchRange
+from repmlp_deploy.convert.onnx_proto import SCOPES
 from repmlp_deploy.errors import InputError, MissingDependency, RepMLPError
 from repmlp_deploy.nets.flat import Flat
 
@@ -102,7 +103,19 @@ def export_graph(traced: Traced, *, input_names: Sequence[str], output_names: Se
             raise RepMLPError(f"torch.onnx.export failed: {said}; run again with --debug") from error
     if exported is None:
         raise RepMLPError(f"torch.onnx.export returned nothing: {chatter.getvalue()[-200:]}")
-    return exported.model_proto
+    return _without_notes(exported.model_proto)
+
+
+def _without_notes(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """`graph` without what the exporter notes on values and nodes, such as paths of this machine, but for modules."""
+    for node in graph.graph.node:
+        kept = [entry for entry in node.metadata_props if entry.key == SCOPES]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+    for value in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output, *graph.graph.initializer):
+        del value.metadata_props[:]
+    del graph.graph.metadata_props[:]
+    return graph
 
 
 def with_symbolic_batch(graph: onnx.ModelProto) -> onnx.ModelProto:

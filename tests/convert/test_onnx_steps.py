@@ -1,13 +1,16 @@
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import repmlp_deploy
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert import simplifying
 from repmlp_deploy.convert.onnx_export import export_graph, trace_network, with_metadata
-from repmlp_deploy.convert.onnx_proto import large_weights, serialize_model, with_weights, without_weights
+from repmlp_deploy.convert.onnx_proto import SCOPES, large_weights, serialize_model, with_weights, without_weights
 from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
 from repmlp_deploy.nets.repmlpnet import RepMLPNet
 
@@ -88,6 +91,8 @@ def test_exporting_prints_nothing_and_names_the_tensors(
 ) -> None:
     traced = trace_network(small_network, [torch.zeros(1, 3, 16, 24)], BatchRange(min=1, opt=2, max=4))
     model = export_graph(traced, input_names=["images"], output_names=["logits"])
+    assert str(Path(repmlp_deploy.__file__).parent).encode() not in serialize_model(model), "a path of this machine"
+    assert any(entry.key == SCOPES for node in model.graph.node for entry in node.metadata_props)
     assert capfd.readouterr() == ("", "")
     assert [value.name for value in model.graph.input] == ["images"]
     assert [value.name for value in model.graph.output] == ["logits"]
