@@ -39,6 +39,10 @@ class Interface:
     examples: tuple[Tensor, ...]
     outputs: tuple[str, ...]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name of every input to its shape without the batch."""
+        return {name: tuple(x.shape[1:]) for name, x in zip(self.inputs, self.examples, strict=True)}
+
 
 def make_own_network(factory: str) -> nn.Module:
     """What `package.module:factory` returns, in evaluation mode; modules in the working folder are found.

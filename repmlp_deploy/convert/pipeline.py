@@ -44,13 +44,14 @@ from repmlp_deploy.convert.bisecting import blame_graph, said_by_runtime
 from repmlp_deploy.convert.blaming import Blame, blame_network, blamed, describe_blame
 from repmlp_deploy.convert.calibration import Calibration, measure_ranges, read_calibration, take_calibration
 from repmlp_deploy.convert.certifying import Certifier, Run, batch_sizes
-from repmlp_deploy.convert.emulating import EMULATORS, emulate_bf16
+from repmlp_deploy.convert.emulating import EMULATORS
 from repmlp_deploy.convert.engine import GraphSpec, build_engine, kept_products
 from repmlp_deploy.convert.engine_options import EngineOptions, with_profiles
 from repmlp_deploy.convert.flavours import FLAVOURS, check_options
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.graph_weights import match_weights
 from repmlp_deploy.convert.layouts import to_layout
+from repmlp_deploy.convert.memory import release_memory
 from repmlp_deploy.convert.merging import merge_branches, upstream_form
 from repmlp_deploy.convert.onnx_export import (
     TRACED,
@@ -188,11 +189,13 @@ def export(  # noqa: PLR0913 - one a command-line option
         class_axes=find_task(trained.card.task).class_axes,
         outputs=interface.outputs,
     )
-    merged, network = reparameterize(trained, request.graph, certifier, clock.step)
     made = _Artifacts(request.precision, notes=[*trained.notes, *([] if samples is None else samples.remarks())])
+    job = _Job(trained, interface, request, samples, certifier, made, clock)
+    merged, network = reparameterize(trained, request.graph, certifier, clock.step)
     if "checkpoint" in request.formats:
         with clock.step("checkpoint"):
             made.add("checkpoint", *_checkpoint_file(trained, merged))
+    del merged
     if request.needs_trace:
         with clock.step("trace"):
             traced = trace_network(network, interface.examples, TRACED if request.quick else request.batch)
@@ -201,12 +204,28 @@ def export(  # noqa: PLR0913 - one a command-line option
                 certifier.require("torch.export program", partial(run_network, traced.program.module()))
                 made.add("torch", "model.pt2", _program_file(traced))
         if request.needs_onnx:
-            exported = _verified_graph(network, traced, trained, request, certifier, clock)
-            _make_onnx(*exported, network, trained, request, samples, certifier, made, clock)
+            _make_onnx(job, network, traced)
     made.add_file(PROBE, probe.to_bytes())
-    manifest = _manifest(trained, request, probe, certifier, made, clock)
+    manifest = _manifest(job, probe)
     with clock.step("save"):
         return Bundle(manifest, contents=made.contents).save(out)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An export under way: what every step needs."""
+
+    trained: Trained
+    interface: Interface
+    request: _Request
+    samples: Calibration | None
+    certifier: Certifier
+    made: _Artifacts
+    clock: _Clock
+
+    def match_weights(self, name: str, model: onnx.ModelProto, network: nn.Module) -> Hop:
+        """The line that compares a graph's weights with the network's."""
+        return match_weights(name, model, network=network, own=self.trained.interface is not None)
 
 
 @dataclass(frozen=True)
@@ -297,106 +316,101 @@ def reparameterize(
     return merged, network
 
 
-def _verified_graph(  # noqa: PLR0913 - the values that meet here
-    network: nn.Module, traced: Traced, trained: Trained, request: _Request, certifier: Certifier, clock: _Clock
-) -> tuple[onnx.ModelProto, bytes, Find]:
-    """The ONNX graph of a traced network, verified, its bytes, and how to find a fault in what is made of it."""
-    if request.quick:
-        try:
-            return _exported(traced, trained, request, certifier, clock, quick=True)
-        except VerificationError:  # the network's own code names the batch it was traced with
-            with clock.step("trace again"):
-                traced = trace_network(network, find_interface(trained).examples, request.batch)
-    return _exported(traced, trained, request, certifier, clock)
-
-
-def _exported(  # noqa: PLR0913 - the values that meet here
-    traced: Traced,
-    trained: Trained,
-    request: _Request,
-    certifier: Certifier,
-    clock: _Clock,
-    *,
-    quick: bool = False,
-) -> tuple[onnx.ModelProto, bytes, Find]:
-    with clock.step("export"):
-        interface = find_interface(trained)
-        model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs)
-        model = with_symbolic_batch(model) if request.batch.min != request.batch.max else model
-        model = with_metadata(model, _metadata(trained, request.batch))
+def _make_onnx(job: _Job, network: nn.Module, traced: Traced) -> None:
+    """The graph, simplified, in its precision, verified each time; and what is built from it."""
+    request, made = job.request, job.made
+    model, find = _verified_graph(job, network, traced)
+    with job.clock.step("simplify"):
+        data = _simplified(job, network, model, find)
+    if data is None:
         data = serialize_model(model)
-    find = partial(blame_graph, traced.program, batches=certifier.batches(*([TRACED.opt] if quick else [])))
-    with clock.step("verify exported"), nullcontext() if quick else blamed(partial(find, data)):
-        certifier.require("exported ONNX", _onnx_run(data))
-    return model, data, find
-
-
-def _make_onnx(  # noqa: PLR0913 - the values that meet here
-    model: onnx.ModelProto,
-    data: bytes,
-    find: Find,
-    network: nn.Module,
-    trained: Trained,
-    request: _Request,
-    samples: Calibration | None,
-    certifier: Certifier,
-    made: _Artifacts,
-    clock: _Clock,
-) -> None:
-    """The graph simplified, in its precision, verified each time; and the engines built from it."""
-    interface = find_interface(trained)
-    match = partial(match_weights, network=network, own=trained.interface is not None)
-    with clock.step("verify weights"), blamed(partial(find, data)):
-        certifier.record([match("exported ONNX weights", model)], "weights")
-        made.graphs["exported"] = hashlib.sha256(data).hexdigest()
-    with clock.step("simplify"):
-        try:
-            model, data = _simplified(model, match, certifier, find)
-            made.graphs["simplified"] = hashlib.sha256(data).hexdigest()
-        except SimplificationFailed as error:
-            made.notes.append(f"not simplified: {error}")
-    if "openvino" in request.formats:
-        _make_openvino(data, trained, request, samples, certifier, made, clock)
-    about: dict[str, Any] = {}
-    if request.needs_lowering:
-        model, data, about = _lowered(model, data, find, request, samples, certifier, clock)
-    about |= {"opset": model.opset_import[0].version, "nodes": len(model.graph.node)}
+    about: dict[str, Any] = {"opset": model.opset_import[0].version}
     del model
+    if "openvino" in request.formats:
+        _make_openvino(job, data)
+    if request.needs_lowering:
+        data, more = _lowered(job, data, find)
+        about |= more
     if "onnx" in request.formats:
         made.add("onnx", "model.onnx", data, about)
     for name in (name for name in request.formats if name in FLAVOURS):
-        with clock.step(name):
-            shapes = {key: x.shape[1:] for key, x in zip(interface.inputs, interface.examples, strict=True)}
-            spec = GraphSpec(shapes, request.batch, request.precision, kept_products(about))
+        with job.clock.step(name):
+            spec = GraphSpec(job.interface.shapes(), request.batch, request.precision, kept_products(about))
             engine = build_engine(name, data, spec, request.engine)
         made.add(name, f"model.{name}.engine", engine.plan, engine.details)
         made.notes.append(f"the {name} engine was built from the verified graph and has not run here")
 
 
-def _make_openvino(  # noqa: PLR0913 - the values that meet here
-    data: bytes,
-    trained: Trained,
-    request: _Request,
-    samples: Calibration | None,
-    certifier: Certifier,
-    made: _Artifacts,
-    clock: _Clock,
-) -> None:
+def _verified_graph(job: _Job, network: nn.Module, traced: Traced) -> tuple[onnx.ModelProto, Find]:
+    """The ONNX graph of a traced network, verified, and how to find a fault in what is made of it."""
+    if not job.request.quick:
+        return _exported(job, network, traced)
+    try:
+        return _exported(job, network, traced, quick=True)
+    except VerificationError:  # the network's own code names the batch it was traced with
+        with job.clock.step("trace again"):
+            traced = trace_network(network, job.interface.examples, job.request.batch)
+    return _exported(job, network, traced)
+
+
+def _exported(job: _Job, network: nn.Module, traced: Traced, *, quick: bool = False) -> tuple[onnx.ModelProto, Find]:
+    interface, certifier = job.interface, job.certifier
+    with job.clock.step("export"):
+        model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs)
+        model = with_symbolic_batch(model) if job.request.batch.min != job.request.batch.max else model
+        model = with_metadata(model, _metadata(job.trained, job.request.batch))
+        data = serialize_model(model)
+    find = partial(blame_graph, traced.program, batches=certifier.batches(*([TRACED.opt] if quick else [])))
+    with job.clock.step("verify exported"), nullcontext() if quick else blamed(partial(find, data)):
+        certifier.require("exported ONNX", _onnx_run(data))
+    with job.clock.step("verify weights"), blamed(partial(find, data)):
+        certifier.record([job.match_weights("exported ONNX weights", model, network)], "weights")
+        job.made.graphs["exported"] = hashlib.sha256(data).hexdigest()
+    return model, find
+
+
+def _simplified(job: _Job, network: nn.Module, graph: onnx.ModelProto, find: Find) -> bytes | None:
+    """The simplified graph, verified and serialized; None, with a note, where onnxsim failed or changed the output."""
+    try:
+        simplified = simplify_graph(graph)
+    except SimplificationFailed as error:
+        job.made.notes.append(f"not simplified: {error}")
+        return None
+    data = serialize_model(simplified)
+    try:
+        weights = job.match_weights("simplified ONNX weights", simplified, network)
+        del simplified  # before a runtime takes its own copies
+        hops = [*job.certifier.measure("simplified ONNX", _onnx_run(data), "fp32"), weights]
+    except (VerificationError, InputError) as error:
+        said = str(error)
+    else:
+        failed = next((hop for hop in hops if not hop.passed), None)
+        if failed is None:
+            job.certifier.hops += hops
+            job.made.graphs["simplified"] = hashlib.sha256(data).hexdigest()
+            return data
+        what = "the output" if failed.batch else f"a weight ({failed.note})"
+        said = f"onnxsim changed {what} by {failed.max_abs:.2e}"
+    job.made.notes.append(f"not simplified: {said}; {describe_blame(partial(find, data))}")
+    return None
+
+
+def _make_openvino(job: _Job, data: bytes) -> None:
     """The IR of the float32 graph in the precision, verified as its runner runs it."""
-    interface = find_interface(trained)
-    with clock.step("openvino"):
+    request, made = job.request, job.made
+    with job.clock.step("openvino"):
         ir = _openvino().build_ir(
             data,
             precision=request.precision,
             batch=request.batch,
-            inputs={key: x.shape[1:] for key, x in zip(interface.inputs, interface.examples, strict=True)},
-            calibration=None if samples is None else samples.feeds(),
+            inputs=job.interface.shapes(),
+            calibration=None if job.samples is None else job.samples.feeds(),
             keep_fp32=request.keep_fp32,
         )
-    with clock.step("verify openvino"):
+    with job.clock.step("verify openvino"):
         runner = import_module("repmlp_deploy.runtime.openvino_runner")
         model = runner.CompiledIR(lambda: (ir.xml, ir.weights), request.precision, RunnerOptions())
-        certifier.require(f"OpenVINO {request.precision}", model.run_all, request.precision)
+        job.certifier.require(f"OpenVINO {request.precision}", model.run_all, request.precision)
     made.add_file("model.bin", ir.weights)
     about = {**ir.details, "products": model.products(), "companions": (made.files["model.bin"],)}
     made.add("openvino", "model.xml", ir.xml, about)
@@ -409,33 +423,27 @@ def _openvino() -> Any:
     return import_module("repmlp_deploy.convert.openvino_ir")
 
 
-def _lowered(  # noqa: PLR0913 - the values that meet here
-    model: onnx.ModelProto,
-    data: bytes,
-    find: Find,
-    request: _Request,
-    samples: Calibration | None,
-    certifier: Certifier,
-    clock: _Clock,
-) -> tuple[onnx.ModelProto, bytes, dict[str, Any]]:
-    """The graph in the precision that was asked for, verified; its bytes; and what stays in float32."""
+def _lowered(job: _Job, data: bytes, find: Find) -> tuple[bytes, dict[str, Any]]:
+    """The graph in the precision that was asked for, verified and serialized; and what stays in float32."""
+    request, precision = job.request, job.request.precision
+    model = onnx.load_from_string(data)
     ranges = None
     about: dict[str, Any] = {}
-    if samples is not None:
-        with clock.step("calibrate"):
-            ranges = measure_ranges(data, samples, product_tensors(model), request.calibration_method)
-        about = {"calibration": {"method": request.calibration_method, "samples": len(samples)}}
-    with clock.step(request.precision):
-        lowered = set_precision(model, request.precision, ranges=ranges, keep_fp32=request.keep_fp32)
+    if job.samples is not None:
+        with job.clock.step("calibrate"):
+            ranges = measure_ranges(data, job.samples, product_tensors(model), request.calibration_method)
+        about = {"calibration": {"method": request.calibration_method, "samples": len(job.samples)}}
+    with job.clock.step(precision):
+        lowered = set_precision(model, precision, ranges=ranges, keep_fp32=request.keep_fp32)
         data = serialize_model(lowered.model)
-    with clock.step(f"verify {request.precision}"):
-        for name, runnable in _ways_to_run(lowered.model, data, request.precision):
-            with blamed(partial(find, runnable, precision=request.precision)):
-                certifier.require(name, _onnx_run(runnable), request.precision)
+    with job.clock.step(f"verify {precision}"):
+        for name, runnable in _ways_to_run(lowered.model, data, precision):
+            with blamed(partial(find, runnable, precision=precision)):
+                job.certifier.require(name, _onnx_run(runnable), precision)
     if request.sensitivity:
-        with clock.step("sensitivity"):
-            about["sensitivity"] = _sensitivity(model, request, ranges, certifier)
-    return lowered.model, data, about | lowered.describe()
+        with job.clock.step("sensitivity"):
+            about["sensitivity"] = _sensitivity(job, model, ranges)
+    return data, about | {"opset": lowered.model.opset_import[0].version} | lowered.describe()
 
 
 def _ways_to_run(model: onnx.ModelProto, data: bytes, precision: str) -> Iterator[tuple[str, bytes]]:
@@ -446,22 +454,16 @@ def _ways_to_run(model: onnx.ModelProto, data: bytes, precision: str) -> Iterato
         yield f"{precision} ONNX, emulated", serialize_model(EMULATORS[precision](model))
 
 
-def _low_run(model: onnx.ModelProto, data: bytes) -> Run:
-    """How a graph in a precision is run here."""
-    low = {tensor.data_type for tensor in model.graph.initializer}
-    return _onnx_run(serialize_model(emulate_bf16(model)) if onnx.TensorProto.BFLOAT16 in low else data)
-
-
-def _sensitivity(
-    model: onnx.ModelProto, request: _Request, ranges: Mapping[str, float] | None, certifier: Certifier
-) -> list[dict[str, Any]]:
+def _sensitivity(job: _Job, model: onnx.ModelProto, ranges: Mapping[str, float] | None) -> list[dict[str, Any]]:
     """The error if only one block is in the precision, for every block, the worst first."""
+    precision = job.request.precision
     blocks = blocks_of(model)
     found = []
     for block in blocks:
         others = [name for other, names in blocks.items() if other != block for name in names]
-        alone = set_precision(model, request.precision, ranges=ranges, keep_fp32=others).model
-        hops = certifier.measure(block, _low_run(alone, serialize_model(alone)), request.precision)
+        alone = set_precision(model, precision, ranges=ranges, keep_fp32=others).model
+        *_, (_, runnable) = _ways_to_run(alone, serialize_model(alone), precision)
+        hops = job.certifier.measure(block, _onnx_run(runnable), precision)
         worst = max(hops, key=lambda hop: hop.max_abs)
         found.append({"block": block, "max_abs": worst.max_abs, "between": worst.between})
     return sorted(found, key=lambda line: -line["max_abs"])
@@ -469,18 +471,16 @@ def _sensitivity(
 
 def _calibration(given: str | Path | Mapping[str, NDArray[Any]], card: ModelCard, interface: Interface) -> Calibration:
     """The samples that were given for calibration."""
-    shapes = {name: tuple(x.shape[1:]) for name, x in zip(interface.inputs, interface.examples, strict=True)}
+    shapes = interface.shapes()
     if isinstance(given, Mapping):
         return take_calibration(given, shapes)
     refusal = find_task(card.task).refusal
     return read_calibration(given, shapes, None if refusal else card.preprocessing)
 
 
-def _manifest(  # noqa: PLR0913 - the values that meet here
-    trained: Trained, request: _Request, probe: Probe, certifier: Certifier, made: _Artifacts, clock: _Clock
-) -> Manifest:
+def _manifest(job: _Job, probe: Probe) -> Manifest:
+    trained, request, interface, made = job.trained, job.request, job.interface, job.made
     n = request.batch.min if request.batch.min == request.batch.max else None
-    interface = find_interface(trained)
     inputs = tuple(
         TensorSpec(name=name, dtype=str(x.dtype).removeprefix("torch."), shape=(n, *x.shape[1:]))
         for name, x in zip(interface.inputs, interface.examples, strict=True)
@@ -489,7 +489,7 @@ def _manifest(  # noqa: PLR0913 - the values that meet here
         TensorSpec(name=name, dtype="float32", shape=(n, *reference.shape[1:]))
         for name, (reference, _) in zip(interface.outputs, probe.answers(), strict=True)
     )
-    provenance = describe_provenance(trained, clock.seconds) | {"graphs": made.graphs}
+    provenance = describe_provenance(trained, job.clock.seconds) | {"graphs": made.graphs}
     if request.calibration is not None:
         provenance["probe"]["samples"] = ("calibration",) * len(probe.inputs)
     return Manifest(
@@ -506,8 +506,8 @@ def _manifest(  # noqa: PLR0913 - the values that meet here
         batch=request.batch,
         artifacts=made.entries,
         probe=made.files[PROBE],
-        certificate=tuple(certifier.hops),
-        verdict=Verdict.of(certifier.hops),
+        certificate=tuple(job.certifier.hops),
+        verdict=Verdict.of(job.certifier.hops),
         provenance=provenance,
         notes=tuple(made.notes),
     )
@@ -533,6 +533,7 @@ class _Clock:
             self._progress(name)
         started = time.perf_counter()
         yield
+        release_memory()
         self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - started, 3)
 
 
@@ -573,30 +574,6 @@ def _onnx_run(data: bytes) -> Run:
         return outputs
 
     return run
-
-
-def _simplified(
-    graph: onnx.ModelProto, match: Callable[[str, onnx.ModelProto], Hop], certifier: Certifier, find: Find
-) -> tuple[onnx.ModelProto, bytes]:
-    """The simplified graph, verified, and its bytes.
-
-    Raises:
-        SimplificationFailed: onnxsim failed, or changed the output.
-    """
-    simplified = simplify_graph(graph)
-    data = serialize_model(simplified)
-    try:
-        hops = certifier.measure("simplified ONNX", _onnx_run(data), "fp32")
-        hops.append(match("simplified ONNX weights", simplified))
-    except (VerificationError, InputError) as error:
-        raise SimplificationFailed(f"{error}; {describe_blame(partial(find, data))}") from error
-    failed = [hop for hop in hops if not hop.passed]
-    if failed:
-        what = "the output" if failed[0].batch else f"a weight ({failed[0].note})"
-        said = describe_blame(partial(find, data))
-        raise SimplificationFailed(f"onnxsim changed {what} by {failed[0].max_abs:.2e}; {said}")
-    certifier.hops += hops
-    return simplified, data
 
 
 def _checkpoint_file(trained: Trained, merged: nn.Module) -> tuple[str, bytes]:

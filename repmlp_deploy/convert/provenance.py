@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import importlib.metadata
 import platform
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 import repmlp_deploy
+from repmlp_deploy.convert.memory import peak_bytes
 from repmlp_deploy.convert.probing import KINDS, SEED
 from repmlp_deploy.convert.trained import Trained
 
@@ -44,7 +44,7 @@ def describe_provenance(trained: Trained, seconds: Mapping[str, float]) -> dict[
         "threads": torch.get_num_threads(),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "seconds": dict(seconds),
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": peak_bytes(),
     }
 
 
@@ -61,17 +61,3 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _peak_bytes() -> int | None:
-    """The largest resident size this process has had; None where the system does not say."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # of this program alone: getrusage also counts what it was started from
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
-    if sys.platform == "win32":
-        return None
-    import resource  # noqa: PLC0415 - not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
