@@ -47,7 +47,7 @@ class Settings(BaseModel):
     batch: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
     threads: Count | None = None
     seconds: Positive = 8.0
-    limit_seconds: Positive = 300.0
+    limit_seconds: Positive = 320.0
     baseline: str = BASELINE
     idle_ms: Positive | None = None
     end_to_end: bool = False

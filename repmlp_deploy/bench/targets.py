@@ -13,7 +13,7 @@ from repmlp_deploy.bench.counting import count_graph, count_network
 from repmlp_deploy.bench.counts import Counts
 from repmlp_deploy.bench.seeding import seeded_network
 from repmlp_deploy.bench.settings import Settings
-from repmlp_deploy.bench.subjects import SUBJECTS, Job
+from repmlp_deploy.bench.subjects import SUBJECTS, Job, chosen_rows, why_not
 from repmlp_deploy.bundle import PROBE, BatchRange, Bundle
 from repmlp_deploy.card import ModelCard, data_root, load_card
 from repmlp_deploy.convert.folding import fold_affine
@@ -51,6 +51,7 @@ class Target:
         given: the bundle that was given instead of a checkpoint.
         counts: graph to what it does; filled as graphs are made.
         notes: for the report.
+        wanted: (format, precision) of every row, so that one export makes what several of them need.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Target:
     given: Bundle | None = None
     counts: dict[str, Counts] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    wanted: tuple[tuple[str, str], ...] = ()
     _made: dict[tuple[str, str, str], Bundle | str] = field(default_factory=dict)
 
     def job(self, format_name: str, precision: str, threads: int, show: Show) -> Job:
@@ -108,20 +110,35 @@ class Target:
 
     def _bundle(self, artifact: str, graph: str, precision: str, show: Show) -> Bundle:
         key = (artifact, graph, precision)
+        together = self._together(artifact, graph, precision)
+        if key not in self._made and len(together) > 1:
+            made = self._find_or_export(together, graph, precision, show)
+            if isinstance(made, Bundle):  # otherwise each is tried alone, so that one does not fail the others
+                self._made |= {(name, graph, precision): made for name in together}
         if key not in self._made:
-            self._made[key] = self._find_or_export(artifact, graph, precision, show)
+            self._made[key] = self._find_or_export((artifact,), graph, precision, show)
         made = self._made[key]
         if isinstance(made, str):
             raise Unavailable(made)
         return made
 
-    def _find_or_export(self, artifact: str, graph: str, precision: str, show: Show) -> Bundle | str:
-        """The bundle with an artifact, or why there is none."""
+    def _together(self, artifact: str, graph: str, precision: str) -> tuple[str, ...]:
+        """The artifact, and those of other rows that the same export can make and this machine can run."""
+        others = [
+            SUBJECTS[name].needs
+            for name, other in self.wanted
+            if other == precision and SUBJECTS[name].graph == graph and why_not(name, other) is None
+        ]
+        return tuple(dict.fromkeys([artifact, *(name for name in others if name in FORMATS)]))
+
+    def _find_or_export(self, artifacts: tuple[str, ...], graph: str, precision: str, show: Show) -> Bundle | str:
+        """The bundle with some artifacts, or why there is none."""
         try:
             if self.given is not None:
-                bundle = self._given(self.given, artifact, graph, precision)
+                for artifact in artifacts:
+                    bundle = self._given(self.given, artifact, graph, precision)
             else:
-                bundle = self._exported(artifact, graph, precision, show)
+                bundle = self._exported(artifacts, graph, precision, show)
             key = f"{graph} ONNX"
             if key not in self.counts and "onnx" in bundle.manifest.artifacts and bundle.folder is not None:
                 model = onnx.load(bundle.folder / bundle.artifact("onnx").path)
@@ -144,9 +161,9 @@ class Target:
             raise Unavailable(f"the bundle is {manifest.artifacts[artifact].precision}, not {precision}")
         return bundle
 
-    def _exported(self, artifact: str, graph: str, precision: str, show: Show) -> Bundle:
-        if artifact not in FORMATS:
-            raise Unavailable(f"this version exports no {artifact}")
+    def _exported(self, artifacts: tuple[str, ...], graph: str, precision: str, show: Show) -> Bundle:
+        if artifacts[0] not in FORMATS:
+            raise Unavailable(f"this version exports no {artifacts[0]}")
         if self.checkpoint is None:
             raise AssertionError("a target has a checkpoint or a bundle")
         calibration = None
@@ -157,12 +174,12 @@ class Target:
         return export(
             self.checkpoint,
             card=self.card,
-            formats=(artifact,),
+            formats=artifacts,
             graph=graph,
             precision=precision,
             batch=self.batches,
             calibration=calibration,
-            out=self.folder / f"{artifact}-{graph}-{precision}",
+            out=self.folder / f"{'-'.join(artifacts)}-{graph}-{precision}",
             progress=lambda step: show(f"{self.name}: exporting the {graph} graph: {step}"),
         )
 
@@ -179,6 +196,13 @@ def find_targets(settings: Settings, folder: Path) -> list[Target]:
     Raises:
         InputError: a card, checkpoint or bundle is unusable.
     """
+    targets = _targets(settings, folder)
+    for target in targets:
+        target.wanted = tuple(chosen_rows(settings.formats, settings.precision))
+    return targets
+
+
+def _targets(settings: Settings, folder: Path) -> list[Target]:
     largest = max(*settings.batch, 8)
     batches = BatchRange(min=1, opt=8, max=largest)
     if settings.bundle is not None:

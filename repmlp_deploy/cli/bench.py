@@ -36,7 +36,7 @@ def bench_command(  # noqa: PLR0913 - one an option
     batch: Annotated[str | None, typer.Option(help="Images a call, comma-separated; default 1.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference; default: all cores.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Of timing a row; default 8.")] = None,
-    limit: Annotated[float | None, typer.Option(help="Seconds for the whole run; default 300.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Seconds for the whole run; default 320.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Format that ratios are against; default torch-merged.")] = None,
     idle: Annotated[float | None, typer.Option(metavar="MS", help="Also with a gap of MS before every call.")] = None,
     end_to_end: Annotated[bool | None, typer.Option("--end-to-end", help="Also from JPEG bytes to classes.")] = None,
