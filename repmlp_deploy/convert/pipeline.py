@@ -491,7 +491,7 @@ def _manifest(job: _Job, probe: Probe) -> Manifest:
     )
     provenance = describe_provenance(trained, job.clock.seconds) | {"graphs": made.graphs}
     if request.calibration is not None:
-        provenance["probe"]["samples"] = ("calibration",) * len(probe.inputs)
+        provenance["probe"]["samples"] = ["calibration"] * len(probe.inputs)
     return Manifest(
         name=trained.card.name,
         family=trained.card.family,

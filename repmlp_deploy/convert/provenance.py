@@ -36,7 +36,7 @@ def describe_provenance(trained: Trained, seconds: Mapping[str, float]) -> dict[
     return {
         **source,
         "parameters": sum(parameter.numel() for parameter in trained.network.parameters()),
-        "probe": {"seed": SEED, "samples": KINDS, "statistics_seed": SEED},
+        "probe": {"seed": SEED, "samples": list(KINDS), "statistics_seed": SEED},
         "versions": {"repmlp-deploy": repmlp_deploy.__version__, "python": platform.python_version()}
         | {name: version for name in PACKAGES if (version := _version(name))},
         "platform": platform.platform(),
