@@ -58,15 +58,16 @@ TOLERANCES = {
         "while one FC3 scaled by a thousandth is beyond 40 and a forgotten branch or bias beyond 10,000",
     ),
     "fp16": Tolerance(
-        floor_ratio=2.0**13,
+        floor_ratio=2.0**15,
         between=0.05,
-        reason="the unit roundoff is 2^-11 and not 2^-24: the same roundings, each 2^13 times larger; measured "
-        "networks stay below a sixth of that",
+        reason="the unit roundoff is 2^-11 and not 2^-24, each rounding 2^13 times larger; four times that, because a "
+        "sample's floor is one run's luck: measured networks stay below a sixth of it, rounded as a GPU does",
     ),
     "bf16": Tolerance(
-        floor_ratio=2.0**16,
+        floor_ratio=2.0**18,
         between=0.5,
-        reason="the unit roundoff is 2^-8: each rounding 2^16 times float32's; measured networks stay below a third",
+        reason="the unit roundoff is 2^-8, each rounding 2^16 times float32's; four times that for the same reason: "
+        "measured networks stay below a third of it, in OpenVINO as well as emulated",
     ),
     "int8": Tolerance(
         floor_ratio=2.0**19,
