@@ -70,23 +70,26 @@ def prove_algebra(trained: nn.Module, steps: Sequence[Step], certifier: Certifie
     Raises:
         VerificationError: more than rounding is left.
     """
-    precise = copy.deepcopy(trained).double()
     inputs, references = certifier.first_sample()
-    _walk(precise, steps, certifier, inputs, references, "float64", weights=True)
-    references = redraw_statistics(precise, inputs, seed)
-    _walk(precise, steps, certifier, inputs, references, "redrawn", weights=False)
+
+    def redrawn() -> tuple[nn.Module, Sequence[NDArray[Any]]]:
+        network = copy.deepcopy(trained).double()
+        return network, redraw_statistics(network, inputs, seed)
+
+    _walk(lambda: (copy.deepcopy(trained).double(), references), steps, certifier, inputs, "float64", weights=True)
+    _walk(redrawn, steps, certifier, inputs, "redrawn", weights=False)
 
 
 def _walk(  # noqa: PLR0913 - the values that meet here
-    form: nn.Module,
+    make: Callable[[], tuple[nn.Module, Sequence[NDArray[np.float64]]]],
     steps: Sequence[Step],
     certifier: Certifier,
     inputs: Sequence[NDArray[Any]],
-    references: Sequence[NDArray[np.float64]],
     how: str,
     *,
     weights: bool,
 ) -> None:
+    form, references = make()  # made here, so that nobody else holds it
     for step in steps:
         form = step.transform(form)  # the form before is gone: there are two at a time
         certifier.require_answers(f"{step.name}, {how}", _several(run_network(form, *inputs)), references)
