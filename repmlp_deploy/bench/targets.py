@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import onnx
@@ -14,7 +15,7 @@ from repmlp_deploy.bench.counts import Counts
 from repmlp_deploy.bench.seeding import seeded_network
 from repmlp_deploy.bench.settings import Settings
 from repmlp_deploy.bench.subjects import SUBJECTS, Job, chosen_rows, why_not
-from repmlp_deploy.bundle import PROBE, BatchRange, Bundle
+from repmlp_deploy.bundle import PROBE, ArtifactEntry, BatchRange, Bundle, describe_file
 from repmlp_deploy.card import ModelCard, data_root, load_card
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.merging import merge_branches
@@ -30,6 +31,8 @@ __all__ = ["Target", "Unavailable", "counts_key", "find_targets"]
 Show = Callable[[str], None]
 
 CALIBRATION_SAMPLES, CALIBRATION_SEED = 32, 7
+
+_STORED_ONLY = ("fp16", "bf16")  # in OpenVINO: what is stored and asked for, the graph is float32's
 
 
 class Unavailable(Exception):  # noqa: N818 - an outcome that becomes a row's reason
@@ -129,7 +132,8 @@ class Target:
             for name, other in self.wanted
             if other == precision and SUBJECTS[name].graph == graph and why_not(name, other) is None
         ]
-        return tuple(dict.fromkeys([artifact, *(name for name in others if name in FORMATS)]))
+        makable = {*FORMATS} - {"checkpoint"}  # of a row that is the trained network's own file
+        return tuple(dict.fromkeys([artifact, *(name for name in others if name in makable)]))
 
     def _find_or_export(self, artifacts: tuple[str, ...], graph: str, precision: str, show: Show) -> Bundle | str:
         """The bundle with some artifacts, or why there is none."""
@@ -166,6 +170,8 @@ class Target:
             raise Unavailable(f"this version exports no {artifacts[0]}")
         if self.checkpoint is None:
             raise AssertionError("a target has a checkpoint or a bundle")
+        if artifacts == ("openvino",) and precision in _STORED_ONLY:
+            return self._stored_in(precision, show)
         calibration = None
         if precision == "int8":
             calibration = {"images": probe_inputs(self.shape, CALIBRATION_SAMPLES, CALIBRATION_SEED)}
@@ -182,6 +188,24 @@ class Target:
             out=self.folder / f"{'-'.join(artifacts)}-{graph}-{precision}",
             progress=lambda step: show(f"{self.name}: exporting the {graph} graph: {step}"),
         )
+
+    def _stored_in(self, precision: str, show: Show) -> Bundle:
+        """OpenVINO's artifact in 16 bits, from the verified float32 graph: the row's own check is all that is left."""
+        verified = self._bundle("onnx", "folded", "fp32", show)
+        show(f"{self.name}: storing the folded graph in {precision}")
+        shapes = {"images": self.shape}
+        graph = verified.read(verified.artifact("onnx"))
+        ir = import_module("repmlp_deploy.convert.openvino_ir").build_ir(
+            graph, precision=precision, batch=self.batches, inputs=shapes
+        )
+        contents = {"model.xml": ir.xml, "model.bin": ir.weights}
+        files = {name: describe_file(name, content) for name, content in contents.items()}
+        entry = {**files["model.xml"].model_dump(), **ir.details, "precision": precision}
+        entry["companions"] = (files["model.bin"].model_dump(),)
+        artifacts = {"openvino": ArtifactEntry.model_validate(entry)}
+        manifest = verified.manifest.model_copy(update={"artifacts": artifacts})
+        contents[PROBE] = verified.read(manifest.probe)
+        return Bundle(manifest, contents=contents).save(self.folder / f"openvino-folded-{precision}")
 
 
 def counts_key(format_name: str) -> str:
