@@ -49,7 +49,7 @@ class Step:
 
     Attributes:
         name: of its result.
-        transform: the step: a module to a new module, in any dtype.
+        transform: the step: a module to a new module, in any dtype; it may use up the module it gets.
         stored: what it made of the float32 network.
     """
 
@@ -91,7 +91,7 @@ def _walk(  # noqa: PLR0913 - the values that meet here
 ) -> None:
     form, references = make()  # made here, so that nobody else holds it
     for step in steps:
-        form = step.transform(form)  # the form before is gone: there are two at a time
+        form = step.transform(form)
         certifier.require_answers(f"{step.name}, {how}", _several(run_network(form, *inputs)), references)
         if weights:
             certifier.record([compare_weights(f"{step.name} weights", step.stored, form)], "weights")

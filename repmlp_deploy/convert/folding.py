@@ -24,7 +24,7 @@ row. With channel c = j·S + s the same arithmetic is (S, N·parts·C/S, h·w) �
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from repmlp_deploy.nets.blocks import FFN, ConvBN, GlobalPerceptron, RepMLPBlock
 from repmlp_deploy.nets.reparam import affine_of_batch_norm, convolution_with, fuse_batch_norm
 from repmlp_deploy.nets.repmlp import RepMLP, grouped_product
 from repmlp_deploy.nets.repmlpnet import RepMLPBackbone, RepMLPNet, RepMLPTrunk
-from repmlp_deploy.nets.surgery import with_replaced
+from repmlp_deploy.nets.surgery import keep_weights, weights_freed, with_replaced
 
 __all__ = ["ChannelAffine", "FoldedBlock", "FoldedConv", "FoldedRepMLP", "FoldedUnit", "fold_affine"]
 
@@ -42,17 +42,25 @@ _LARGEST_OFFSET = 1e3  # of m/a: far inside float16's 65504, whatever W x adds t
 
 
 @torch.no_grad()
-def fold_affine(merged: nn.Module, *, keep_unknown: bool = False) -> nn.Module:
+def fold_affine(merged: nn.Module, *, keep_unknown: bool = False, use_up: bool = False) -> nn.Module:
     """A copy of `merged` without any BatchNorm and with FC3 as a batched product; `merged` is left alone.
 
     Args:
         merged: as `merge_branches` returns it.
         keep_unknown: let BatchNorms stay that no rule knows: a user's own parts.
+        use_up: free every part of `merged` as soon as it is folded; `merged` is of no use afterwards.
 
     Raises:
         ValueError: a block is not merged yet, or a BatchNorm is left that no rule knows.
     """
-    folded = with_replaced(merged, _replacements(merged))
+    replacements: dict[nn.Module, nn.Module] = {}
+    free = weights_freed(merged) if use_up else keep_weights
+    for module in _outermost(merged, replacements):
+        found = RULES[type(module)](module)
+        replacements |= found
+        for old, new in found.items():
+            free(old, new)
+    folded = with_replaced(merged, replacements)
     if keep_unknown:
         return folded.eval()
     left = [name for name, module in folded.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001
@@ -61,14 +69,18 @@ def fold_affine(merged: nn.Module, *, keep_unknown: bool = False) -> nn.Module:
     return folded.eval()
 
 
-def _replacements(module: nn.Module) -> dict[nn.Module, nn.Module]:
-    """What replaces `module` or, where no rule replaces it whole, what is inside it."""
-    rule = RULES.get(type(module))
-    found = {} if rule is None else rule(module)
-    for child in module.children():
-        if module not in found and child not in found:
-            found |= _replacements(child)
-    return found
+def _outermost(root: nn.Module, replaced: Collection[nn.Module]) -> Iterator[nn.Module]:
+    """Modules inside `root` that have a rule, each once, from the outside in, but for what is `replaced` meanwhile."""
+    seen, waiting = set[nn.Module](), [root]
+    while waiting:
+        module = waiting.pop()
+        if module in seen or module in replaced:
+            continue
+        seen.add(module)
+        if type(module) in RULES:
+            yield module
+        if module not in replaced:
+            waiting += module.children()
 
 
 class FoldedConv(nn.Module):

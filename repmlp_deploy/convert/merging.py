@@ -19,14 +19,14 @@ from torch import nn
 from repmlp_deploy.nets.blocks import MergeableConvBN, RepMLPBlock
 from repmlp_deploy.nets.foreign import adopt_blocks
 from repmlp_deploy.nets.repmlp import RepMLP
-from repmlp_deploy.nets.surgery import with_replaced
+from repmlp_deploy.nets.surgery import keep_weights, weights_freed, with_replaced
 
 __all__ = ["has_branches", "merge_branches", "upstream_form"]
 
 
 @torch.no_grad()
-def merge_branches(trained: nn.Module) -> nn.Module:
-    """A copy of `trained` whose RepMLP blocks are merged; `trained` is left alone.
+def merge_branches(trained: nn.Module, *, use_up: bool = False) -> nn.Module:
+    """A copy of `trained` whose RepMLP blocks are merged; `trained` is left alone unless it is to be used up.
 
     Blocks are ours, or of the official releases or mmpretrain, recognised by their structure and confirmed by their
     outputs (`nets.foreign`); those become ours. Blocks that are merged already stay as they are, and so does whatever
@@ -35,6 +35,8 @@ def merge_branches(trained: nn.Module) -> nn.Module:
 
     Args:
         trained: any module with RepMLP blocks inside, in evaluation mode.
+        use_up: free every block of `trained` as soon as it is merged, so that there is never more than one network in
+            memory; `trained` is of no use afterwards.
 
     Raises:
         ValueError: there is no RepMLP block, a BatchNorm is in training mode, or a foreign block computes something
@@ -48,11 +50,13 @@ def merge_branches(trained: nn.Module) -> nn.Module:
     if not blocks and not adopted:
         raise ValueError(f"{type(trained).__name__} contains no RepMLP block: there is nothing to merge")
     replacements: dict[nn.Module, nn.Module] = {}
+    free = weights_freed(trained) if use_up else keep_weights
     for module in trained.modules():
         own = adopted.get(module, module)
         rule = next((MERGES[kind] for kind in type(own).__mro__ if kind in MERGES), None)
         if rule is not None and not own.deploy:
             replacements[module] = rule(own).eval()
+            free(module, replacements[module])
     return with_replaced(trained, replacements)
 
 

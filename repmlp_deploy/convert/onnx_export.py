@@ -103,7 +103,10 @@ def export_graph(traced: Traced, *, input_names: Sequence[str], output_names: Se
             raise RepMLPError(f"torch.onnx.export failed: {said}; run again with --debug") from error
     if exported is None:
         raise RepMLPError(f"torch.onnx.export returned nothing: {chatter.getvalue()[-200:]}")
-    return _without_notes(exported.model_proto)
+    graph = exported.model_proto
+    if (given := graph.opset_import[0].version) != OPSET:
+        raise RepMLPError(f"torch.onnx.export wrote opset {given} where {OPSET} was asked for")
+    return _without_notes(graph)
 
 
 def _without_notes(graph: onnx.ModelProto) -> onnx.ModelProto:

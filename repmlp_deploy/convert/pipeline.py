@@ -12,7 +12,7 @@ import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -54,6 +54,7 @@ from repmlp_deploy.convert.layouts import to_layout
 from repmlp_deploy.convert.memory import release_memory
 from repmlp_deploy.convert.merging import merge_branches, upstream_form
 from repmlp_deploy.convert.onnx_export import (
+    OPSET,
     TRACED,
     Traced,
     export_graph,
@@ -196,6 +197,8 @@ def export(  # noqa: PLR0913 - one a command-line option
         with clock.step("checkpoint"):
             made.add("checkpoint", *_checkpoint_file(trained, merged))
     del merged
+    trained = trained.without_weights()
+    job = replace(job, trained=trained)
     if request.needs_trace:
         with clock.step("trace"):
             traced = trace_network(network, interface.examples, TRACED if request.quick else request.batch)
@@ -301,7 +304,7 @@ def reparameterize(
     find = partial(blame_network, trained.network)
     with step("verify merged"), blamed(partial(find, merged, certifier.inputs)):
         certifier.require("merged", partial(run_network, merged))
-    steps = [] if trained.merged else [Step("merged", merge_branches, merged)]
+    steps = [] if trained.merged else [Step("merged", partial(merge_branches, use_up=True), merged)]
     network = upstream_form(merged) if graph == "merged" else None
     if network is None:
         fold = partial(fold_affine, keep_unknown=trained.interface is not None)
@@ -309,7 +312,7 @@ def reparameterize(
             network = fold(merged)
         with step("verify folded"), blamed(partial(find, network, certifier.inputs)):
             certifier.require("folded", partial(run_network, network))
-        steps.append(Step("folded", fold, network))
+        steps.append(Step("folded", partial(fold, use_up=True), network))
     last = merged if graph == "merged" else network
     with step("verify algebra"), blamed(partial(find, last, certifier.inputs)):
         prove_algebra(trained.network, steps, certifier)
@@ -319,13 +322,10 @@ def reparameterize(
 def _make_onnx(job: _Job, network: nn.Module, traced: Traced) -> None:
     """The graph, simplified, in its precision, verified each time; and what is built from it."""
     request, made = job.request, job.made
-    model, find = _verified_graph(job, network, traced)
+    data, find = _verified_graph(job, network, traced)
     with job.clock.step("simplify"):
-        data = _simplified(job, network, model, find)
-    if data is None:
-        data = serialize_model(model)
-    about: dict[str, Any] = {"opset": model.opset_import[0].version}
-    del model
+        data = _simplified(job, network, data, find) or data
+    about: dict[str, Any] = {"opset": OPSET}
     if "openvino" in request.formats:
         _make_openvino(job, data)
     if request.needs_lowering:
@@ -341,7 +341,7 @@ def _make_onnx(job: _Job, network: nn.Module, traced: Traced) -> None:
         made.notes.append(f"the {name} engine was built from the verified graph and has not run here")
 
 
-def _verified_graph(job: _Job, network: nn.Module, traced: Traced) -> tuple[onnx.ModelProto, Find]:
+def _verified_graph(job: _Job, network: nn.Module, traced: Traced) -> tuple[bytes, Find]:
     """The ONNX graph of a traced network, verified, and how to find a fault in what is made of it."""
     if not job.request.quick:
         return _exported(job, network, traced)
@@ -353,26 +353,27 @@ def _verified_graph(job: _Job, network: nn.Module, traced: Traced) -> tuple[onnx
     return _exported(job, network, traced)
 
 
-def _exported(job: _Job, network: nn.Module, traced: Traced, *, quick: bool = False) -> tuple[onnx.ModelProto, Find]:
+def _exported(job: _Job, network: nn.Module, traced: Traced, *, quick: bool = False) -> tuple[bytes, Find]:
     interface, certifier = job.interface, job.certifier
     with job.clock.step("export"):
         model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs)
         model = with_symbolic_batch(model) if job.request.batch.min != job.request.batch.max else model
         model = with_metadata(model, _metadata(job.trained, job.request.batch))
         data = serialize_model(model)
+        del model  # before a runtime takes its own copies
     find = partial(blame_graph, traced.program, batches=certifier.batches(*([TRACED.opt] if quick else [])))
     with job.clock.step("verify exported"), nullcontext() if quick else blamed(partial(find, data)):
         certifier.require("exported ONNX", _onnx_run(data))
     with job.clock.step("verify weights"), blamed(partial(find, data)):
-        certifier.record([job.match_weights("exported ONNX weights", model, network)], "weights")
+        certifier.record([job.match_weights("exported ONNX weights", onnx.load_from_string(data), network)], "weights")
         job.made.graphs["exported"] = hashlib.sha256(data).hexdigest()
-    return model, find
+    return data, find
 
 
-def _simplified(job: _Job, network: nn.Module, graph: onnx.ModelProto, find: Find) -> bytes | None:
+def _simplified(job: _Job, network: nn.Module, exported: bytes, find: Find) -> bytes | None:
     """The simplified graph, verified and serialized; None, with a note, where onnxsim failed or changed the output."""
     try:
-        simplified = simplify_graph(graph)
+        simplified = simplify_graph(onnx.load_from_string(exported))
     except SimplificationFailed as error:
         job.made.notes.append(f"not simplified: {error}")
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,17 @@ class Trained:
     merged: bool = False
     notes: tuple[str, ...] = ()
     interface: Interface | None = None
+
+    def without_weights(self) -> Trained:
+        """What is left when nobody needs the weights any more, shapes and names; its own memory is given back.
+
+        A network that was handed over in memory is its owner's, and stays as it is.
+        """
+        if self.checkpoint is None:
+            return self
+        checkpoint = replace(self.checkpoint, content=None)
+        state = None if self.state is None else replace(self.state, tensors={})
+        return replace(self, network=self.network.to("meta"), checkpoint=checkpoint, state=state)
 
 
 def load_trained(

@@ -1,14 +1,15 @@
-"""Copies of module trees with some modules replaced."""
+"""Copies of module trees with some modules replaced, and what is no longer needed of the original."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["with_replaced"]
+__all__ = ["keep_weights", "weights_freed", "with_replaced"]
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -30,3 +31,23 @@ def with_replaced(root: ModuleT, replacements: Mapping[nn.Module, nn.Module]) ->
     # replacements are copied as well: what they took over from `root` must not tie the copy to it
     memo |= {id(old): copy.deepcopy(new, memo) for old, new in replacements.items()}
     return copy.deepcopy(root, memo)
+
+
+def keep_weights(old: nn.Module, new: nn.Module) -> None:
+    """Nothing: the counterpart of what `weights_freed` returns."""
+
+
+def weights_freed(root: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
+    """What empties the parameters of a module inside `root` that has been replaced: f(old, new).
+
+    Those that `new` took over stay, and so do those that two modules share, of which the other may still be needed.
+    """
+    users = Counter(id(parameter) for module in root.modules() for parameter in module.parameters(recurse=False))
+
+    def free(old: nn.Module, new: nn.Module) -> None:
+        kept = {id(parameter) for parameter in new.parameters()}
+        for parameter in old.parameters():
+            if users[id(parameter)] == 1 and id(parameter) not in kept:
+                parameter.data = parameter.data.new_empty(0)  # views of it that `new` holds keep their memory
+
+    return free
