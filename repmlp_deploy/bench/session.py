@@ -27,7 +27,7 @@ from repmlp_deploy.bench.timing import Warmup, compare_rounds, summarize
 
 __all__ = ["run_benchmark"]
 
-MOST_ROUNDS, LEAST_ROUNDS = 10, 3
+MOST_ROUNDS, LEAST_ROUNDS = 10, 6  # fewer than six have no bootstrap, see `timing`
 
 _LAST_SECONDS = 5  # for the report
 
@@ -81,6 +81,7 @@ class _Record:
     member: _Member | None = None
     warmup: Warmup | None = None
     memory: Memory | None = None
+    call_seconds: float = 0.0
     rounds: list[list[float]] = field(default_factory=list)
 
 
@@ -228,13 +229,15 @@ class _Session:
 
     def _time_group(self, records: list[_Record], what: str) -> None:
         """Warm up and time rows that are compared with one another."""
-        estimates = [self._warmed(record, what) for record in records]
+        for record in records:
+            self._warm(record, what)
         running = [record for record in records if record.status != "failed"]
         if not running:
             return
-        seconds = self.settings.seconds
-        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / max(1e-6, *estimates))))
-        a_round = sum(max(seconds / rounds, estimate) for estimate in estimates)
+        slowest = max(record.call_seconds for record in running)
+        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(self.settings.seconds / max(1e-6, slowest))))
+        seconds = self.settings.seconds / rounds
+        a_round = sum(max(seconds, record.call_seconds * self._least_calls(record)) for record in running)
         ends = self._group_end()
         for r in range(rounds):
             if r and time.monotonic() + a_round / 2 > ends:
@@ -243,7 +246,7 @@ class _Session:
             left = min((rounds - r) * a_round + self._later_seconds(len(records)), self._seconds_left())
             self._show(f"{what}: round {r + 1} of {rounds}, about {int(left // 60)}:{int(left % 60):02d} left")
             for record in running[r % len(running) :] + running[: r % len(running)]:
-                self._time_slice(record, seconds / rounds)
+                self._time_slice(record, seconds)
             running = [record for record in running if record.status != "failed"]
             if not running:
                 break
@@ -252,14 +255,14 @@ class _Session:
         for record in running:
             self._keep_memory(record)
 
-    def _warmed(self, record: _Record, what: str) -> float:
-        """Warm up; the seconds that a call takes."""
+    def _warm(self, record: _Record, what: str) -> None:
+        """Warm up, and note the seconds that a call takes."""
         member = record.member
         if member is None:
             raise AssertionError("only opened rows are timed")
         if member.failed:
             record.status, record.reason = "failed", member.failed
-            return 0.0
+            return
         self._show(f"{what}: warming up {record.format} {record.precision}")
         seconds = self.settings.seconds / 2
         ran = record.batch == member.cold.batch and record.mode == "steady"
@@ -272,17 +275,26 @@ class _Session:
         except ChildFailed as failure:
             member.failed = str(failure)
             record.status, record.reason = "failed", member.failed
-            return 0.0
+            return
         warmup = Warmup.model_validate(answer)
         record.warmup = warmup.model_copy(update={"calls": warmup.calls + ran})
-        return warmup.seconds / warmup.calls if warmup.calls else member.cold.first_ms / 1e3
+        record.call_seconds = warmup.seconds / warmup.calls if warmup.calls else member.cold.first_ms / 1e3
+
+    def _least_calls(self, record: _Record) -> int:
+        """Calls of a slice, however long they take: the first finds the caches full of another row's data."""
+        return 2 if record.call_seconds < self.settings.seconds / 2 else 1
 
     def _time_slice(self, record: _Record, seconds: float) -> None:
         if record.member is None or record.member.failed:
             return
         try:
             latencies = record.member.child.ask(
-                "time", batch=record.batch, mode=record.mode, seconds=seconds, gap_ms=self._gap(record)
+                "time",
+                batch=record.batch,
+                mode=record.mode,
+                seconds=seconds,
+                gap_ms=self._gap(record),
+                least=self._least_calls(record),
             )
         except ChildFailed as failure:
             record.member.failed = str(failure)

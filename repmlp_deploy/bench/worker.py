@@ -85,9 +85,9 @@ class Worker:
         machine.reset_peak()
         return warm_up(self._call(batch, mode), seconds, gap_ms=gap_ms).model_dump()
 
-    def time(self, batch: int, mode: str, seconds: float, gap_ms: float) -> list[float]:
+    def time(self, batch: int, mode: str, seconds: float, gap_ms: float, least: int) -> list[float]:
         """Latencies of one slice of a round, in milliseconds."""
-        return time_calls(self._call(batch, mode), seconds, gap_ms=gap_ms)
+        return time_calls(self._call(batch, mode), seconds, gap_ms=gap_ms, least=least)
 
     def memory(self) -> int:
         """The peak of resident memory since the last warm-up, in bytes."""
