@@ -1,17 +1,19 @@
 """Comparison of two runs: what got faster or slower, beyond noise and beyond a threshold.
 
-Absolute times of two runs differ for reasons that are nobody's fault: another day, a busy neighbour. What hits every
-row alike is taken out as the *drift*, the median over rows of new over old median latency, where at least three rows
-are in both runs. A row has changed when its ratio, drift taken out, is beyond the threshold and the 95 % interval of
-the ratio, resampled over the rounds of each run, leaves out 1. The drift itself is a change when it is beyond the
-threshold and the machine's own matrix-product peak did not move by as much.
+Absolute times of two runs differ for reasons that are nobody's fault: another day, a busy neighbour. Batch sizes feel
+them differently, a neighbour in the caches most of all the smallest. What hits every row of a model, batch size and
+mode alike is taken out as the group's *drift*, the median over its rows of new over old median latency, where three
+rows at least are in both runs. A row has changed when its ratio, drift taken out, is beyond the threshold and the 95 %
+interval of the ratio, resampled over the rounds of each run, leaves out 1. A drift itself is a change when it is beyond
+the threshold and neither the machine's own matrix products nor its memory became slower by as much.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 from repmlp_deploy.bench.report import Table
 from repmlp_deploy.bench.results import Report, Row
@@ -19,9 +21,13 @@ from repmlp_deploy.bench.timing import compare_rounds
 
 __all__ = ["Change", "Comparison", "compare_reports", "comparison_table"]
 
-THRESHOLD = 0.05
+THRESHOLD = 0.1
+"""Two runs of the same program on a shared machine differ by up to this much, whatever their intervals say."""
 
 _ROWS_FOR_DRIFT = 3
+
+Group = tuple[str, int, str]
+"""Model, batch size and mode: rows that take turns."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Change:
         row: in the new run.
         old_ms: median latency in the old run.
         new_ms: and in the new one.
+        drift: new over old, of all rows of its group alike.
         ratio: new over old, drift taken out: 1.15 is 15 % slower.
         low, high: its 95 % interval; None where there are too few rounds for one.
         verdict: beyond noise and threshold.
@@ -40,6 +47,7 @@ class Change:
     row: Row
     old_ms: float
     new_ms: float
+    drift: float
     ratio: float
     low: float | None
     high: float | None
@@ -52,15 +60,13 @@ class Comparison:
 
     Attributes:
         changes: one a row that both measured.
-        drift: new over old, of all rows alike.
         notes: what a reader must know: rows in one run only, other machines or versions.
-        drifted: whether the drift itself is a slowdown that the machine's peak does not explain.
+        drifted: groups to their drifts that are slowdowns which the machine does not explain.
     """
 
     changes: tuple[Change, ...]
-    drift: float
     notes: tuple[str, ...]
-    drifted: bool
+    drifted: Mapping[Group, float]
 
     @property
     def slower(self) -> list[Change]:
@@ -74,38 +80,51 @@ def compare_reports(old: Report, new: Report, threshold: float = THRESHOLD) -> C
     Args:
         old: the earlier run.
         new: the later run.
-        threshold: smallest relative change of latency that counts; 0.05 is 5 %.
+        threshold: smallest relative change of latency that counts; 0.1 is 10 %.
     """
     earlier = {row.key: row for row in old.rows if row.summary is not None}
     later = {row.key: row for row in new.rows if row.summary is not None}
     both = [key for key in later if key in earlier]
-    ratios = [later[key].summary.p50_ms / earlier[key].summary.p50_ms for key in both]  # type: ignore[union-attr]
-    drift = median(ratios) if len(ratios) >= _ROWS_FOR_DRIFT else 1.0
-    changes = tuple(_change(earlier[key], later[key], drift, threshold) for key in both)
+    drifts = _drifts(earlier, later, both)
+    changes = tuple(_change(earlier[key], later[key], drifts[_group(later[key])], threshold) for key in both)
     notes = _differences(old, new)
     missing = [key for key in earlier if key not in later]
     notes += [f"measured before, not now: {_name(key)}: {_why(new, key)}" for key in missing]
     notes += [f"measured now, not before: {_name(key)}" for key in later if key not in earlier]
-    explained = _machine_slowdown(old, new)
-    return Comparison(
-        changes, drift, tuple(notes), drifted=drift > 1 + threshold and drift > explained * (1 + threshold)
-    )
+    unexplained = (1 + threshold) * max(1.0, _machine_slowdown(old, new))
+    return Comparison(changes, tuple(notes), {group: drift for group, drift in drifts.items() if drift > unexplained})
+
+
+def _group(row: Row) -> Group:
+    return row.model, row.batch, row.mode
+
+
+def _drifts(earlier: Mapping[Any, Row], later: Mapping[Any, Row], both: Sequence[Any]) -> dict[Group, float]:
+    """New over old of every group, 1 where too few rows would tell it."""
+    ratios: dict[Group, list[float]] = {}
+    for key in both:
+        old, new = earlier[key].summary, later[key].summary
+        if old is not None and new is not None:
+            ratios.setdefault(_group(later[key]), []).append(new.p50_ms / old.p50_ms)
+    return {group: median(found) if len(found) >= _ROWS_FOR_DRIFT else 1.0 for group, found in ratios.items()}
 
 
 def comparison_table(comparison: Comparison) -> Table:
     """The changes for people."""
-    columns = ("model", "format", "precision", "batch", "mode", "before ms", "now ms", "change", "interval", "verdict")
+    columns = (
+        *("model", "format", "precision", "batch", "mode", "before ms", "now ms"),
+        *("all rows", "change", "interval", "verdict"),
+    )
     rows = tuple(
         (
             *(c.row.model, c.row.format, c.row.precision, str(c.row.batch), c.row.mode),
-            *(f"{c.old_ms:.3f}", f"{c.new_ms:.3f}", f"{100 * (c.ratio - 1):+.1f} %"),
+            *(f"{c.old_ms:.3f}", f"{c.new_ms:.3f}", f"{100 * (c.drift - 1):+.1f} %", f"{100 * (c.ratio - 1):+.1f} %"),
             "" if c.low is None or c.high is None else f"{100 * (c.low - 1):+.1f} to {100 * (c.high - 1):+.1f} %",
             c.verdict,
         )
         for c in comparison.changes
     )
-    title = f"against the earlier run; {100 * (comparison.drift - 1):+.1f} % that all rows share taken out"
-    return Table(title, columns, rows, left=5)
+    return Table("against the earlier run; what all rows of a batch size share is taken out", columns, rows, left=5)
 
 
 def _change(old: Row, new: Row, drift: float, threshold: float) -> Change:
@@ -122,15 +141,16 @@ def _change(old: Row, new: Row, drift: float, threshold: float) -> Change:
             verdict = "faster"
     if old.summary is None or new.summary is None:
         raise AssertionError("only measured rows are compared")
-    return Change(new, old.summary.p50_ms, new.summary.p50_ms, ratio, low, high, verdict)
+    return Change(new, old.summary.p50_ms, new.summary.p50_ms, drift, ratio, low, high, verdict)
 
 
 def _machine_slowdown(old: Report, new: Report) -> float:
-    """How many times the machine's fp32 matrix products became slower; 1 where it is not known."""
+    """How many times slower the machine's fp32 products or its memory became, the larger of them; 1 if unknown."""
     if old.machine is None or new.machine is None:
         return 1.0
     before, now = (report.machine.peak_gflops.get("fp32", 0.0) for report in (old, new) if report.machine)
-    return before / now if before and now else 1.0
+    products = before / now if before and now else 1.0
+    return max(products, old.machine.bandwidth_gb_s / new.machine.bandwidth_gb_s)
 
 
 def _differences(old: Report, new: Report) -> list[str]:

@@ -49,7 +49,7 @@ def bench_command(  # noqa: PLR0913 - one an option
     markdown: Annotated[Path | None, typer.Option("--markdown", help="The tables as Markdown.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="One self-contained page with figures.")] = None,
     compare: Annotated[Path | None, typer.Option(metavar="OLD.json", help="Earlier report to compare with.")] = None,
-    threshold: Annotated[float, typer.Option(help="Change of latency in percent that --compare tells.")] = 5.0,
+    threshold: Annotated[float, typer.Option(help="Change of latency in percent that --compare tells.")] = 10.0,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Measure latency, memory and multiply-adds of a RepMLP network in every format, against the machine's limit."""
@@ -136,7 +136,9 @@ def _compare(old: Report, new: Report, name: str, threshold: float) -> None:
     for note in found.notes:
         sys.stdout.write(f"note: {note}\n")
     slower = [f"{c.row.name} at batch {c.row.batch} ({100 * (c.ratio - 1):+.0f} %)" for c in found.slower]
-    slower += [f"all rows ({100 * (found.drift - 1):+.0f} %)"] if found.drifted else []
+    slower += [
+        f"all rows of {m} at batch {n} ({100 * (drift - 1):+.0f} %)" for (m, n, _), drift in found.drifted.items()
+    ]
     if slower:
         raise VerificationError(f"slower than {name}, beyond noise and {threshold:g} %: {', '.join(slower)}")
 

@@ -34,13 +34,28 @@ def test_a_slower_machine_is_drift_and_not_every_row_getting_slower():
     found = compare_reports(
         make_report(seed=1), make_report(seed=2, drift=1.3, slower={"onnx fp32": 1.15}, machine=slow)
     )
-    assert found.drift == pytest.approx(1.3, rel=0.03)
+    assert [c.drift for c in found.changes] == pytest.approx([1.3] * 10, rel=0.03)
     assert {c.row.name for c in found.slower} == {"onnx fp32"}
     assert not found.drifted
 
 
 def test_every_row_slower_on_an_unchanged_machine_is_reported():
     assert compare_reports(make_report(seed=1), make_report(seed=2, drift=1.3)).drifted
+
+
+def test_a_slower_memory_explains_a_drift_as_well():
+    slow = MACHINE.model_copy(update={"bandwidth_gb_s": MACHINE.bandwidth_gb_s / 1.3})
+    runs = [make_report(seed=1), make_report(seed=2, drift=1.3, machine=slow)]
+    assert not compare_reports(*runs).drifted
+
+
+def test_batch_sizes_drift_apart():
+    """A neighbour in the caches costs batch 1 a quarter and batch 8 nothing: no row is to blame."""
+    old, busy = make_report(seed=1), make_report(seed=2, drift=1.25)
+    rows = [row for report, n in ((busy, 1), (make_report(seed=2), 8)) for row in report.rows if row.batch == n]
+    found = compare_reports(old, busy.model_copy(update={"rows": tuple(rows)}))
+    assert found.slower == []
+    assert list(found.drifted) == [("net", 1, "steady")]
 
 
 def test_a_change_within_the_noise_is_not_reported():

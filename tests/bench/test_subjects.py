@@ -143,7 +143,8 @@ def test_the_worker_times_what_it_is_told(monkeypatch):
     opened = own.load(job, [3, 32, 32], 2)
     assert opened["proof"] == {"runtime": "fake"}
     assert opened["imports_bytes"] > 0
-    assert len(own.time(4, "steady", 0.0, 0.0)) == 1
+    assert len(own.time(4, "steady", 0.0, 0.0, 1)) == 1
+    assert len(own.time(4, "steady", 0.0, 0.0, 3)) == 3
     assert own.warm(4, "end-to-end", 0.2, 0.0)["calls"] > 0
     assert own.memory() > 0
     assert set(Fake.seen) == {(2, 3, 32, 32), (4, 3, 32, 32)}
