@@ -4,8 +4,9 @@ Absolute times of two runs differ for reasons that are nobody's fault: another d
 them differently, a neighbour in the caches most of all the smallest. What hits every row of a model, batch size and
 mode alike is taken out as the group's *drift*, the median over its rows of new over old median latency, where three
 rows at least are in both runs. A row has changed when its ratio, drift taken out, is beyond the threshold and the 95 %
-interval of the ratio, resampled over the rounds of each run, leaves out 1. A drift itself is a change when it is beyond
-the threshold and neither the machine's own matrix products nor its memory became slower by as much.
+interval of the ratio, resampled over the rounds of each run, leaves out 1. Drift itself is a change when every group's
+is beyond twice the threshold and neither the machine's own matrix products nor its memory became slower by as much:
+several runtimes that slow down together point to the machine.
 """
 
 from __future__ import annotations
@@ -61,12 +62,14 @@ class Comparison:
     Attributes:
         changes: one a row that both measured.
         notes: what a reader must know: rows in one run only, other machines or versions.
-        drifted: groups to their drifts that are slowdowns which the machine does not explain.
+        drift: new over old that all groups share: the smallest of theirs.
+        drifted: whether that is a slowdown which the machine does not explain.
     """
 
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
-    drifted: Mapping[Group, float]
+    drift: float
+    drifted: bool
 
     @property
     def slower(self) -> list[Change]:
@@ -91,8 +94,9 @@ def compare_reports(old: Report, new: Report, threshold: float = THRESHOLD) -> C
     missing = [key for key in earlier if key not in later]
     notes += [f"measured before, not now: {_name(key)}: {_why(new, key)}" for key in missing]
     notes += [f"measured now, not before: {_name(key)}" for key in later if key not in earlier]
-    unexplained = (1 + threshold) * max(1.0, _machine_slowdown(old, new))
-    return Comparison(changes, tuple(notes), {group: drift for group, drift in drifts.items() if drift > unexplained})
+    drift = min(drifts.values(), default=1.0)
+    unexplained = drift > (1 + 2 * threshold) * max(1.0, _machine_slowdown(old, new))
+    return Comparison(changes, tuple(notes), drift, unexplained)
 
 
 def _group(row: Row) -> Group:
