@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 _STORED = {"fp16": ov.Type.f16, "bf16": ov.Type.bf16}
 _PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
+_POINTWISE: Mapping[str, Any] = MappingProxyType({"Relu": ops.relu, "Sigmoid": ops.sigmoid})
 _SUFFIX = "/WithoutBiases"  # which the ONNX reader adds to a product whose bias it splits off
 
 
@@ -150,20 +152,49 @@ def _weights(product: Any) -> Any:
 
 
 def _turn_point_convolutions(model: Any) -> None:
-    """Make every 1×1 convolution on a 1×1 map a MatMul: (N, C, 1, 1) -> (N, C) -> (N, O) -> (N, O, 1, 1)."""
-    for op in model.get_ordered_ops():
-        weights = _weights(op) if op.get_type_name() == "Convolution" else None
-        if weights is None or not _is_on_points(op):
-            continue
+    """Make every 1×1 convolution on a 1×1 map, (N, C, 1, 1) -> (N, O, 1, 1), a MatMul, (N, C) -> (N, O).
+
+    What follows a channel at a time, biases and activations, follows in two axes as well: it fuses into the product,
+    and a gate keeps a few nodes of the dozen that a runtime would visit for every batch.
+    """
+    flat: dict[str, Any] = {}  # name of a node to its twin in two axes
+    ordered = model.get_ordered_ops()
+    for op in ordered:
+        twin = _in_two_axes(op, flat)
+        if twin is not None:
+            twin.set_friendly_name(op.get_friendly_name())
+            flat[op.get_friendly_name()] = twin
+    for op in ordered:
+        readers = [port for port in op.output(0).get_target_inputs() if port.get_node().get_friendly_name() not in flat]
+        if op.get_friendly_name() in flat and readers:
+            shape = ops.constant([-1, op.get_output_partial_shape(0)[1].get_length(), 1, 1], ov.Type.i64)
+            point = ops.reshape(flat[op.get_friendly_name()], shape, special_zero=False)
+            for reader in readers:
+                reader.replace_source_output(point.output(0))
+
+
+def _in_two_axes(op: Any, flat: Mapping[str, Any]) -> Any:
+    """The twin of a node on 1×1 maps, reading the twins of what it reads; None where it stays as it is."""
+    kind, sources = op.get_type_name(), [value.get_node() for value in op.input_values()]
+    twins = [flat.get(source.get_friendly_name()) for source in sources]
+    if kind == "Convolution" and (weights := _weights(op)) is not None and _is_on_points(op):
         rows, columns = weights.get_output_shape(0)[:2]
         matrix = ops.constant(weights.data.reshape(rows, columns))
         matrix.set_friendly_name(weights.get_friendly_name())
-        flat = ops.reshape(op.input_value(0), ops.constant([-1, columns], ov.Type.i64), special_zero=False)
-        product = ops.matmul(flat, matrix, transpose_a=False, transpose_b=True)
-        product.set_friendly_name(op.get_friendly_name())
-        point = ops.reshape(product, ops.constant([-1, rows, 1, 1], ov.Type.i64), special_zero=False)
-        for reader in list(op.output(0).get_target_inputs()):
-            reader.replace_source_output(point.output(0))
+        x = twins[0]
+        if x is None:
+            x = ops.reshape(op.input_value(0), ops.constant([-1, columns], ov.Type.i64), special_zero=False)
+        return ops.matmul(x, matrix, transpose_a=False, transpose_b=True)
+    if kind in _POINTWISE and twins[0] is not None:
+        return _POINTWISE[kind](twins[0])
+    if kind == "Add" and any(twins):
+        i = 0 if twins[0] is not None else 1
+        bias = sources[1 - i]
+        on_points = [str(edge) for edge in bias.get_output_partial_shape(0)][2:] == ["1", "1"]
+        values = bias.input_value(0).get_node() if bias.get_type_name() == "Reshape" else bias
+        if on_points and values.get_type_name() == "Constant":
+            return ops.add(twins[i], ops.constant(values.data.reshape(1, -1)))
+    return None
 
 
 def _is_on_points(convolution: Any) -> bool:

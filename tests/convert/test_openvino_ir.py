@@ -82,6 +82,20 @@ def test_gates_left_as_convolutions_would_be_wrong_at_batch_1(bundle: Bundle, mo
     assert relative_error(model, bundle, 3) < 0.02
 
 
+def test_nothing_lies_between_the_products_of_a_gate_but_bias_and_activation(bundle: Bundle) -> None:
+    """A reshape there would keep the plugin from fusing them."""
+    ir = digits_ir(bundle, "fp32")
+    model = ov.Core().read_model(ir.xml, ir.weights)
+    second = [op for op in model.get_ordered_ops() if openvino_ir._module(op).endswith("gp.fc2")]
+    assert len(second) == 4
+    for op in second:
+        path = [op.input_value(0).get_node()]
+        while path[-1].get_type_name() != "MatMul":
+            path.append(path[-1].input_value(0).get_node())
+        assert [node.get_type_name() for node in path] == ["Relu", "Add", "MatMul"]
+        assert openvino_ir._module(path[-1]).endswith("gp.fc1")
+
+
 def test_a_range_stays_symbolic_and_a_single_size_is_fixed(bundle: Bundle) -> None:
     graph = bundle.read(bundle.artifact("onnx"))
     for batch, expected in ((BatchRange(min=1, opt=2, max=4), "?"), (BatchRange(min=2, opt=2, max=2), "2")):
