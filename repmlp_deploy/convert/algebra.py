@@ -13,7 +13,6 @@ Three things are compared, with inputs x and the trained network f, all in float
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +33,7 @@ except ImportError:
 from repmlp_deploy.convert.certifying import Certifier
 from repmlp_deploy.convert.probing import SEED, run_network
 from repmlp_deploy.nets.reparam import CHUNK
+from repmlp_deploy.nets.surgery import in_double
 
 __all__ = ["Step", "compare_weights", "prove_algebra", "redraw_statistics"]
 
@@ -73,10 +73,10 @@ def prove_algebra(trained: nn.Module, steps: Sequence[Step], certifier: Certifie
     inputs, references = certifier.first_sample()
 
     def redrawn() -> tuple[nn.Module, Sequence[NDArray[Any]]]:
-        network = copy.deepcopy(trained).double()
+        network = in_double(trained)
         return network, redraw_statistics(network, inputs, seed)
 
-    _walk(lambda: (copy.deepcopy(trained).double(), references), steps, certifier, inputs, "float64", weights=True)
+    _walk(lambda: (in_double(trained), references), steps, certifier, inputs, "float64", weights=True)
     _walk(redrawn, steps, certifier, inputs, "redrawn", weights=False)
 
 

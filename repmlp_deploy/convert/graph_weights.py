@@ -10,6 +10,7 @@ weights of such networks are matched if they are found and counted if they are n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,12 +56,12 @@ def match_weights(
     """
     constants, norms = _constants(graph), any(isinstance(module, BatchNorm) for module in network.modules())
     may_change = _changeable(network) if own or norms else set()
-    by_size: dict[int, list[NDArray[Any]]] = {}
+    by_size: dict[int, list[onnx.TensorProto]] = {}
     for constant in constants.values():
-        by_size.setdefault(constant.size, []).append(constant)
+        by_size.setdefault(math.prod(constant.dims), []).append(constant)
     worst, equal, changed = (0.0, 0.0, ""), 0, 0
     for key, weight in _weights(network).items():
-        same = constants.get(key)
+        same = _values(constants[key]) if key in constants else None
         alike = same is not None and (same.shape, same.dtype) == (weight.shape, weight.dtype)
         if alike and np.array_equal(same, weight):  # type: ignore[arg-type]
             equal += 1
@@ -68,7 +69,7 @@ def match_weights(
             error = float(np.abs(np.subtract(same, weight, dtype=np.float64)).max())  # type: ignore[arg-type]
             size = float(np.abs(weight).max()) or 1.0
             worst = max(worst, (error / size if np.isfinite(error) else np.inf, size, key))
-        elif _neutral(weight) or any(_same_values(weight, other) for other in by_size.get(weight.size, ())):
+        elif _neutral(weight) or any(_same_values(weight, _values(other)) for other in by_size.get(weight.size, ())):
             equal += 1
         elif key in may_change:
             changed += 1
@@ -107,17 +108,18 @@ def _neutral(weight: NDArray[Any]) -> bool:
     return not weight.any() or bool((weight == 1).all())
 
 
-def _constants(graph: onnx.ModelProto) -> Mapping[str, NDArray[Any]]:
-    """The constants that nodes of the graph read, by name; views of the model's memory."""
+def _constants(graph: onnx.ModelProto) -> Mapping[str, onnx.TensorProto]:
+    """The constants that nodes of the graph read, by name."""
     read = {name for node in graph.graph.node for name in node.input}
-    found = {t.name: _view(t) for t in graph.graph.initializer if t.name in read}
+    found = {t.name: t for t in graph.graph.initializer if t.name in read}
     for node in graph.graph.node:
         if node.op_type == "Constant" and node.output[0] in read and node.attribute[0].name == "value":
-            found[node.output[0]] = _view(node.attribute[0].t)
+            found[node.output[0]] = node.attribute[0].t
     return found
 
 
-def _view(tensor: onnx.TensorProto) -> NDArray[Any]:
+def _values(tensor: onnx.TensorProto) -> NDArray[Any]:
+    """A tensor's values: a copy, as protobuf gives no other; so one at a time."""
     if tensor.data_type == onnx.TensorProto.FLOAT and tensor.raw_data:
         return np.frombuffer(tensor.raw_data, np.float32).reshape(tensor.dims)
     return onnx.numpy_helper.to_array(tensor)

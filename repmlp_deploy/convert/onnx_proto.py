@@ -7,7 +7,8 @@ the weights can be put where they belong without going through that buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Sequence
 
 import onnx
 
@@ -66,18 +67,22 @@ def serialize_model(model: onnx.ModelProto) -> bytes:
     small = without_weights(model, weights, as_inputs=False)
     graph = small.graph.SerializeToString()
     small.ClearField("graph")
-    fields = [piece for tensor in weights for piece in _initializer(tensor)]
-    length = len(graph) + sum(map(len, fields))
-    return b"".join([small.SerializeToString(), _head(_GRAPH, length), graph, *fields])
+    heads = [_initializer_head(tensor) for tensor in weights]
+    length = len(graph) + sum(len(head) + nbytes for head, nbytes in heads)
+    buffer = io.BytesIO()
+    buffer.write(small.SerializeToString() + _head(_GRAPH, length) + graph)
+    for tensor, (head, _) in zip(weights, heads, strict=True):
+        buffer.write(head)
+        buffer.write(tensor.raw_data)  # a copy, every time: one weight's is in memory, not all of them
+    return buffer.getvalue()
 
 
-def _initializer(tensor: onnx.TensorProto) -> Iterator[bytes]:
-    """The pieces of a graph's initializer field that holds `tensor`."""
+def _initializer_head(tensor: onnx.TensorProto) -> tuple[bytes, int]:
+    """What stands in front of a weight's bytes in a graph's initializer field, and how many bytes these are."""
     about = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims).SerializeToString()
-    raw = tensor.raw_data
-    raw_head = _head(_RAW_DATA, len(raw))
-    yield _head(_INITIALIZER, len(about) + len(raw_head) + len(raw)) + about + raw_head
-    yield raw
+    nbytes = len(tensor.raw_data)
+    raw_head = _head(_RAW_DATA, nbytes)
+    return _head(_INITIALIZER, len(about) + len(raw_head) + nbytes) + about + raw_head, nbytes
 
 
 def _head(field: int, length: int) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx
 import safetensors.torch
@@ -322,9 +323,10 @@ def reparameterize(
 def _make_onnx(job: _Job, network: nn.Module, traced: Traced) -> None:
     """The graph, simplified, in its precision, verified each time; and what is built from it."""
     request, made = job.request, job.made
-    data, find = _verified_graph(job, network, traced)
-    with job.clock.step("simplify"):
-        data = _simplified(job, network, data, find) or data
+    with tempfile.TemporaryFile(prefix="repmlp-exported-") as exported:  # out of memory while others are tried
+        find = _verified_graph(job, network, traced, exported)
+        with job.clock.step("simplify"):
+            data = _simplified(job, network, exported, find) or _content(exported)
     about: dict[str, Any] = {"opset": OPSET}
     if "openvino" in request.formats:
         _make_openvino(job, data)
@@ -341,19 +343,19 @@ def _make_onnx(job: _Job, network: nn.Module, traced: Traced) -> None:
         made.notes.append(f"the {name} engine was built from the verified graph and has not run here")
 
 
-def _verified_graph(job: _Job, network: nn.Module, traced: Traced) -> tuple[bytes, Find]:
-    """The ONNX graph of a traced network, verified, and how to find a fault in what is made of it."""
+def _verified_graph(job: _Job, network: nn.Module, traced: Traced, file: BinaryIO) -> Find:
+    """Write the ONNX graph of a traced network, verified; how to find a fault in what is made of it."""
     if not job.request.quick:
-        return _exported(job, network, traced)
+        return _exported(job, network, traced, file)
     try:
-        return _exported(job, network, traced, quick=True)
+        return _exported(job, network, traced, file, quick=True)
     except VerificationError:  # the network's own code names the batch it was traced with
         with job.clock.step("trace again"):
             traced = trace_network(network, job.interface.examples, job.request.batch)
-    return _exported(job, network, traced)
+    return _exported(job, network, traced, file)
 
 
-def _exported(job: _Job, network: nn.Module, traced: Traced, *, quick: bool = False) -> tuple[bytes, Find]:
+def _exported(job: _Job, network: nn.Module, traced: Traced, file: BinaryIO, *, quick: bool = False) -> Find:
     interface, certifier = job.interface, job.certifier
     with job.clock.step("export"):
         model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs)
@@ -367,13 +369,19 @@ def _exported(job: _Job, network: nn.Module, traced: Traced, *, quick: bool = Fa
     with job.clock.step("verify weights"), blamed(partial(find, data)):
         certifier.record([job.match_weights("exported ONNX weights", onnx.load_from_string(data), network)], "weights")
         job.made.graphs["exported"] = hashlib.sha256(data).hexdigest()
-    return data, find
+    file.write(data)
+    return find
 
 
-def _simplified(job: _Job, network: nn.Module, exported: bytes, find: Find) -> bytes | None:
+def _content(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _simplified(job: _Job, network: nn.Module, exported: BinaryIO, find: Find) -> bytes | None:
     """The simplified graph, verified and serialized; None, with a note, where onnxsim failed or changed the output."""
     try:
-        simplified = simplify_graph(onnx.load_from_string(exported))
+        simplified = simplify_graph(onnx.load_from_string(_content(exported)))
     except SimplificationFailed as error:
         job.made.notes.append(f"not simplified: {error}")
         return None

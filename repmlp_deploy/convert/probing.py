@@ -6,7 +6,6 @@ and smooth areas, an impulse reaches single columns of every FC3, and a constant
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from repmlp_deploy.bundle import Probe
 from repmlp_deploy.card import data_root
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.nets.flat import flatten_outputs
+from repmlp_deploy.nets.surgery import in_double
 
 __all__ = ["KINDS", "SEED", "probe_inputs", "probe_like", "record_probe", "run_network"]
 
@@ -108,7 +108,7 @@ def record_probe(trained: nn.Module, *inputs: NDArray[Any]) -> Probe:
     """
     precise = [value.astype(np.float64) if np.issubdtype(value.dtype, np.floating) else value for value in inputs]
     try:
-        references = _several(run_network(copy.deepcopy(trained).double(), *precise))
+        references = _several(run_network(in_double(trained), *precise))
     except RuntimeError as error:
         said = (str(error).splitlines() or ["no message"])[0]
         raise InputError(f"the network does not run in float64, which the proof needs: {said}") from None

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["keep_weights", "weights_freed", "with_replaced"]
+__all__ = ["in_double", "keep_weights", "weights_freed", "with_replaced"]
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -31,6 +32,20 @@ def with_replaced(root: ModuleT, replacements: Mapping[nn.Module, nn.Module]) ->
     # replacements are copied as well: what they took over from `root` must not tie the copy to it
     memo |= {id(old): copy.deepcopy(new, memo) for old, new in replacements.items()}
     return copy.deepcopy(root, memo)
+
+
+def in_double(root: ModuleT) -> ModuleT:
+    """A copy of `root` in float64; `copy.deepcopy(root).double()` without the float32 copy on the way."""
+    memo: dict[int, Any] = {}
+    for parameter in root.parameters():
+        memo[id(parameter)] = nn.Parameter(_copied(parameter.detach()), requires_grad=False)
+    for buffer in root.buffers():
+        memo[id(buffer)] = _copied(buffer.detach())
+    return copy.deepcopy(root, memo)
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.to(torch.float64, copy=True) if value.is_floating_point() else value.clone()
 
 
 def keep_weights(old: nn.Module, new: nn.Module) -> None:
