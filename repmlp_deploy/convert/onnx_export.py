@@ -97,6 +97,7 @@ def export_graph(traced: Traced, *, input_names: Sequence[str], output_names: Se
                 output_names=list(output_names),
                 external_data=False,
                 verbose=False,
+                optimize=False,  # which takes a second; the simplifier comes to the same graph
             )
         except Exception as error:
             said = (str(error).splitlines() or [""])[0]
