@@ -81,8 +81,17 @@ def trace_network(network: nn.Module, examples: Sequence[Tensor], batch: BatchRa
     return Traced(program, chatter.getvalue())
 
 
-def export_graph(traced: Traced, *, input_names: Sequence[str], output_names: Sequence[str]) -> onnx.ModelProto:
+def export_graph(
+    traced: Traced, *, input_names: Sequence[str], output_names: Sequence[str], optimize: bool = True
+) -> onnx.ModelProto:
     """The ONNX graph of a traced network.
+
+    Args:
+        traced: the network.
+        input_names: of the graph's inputs.
+        output_names: of the graph's outputs.
+        optimize: let the exporter fold constants and shapes, which takes a second; a network traced with a fixed batch
+            has no shapes to compute, and the simplifier comes to the same graph without.
 
     Raises:
         RepMLPError: the exporter failed; the message is its own first line.
@@ -97,7 +106,7 @@ def export_graph(traced: Traced, *, input_names: Sequence[str], output_names: Se
                 output_names=list(output_names),
                 external_data=False,
                 verbose=False,
-                optimize=False,  # which takes a second; the simplifier comes to the same graph
+                optimize=optimize,
             )
         except Exception as error:
             said = (str(error).splitlines() or [""])[0]

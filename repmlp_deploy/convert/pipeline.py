@@ -358,7 +358,7 @@ def _verified_graph(job: _Job, network: nn.Module, traced: Traced, file: BinaryI
 def _exported(job: _Job, network: nn.Module, traced: Traced, file: BinaryIO, *, quick: bool = False) -> Find:
     interface, certifier = job.interface, job.certifier
     with job.clock.step("export"):
-        model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs)
+        model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs, optimize=not quick)
         model = with_symbolic_batch(model) if job.request.batch.min != job.request.batch.max else model
         model = with_metadata(model, _metadata(job.trained, job.request.batch))
         data = serialize_model(model)
