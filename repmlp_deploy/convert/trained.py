@@ -55,9 +55,9 @@ class Trained:
     def without_weights(self) -> Trained:
         """What is left when nobody needs the weights any more, shapes and names; its own memory is given back.
 
-        A network that was handed over in memory is its owner's, and stays as it is.
+        A network that was handed over in memory, or made by its owner's code, is the owner's and stays as it is.
         """
-        if self.checkpoint is None:
+        if self.checkpoint is None or self.interface is not None:
             return self
         checkpoint = replace(self.checkpoint, content=None)
         state = None if self.state is None else replace(self.state, tensors={})

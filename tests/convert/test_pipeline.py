@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,8 +129,10 @@ def test_a_single_batch_size_is_fixed(digits_checkpoint: Path, tmp_path: Path) -
 
 def test_a_network_in_memory_exports_by_its_card(tmp_path: Path) -> None:
     model = get_model("repmlp-digits", pretrained=True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     result = export(model, formats="checkpoint", out=tmp_path / "out")
     assert result.manifest.provenance["checkpoint"] is None
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     model.switch_to_deploy()
     with pytest.raises(InputError, match=r"before switch_to_deploy\(\)"):
         export(model, formats="checkpoint", out=tmp_path / "again")
@@ -144,6 +147,17 @@ def drop_a_branch(trained: torch.nn.Module) -> torch.nn.Module:
     block = trained.stages[1][0].repmlp_block
     merged.stages[1][0].repmlp_block.fc3.bias -= block.repconv3.bn.bias.repeat_interleave(block.h * block.w)
     return merged
+
+
+def test_a_network_in_memory_is_left_alone_and_one_from_a_file_gives_its_memory_back(digits_checkpoint: Path) -> None:
+    loaded = load_trained(digits_checkpoint)
+    left = loaded.without_weights()
+    assert {parameter.device.type for parameter in left.network.parameters()} == {"meta"}
+    assert left.checkpoint is not None
+    assert loaded.checkpoint is not None
+    assert left.checkpoint.sha256 == loaded.checkpoint.sha256
+    own = replace(loaded, network=get_model("repmlp-digits"), checkpoint=None)
+    assert {parameter.device.type for parameter in own.without_weights().network.parameters()} == {"cpu"}
 
 
 def test_a_wrong_merge_is_caught_and_nothing_is_written(
