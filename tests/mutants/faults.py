@@ -305,12 +305,13 @@ def gelu_by_tanh(model: onnx.ModelProto) -> None:
 
 def batch_in_a_reshape(model: onnx.ModelProto) -> None:
     """The batch that was traced, 2, where the exporter should have left -1."""
-    shapes = {t.name: t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT64}
-    node = [n for n in model.graph.node if n.op_type == "Reshape" and n.input[1] in shapes][-1]
-    values = onnx.numpy_helper.to_array(shapes[node.input[1]]).copy()
-    values[0] = 2
+    values = {value.name: value.type.tensor_type.shape.dim for value in model.graph.value_info}
+    constants = {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}
+    reshapes = [n for n in model.graph.node if n.op_type == "Reshape" and n.input[0] not in constants]
+    node = [n for n in reshapes if n.output[0] in values][-1]
+    shape = np.array([dim.dim_value or 2 for dim in values[node.output[0]]], np.int64)
     node.input[1] = "baked"
-    model.graph.initializer.append(onnx.numpy_helper.from_array(values, "baked"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(shape, "baked"))
 
 
 def batch_at_the_borders(patch: pytest.MonkeyPatch) -> None:
