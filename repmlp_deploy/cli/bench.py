@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,7 +82,7 @@ def bench_command(  # noqa: PLR0913 - one an option
         from repmlp_deploy.bench.settings import read_settings  # noqa: PLC0415
 
         if html is not None:  # a missing package is told before minutes of measuring, not after
-            pass
+            import_module("repmlp_deploy.bench.html")
 
         old = None if compare is None else load_report(compare)
         report = run_benchmark(read_settings(suite, given), show)

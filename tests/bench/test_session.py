@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -199,6 +200,14 @@ def test_the_command_writes_every_report_and_compares(tmp_path, monkeypatch, cap
     assert _bench("--json", str(tmp_path / "absent" / "r.json")) == 5
     assert _bench("--batch", "0") == 2
     assert _bench("--threshold", "0") == 2
+
+
+def test_a_package_that_only_the_page_needs_is_missed_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "repmlp_deploy.bench.html", raising=False)
+    monkeypatch.setattr(session, "run_benchmark", lambda *_: pytest.fail("measured for a report that cannot be made"))
+    assert _bench("--models", "repmlp-digits", "--html", str(tmp_path / "r.html")) == 4
+    assert 'pip install "repmlp-deploy[bench]"' in capsys.readouterr().err
 
 
 def test_an_interrupted_command_reports_and_ends_with_130(monkeypatch, capsys):
