@@ -9,6 +9,10 @@ convolution, without which ONNX Runtime computes it in float32. With ranges meas
 
     x ≈ (r/127) · clip(round(127 x / r), −128, 127).
 
+Pairs of 1×1 convolutions become products over channels first (`pointwise`), which need no pair behind them: a fifth of
+the whole network's time in ONNX Runtime. An activation that is only transposed for a product is quantized in front of
+the transposition, which then moves a quarter of the bytes.
+
 FC3 of several sharesets, (S, h·w, h·w), has one scale: DequantizeLinear takes scales along one axis, and ONNX Runtime
 computes no batched product with those. (Bringing the sharesets to one range beforehand, exactly, by powers of two that
 the block's own scale takes back, changed nothing on the networks tried.) The residual sums, gates and GELU between the
@@ -22,7 +26,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmlp_deploy.convert.onnx_proto import SCOPES, large_weights, without_weights
+from repmlp_deploy.convert.pointwise import with_pointwise_products
 from repmlp_deploy.errors import InputError, MissingDependency, VerificationError
 
 try:
@@ -323,13 +328,17 @@ def _in_type(tensor: TensorProto, name: str, wanted: int) -> TensorProto:
 
 def _quantized(graph: onnx.ModelProto, ranges: Mapping[str, float], patterns: _Patterns) -> Lowered:
     """`graph` with a QuantizeLinear/DequantizeLinear pair around every product."""
+    graph = with_pointwise_products(graph, lambda node: node not in patterns)
     weights = {tensor.name: tensor for tensor in graph.graph.initializer}
-    work = _Quantizing(ranges, weights)
+    reasons = {node.name: _why_not_int8(node, weights.keys(), patterns) for node in graph.graph.node}
+    transposed = _transposed_for(graph.graph, lambda node: not reasons[node.name])
+    work = _Quantizing(ranges, weights, transposed)
     counts: Counter[str] = Counter()
     kept = []
     for node in graph.graph.node:
-        reason = _why_not_int8(node, weights.keys(), patterns)
-        if reason:
+        if node.output[0] in transposed:
+            continue
+        if reason := reasons[node.name]:
             work.keep(node)
             kept.append(Kept(node.name, node.op_type, module_of(node), reason))
         else:
@@ -348,11 +357,23 @@ def _why_not_int8(node: NodeProto, weights: Iterable[str], patterns: _Patterns) 
     return "" if _is_product(node, set(weights)) else "its weights are no constant"
 
 
-class _Quantizing:
-    """The graph under construction."""
+def _transposed_for(graph: onnx.GraphProto, is_quantized: Callable[[NodeProto], bool]) -> dict[str, NodeProto]:
+    """What every transposition that quantized products alone read gives, to the transposition."""
+    readers: dict[str, list[bool]] = {value.name: [False] for value in graph.output}
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            readers.setdefault(name, []).append(i == 0 and is_quantized(node))
+    transpositions = (node for node in graph.node if node.op_type == "Transpose")
+    return {node.output[0]: node for node in transpositions if all(readers.get(node.output[0], [False]))}
 
-    def __init__(self, ranges: Mapping[str, float], weights: Mapping[str, TensorProto]) -> None:
-        self._ranges, self._weights = ranges, weights
+
+class _Quantizing:
+    """The graph under construction; `transposed` are transpositions that move behind QuantizeLinear."""
+
+    def __init__(
+        self, ranges: Mapping[str, float], weights: Mapping[str, TensorProto], transposed: Mapping[str, NodeProto]
+    ) -> None:
+        self._ranges, self._weights, self._transposed = ranges, weights, transposed
         self.nodes: list[NodeProto] = []
         self.tensors: dict[str, TensorProto] = {}
         self._quantized: set[str] = set()
@@ -366,17 +387,32 @@ class _Quantizing:
         """Copy a product between its pairs. Every product has a DequantizeLinear of its own, as fusions want it."""
         made = NodeProto()
         made.CopyFrom(node)
-        activation = node.input[0]
-        scale = self._activation_scale(activation)
-        if activation not in self._quantized:
-            self._add("QuantizeLinear", [activation, *scale], f"{activation}_quantized")
-            self._quantized.add(activation)
-        made.input[0] = self._add("DequantizeLinear", [f"{activation}_quantized", *scale], f"{node.name}_input")
+        quantized, scale = self._quantized_activation(node.input[0])
+        made.input[0] = self._add("DequantizeLinear", [quantized, *scale], f"{node.name}_input")
         made.input[1] = self._weight(node)
         self._use(node.input[2:])
         self.nodes.append(made)
         if node.op_type == "Conv":
             self._quantize_output(made, node.output[0])
+
+    def _quantized_activation(self, name: str) -> tuple[str, tuple[str, str]]:
+        """The name of an activation in 8 bits, and of its scale and zero point."""
+        transposition = self._transposed.get(name)
+        source = name if transposition is None else transposition.input[0]
+        scale = self._activation_scale(name if name in self._ranges else source)
+        quantized = f"{name}_quantized"
+        if name not in self._quantized:
+            self._quantized.add(name)
+            if transposition is None:
+                self._add("QuantizeLinear", [name, *scale], quantized)
+            else:
+                made = NodeProto()
+                made.CopyFrom(transposition)
+                first = self._add("QuantizeLinear", [source, *scale], f"{name}_source_quantized")
+                made.input[0] = self._add("DequantizeLinear", [first, *scale], f"{name}_source")
+                self.nodes.append(made)
+                self._add("QuantizeLinear", [name, *scale], quantized)  # rounds what is rounded: nothing changes
+        return quantized, scale
 
     def _quantize_output(self, made: NodeProto, name: str) -> None:
         made.output[0] = f"{name}_exact"

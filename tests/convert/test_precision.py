@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from repmlp_deploy import Bundle
 from repmlp_deploy.convert.emulating import emulate_bf16
 from repmlp_deploy.convert.onnx_proto import serialize_model
+from repmlp_deploy.convert.pointwise import with_pointwise_products
 from repmlp_deploy.convert.precision import PRODUCTS, module_of, product_tensors, set_precision
 from repmlp_deploy.errors import InputError, VerificationError
 from repmlp_deploy.numerics import compare, is_close, noise_floor
@@ -141,6 +142,8 @@ def test_int8_weights_have_a_scale_an_output(graph: onnx.ModelProto, ranges: dic
         stored, scale = weights[f"{name}_int8"], weights[f"{name}_scale"]
         node = next(n for n in model.graph.node if n.input and n.input[0] == f"{name}_int8")
         axis = next((a.i for a in node.attribute), None)
+        if values.ndim != stored.ndim:  # a 1×1 convolution that became a product over channels: (O, C, 1, 1) -> (C, O)
+            values = values[:, :, 0, 0].T
         assert scale.shape == (() if axis is None else (values.shape[axis],))
         assert (axis is None) == (values.ndim == 3)
         shape = [-1 if i == axis else 1 for i in range(values.ndim)] if axis is not None else ()
@@ -167,9 +170,27 @@ def test_int8_runs_in_integers_in_onnx_runtime(graph: onnx.ModelProto, ranges: d
     model = serialize_model(set_precision(graph, "int8", ranges=ranges).model)
     ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     ops = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
-    before = [node.op_type for node in graph.graph.node]
-    assert ops.count("QLinearConv") == before.count("Conv")
-    assert ops.count("MatMulIntegerToFloat") == before.count("MatMul")
+    before = [node.op_type for node in with_pointwise_products(graph, lambda _: True).graph.node]
+    assert ops.count("QLinearConv") == before.count("Conv") > 0
+    assert ops.count("MatMulIntegerToFloat") == before.count("MatMul") > 0
+    assert not {"Conv", "MatMul"} & set(ops)
+
+
+def test_int8_quantizes_in_front_of_transpositions(graph: onnx.ModelProto, ranges: dict[str, float]) -> None:
+    """So that they move bytes; and what is quantized again behind one is what was quantized before, bit by bit."""
+    model = set_precision(graph, "int8", ranges=ranges).model
+    makers = {name: node for node in model.graph.node for name in node.output}
+    readers = {name: node for node in model.graph.node for name in node.input}
+    inside = [
+        node
+        for node in model.graph.node
+        if node.op_type == "Transpose" and readers[node.output[0]].op_type == "QuantizeLinear"
+    ]
+    assert inside
+    for node in inside:
+        before, behind = makers[node.input[0]], readers[node.output[0]]
+        assert before.op_type == "DequantizeLinear"
+        assert before.input[1:] == behind.input[1:]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
