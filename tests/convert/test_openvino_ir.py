@@ -64,6 +64,27 @@ def test_weights_in_bf16_change_no_bit_of_what_the_plugin_computes_in_bf16(bundl
     np.testing.assert_array_equal(small, large)
 
 
+def test_large_products_are_cut_by_columns_and_answer_the_same(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every column once, in its place, whatever does not divide by what; and only where many rows share a matrix."""
+    whole = digits_ir(bundle, "bf16")
+    monkeypatch.setattr(openvino_ir, "_LARGE_MATRIX", 600)
+    cut = digits_ir(bundle, "bf16")
+    before, now = (ir.details["product_weights"]["bf16"] for ir in (whole, cut))
+    assert now > before == 24
+    names = [op.get_friendly_name() for op in ov.Core().read_model(cut.xml, cut.weights).get_ordered_ops()]
+    assert {"stages.0.0.fc3.columns0", "stages.0.0.fc3.columns1"} <= set(names)
+    inputs, _ = bundle.probe().batch(3)
+    answers = [compiled(ir, "fp32").run_all(inputs)[0] for ir in (whole, cut)]
+    np.testing.assert_allclose(answers[1], answers[0], atol=1e-6)
+    single = build_ir(
+        bundle.read(bundle.artifact("onnx")),
+        precision="bf16",
+        batch=BatchRange(min=1, opt=1, max=1),
+        inputs={"images": DIGIT},
+    )
+    assert single.details["product_weights"]["bf16"] == before
+
+
 def test_bf16_is_rounded_to_the_nearest_ties_to_even() -> None:
     ulp = 2.0**-7
     values = np.array([1, 1 + 0.4 * ulp, 1 + 0.5 * ulp, 1 + 0.6 * ulp, 1 + 1.5 * ulp, -1 - 0.6 * ulp, 0], np.float32)
