@@ -131,7 +131,7 @@ def _plain(value: object) -> object:
 
 
 def _product(conv: NodeProto, source: str, result: str) -> Iterator[NodeProto]:
-    """source × Wᵀ + b, under the convolution's name."""
+    """The source times Wᵀ, plus b, under the convolution's name."""
     biased = len(conv.input) > 2 and conv.input[2]  # noqa: PLR2004 - the third input is the bias
     product = f"{conv.name}_product" if biased else result
     made = helper.make_node("MatMul", [source, conv.input[1]], [product], name=conv.name)

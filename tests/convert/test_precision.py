@@ -136,14 +136,14 @@ def test_int8_weights_have_a_scale_an_output(graph: onnx.ModelProto, ranges: dic
     model = set_precision(graph, "int8", ranges=ranges).model
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     original = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
-    for name, values in original.items():
+    for name, given in original.items():
         if f"{name}_int8" not in weights:
             continue
         stored, scale = weights[f"{name}_int8"], weights[f"{name}_scale"]
         node = next(n for n in model.graph.node if n.input and n.input[0] == f"{name}_int8")
         axis = next((a.i for a in node.attribute), None)
-        if values.ndim != stored.ndim:  # a 1×1 convolution that became a product over channels: (O, C, 1, 1) -> (C, O)
-            values = values[:, :, 0, 0].T
+        # a 1×1 convolution may have become a product over channels: (O, C, 1, 1) -> (C, O)
+        values = given if given.ndim == stored.ndim else given[:, :, 0, 0].T
         assert scale.shape == (() if axis is None else (values.shape[axis],))
         assert (axis is None) == (values.ndim == 3)
         shape = [-1 if i == axis else 1 for i in range(values.ndim)] if axis is not None else ()
