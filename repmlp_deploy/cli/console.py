@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 unusable arguments or input; 3 verification failed; 4 a de
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -37,7 +38,9 @@ def run_command(command: Callable[..., None], arguments: Sequence[str] | None = 
     given = list(sys.argv[1:] if arguments is None else arguments)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(context_settings={"help_option_names": ["-h", "--help"]})(command)
-    raise SystemExit(_run(app, given))
+    code = _run(app, given)
+    gc.freeze()  # what PyTorch leaves behind goes with the process: looking for cycles in it takes a second
+    raise SystemExit(code)
 
 
 def _run(app: typer.Typer, arguments: list[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,8 +30,6 @@ _ROUND = 100.0  # margins from here on are whole numbers
 
 def main() -> None:
     """Entry point."""
-    # Weights are hundreds of megabytes: torch then asks for huge pages, and faults a thousand times less.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary folders are removed
     run_command(export_command)

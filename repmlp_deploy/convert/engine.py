@@ -103,6 +103,7 @@ def build_engine(name: str, graph: bytes, spec: GraphSpec, options: EngineOption
             raise BuildError(f"{name} could not build the engine: {errors}")
         if cache is not None:
             cache.save(config)
+        del parser, network, config, builder  # their copies of the weights, before there is another of the plan
     details = {
         "flavour": name,
         "version": trt.__version__,

@@ -69,8 +69,12 @@ def serialize_model(model: onnx.ModelProto) -> bytes:
     small.ClearField("graph")
     heads = [_initializer_head(tensor) for tensor in weights]
     length = len(graph) + sum(len(head) + nbytes for head, nbytes in heads)
+    start = small.SerializeToString() + _head(_GRAPH, length) + graph
     buffer = io.BytesIO()
-    buffer.write(small.SerializeToString() + _head(_GRAPH, length) + graph)
+    buffer.seek(len(start) - len(graph) + length - 1)
+    buffer.write(b"\0")  # all the memory it takes, at once: a buffer that grows is copied each time
+    buffer.seek(0)
+    buffer.write(start)
     for tensor, (head, _) in zip(weights, heads, strict=True):
         buffer.write(head)
         buffer.write(tensor.raw_data)  # a copy, every time: one weight's is in memory, not all of them

@@ -77,7 +77,7 @@ from repmlp_deploy.convert.own_network import Interface
 from repmlp_deploy.convert.precision import blocks_of, product_tensors, set_precision
 from repmlp_deploy.convert.probing import probe_like, record_probe, run_network
 from repmlp_deploy.convert.provenance import describe_provenance
-from repmlp_deploy.convert.simplifying import SimplificationFailed, simplify_graph
+from repmlp_deploy.convert.simplifying import SimplificationFailed, Simplifier, simplifier_started, simplify_graph
 from repmlp_deploy.convert.trained import OwnRequest, Trained, find_interface, load_own, take_trained
 from repmlp_deploy.errors import BundleError, InputError, VerificationError
 from repmlp_deploy.nets.flat import Flat
@@ -199,6 +199,7 @@ def export(  # noqa: PLR0913 - one a command-line option
             made.add("checkpoint", *_checkpoint_file(trained, merged))
     del merged
     trained = trained.without_weights()
+    release_memory()  # once, not after every step: memory that is taken again costs more than it is worth
     job = replace(job, trained=trained)
     if request.needs_trace:
         with clock.step("trace"):
@@ -208,7 +209,9 @@ def export(  # noqa: PLR0913 - one a command-line option
                 certifier.require("torch.export program", partial(run_network, traced.program.module()))
                 made.add("torch", "model.pt2", _program_file(traced))
         if request.needs_onnx:
-            _make_onnx(job, network, traced)
+            graphs = _make_graphs(job, network, traced)
+            del network, traced
+            _make_artifacts(job, graphs)
     made.add_file(PROBE, probe.to_bytes())
     manifest = _manifest(job, probe)
     with clock.step("save"):
@@ -253,11 +256,6 @@ class _Request:
     @property
     def needs_onnx(self) -> bool:
         return bool(set(self.formats) & {"onnx", "openvino", *FLAVOURS})
-
-    @property
-    def needs_lowering(self) -> bool:
-        """Whether the ONNX graph itself is wanted in the precision."""
-        return self.precision != "fp32" and bool(set(self.formats) & {"onnx", *FLAVOURS})
 
     @property
     def quick(self) -> bool:
@@ -320,25 +318,55 @@ def reparameterize(
     return merged, network
 
 
-def _make_onnx(job: _Job, network: nn.Module, traced: Traced) -> None:
-    """The graph, simplified, in its precision, verified each time; and what is built from it."""
-    request, made = job.request, job.made
-    with tempfile.TemporaryFile(prefix="repmlp-exported-") as exported:  # out of memory while others are tried
-        find = _verified_graph(job, network, traced, exported)
+@dataclass(frozen=True)
+class _Graphs:
+    """The verified graph, serialized.
+
+    Attributes:
+        fp32: simplified; None where nothing is made of it.
+        lowered: in the precision that was asked for: the same where that is fp32, None where nothing is made of it.
+        about: of the lowered one.
+        sha256: of it, where it is known.
+    """
+
+    fp32: bytes | None
+    lowered: bytes | None
+    about: dict[str, Any]
+    sha256: str | None
+
+
+def _make_graphs(job: _Job, network: nn.Module, traced: Traced) -> _Graphs:
+    """The graph, simplified, and in its precision; verified each time."""
+    made, wanted = job.made, set(job.request.formats)
+    with simplifier_started() as simplifier, tempfile.TemporaryFile(prefix="repmlp-exported-") as exported:
+        find = _verified_graph(job, network, traced, exported)  # on disk, out of memory while others are tried
         with job.clock.step("simplify"):
-            data = _simplified(job, network, exported, find) or _content(exported)
+            data = _simplified(job, network, exported, find, simplifier) or _content(exported)
     about: dict[str, Any] = {"opset": OPSET}
-    if "openvino" in request.formats:
-        _make_openvino(job, data)
-    if request.needs_lowering:
-        data, more = _lowered(job, data, find)
+    if job.request.precision == "fp32":
+        return _Graphs(data, data, about, made.graphs.get("simplified", made.graphs["exported"]))
+    lowered = None
+    if wanted & {"onnx", *FLAVOURS}:
+        lowered, more = _lowered(job, data, find)
         about |= more
+    return _Graphs(data if "openvino" in wanted else None, lowered, about, None)
+
+
+def _make_artifacts(job: _Job, graphs: _Graphs) -> None:
+    """What is built from the graphs."""
+    request, made = job.request, job.made
+    if set(request.formats) & {"openvino", *FLAVOURS}:
+        release_memory(cycles=True)  # builders take copies of all weights
+    if "openvino" in request.formats and graphs.fp32 is not None:
+        _make_openvino(job, graphs.fp32)
+    if graphs.lowered is None:
+        return
     if "onnx" in request.formats:
-        made.add("onnx", "model.onnx", data, about)
+        made.add("onnx", "model.onnx", graphs.lowered, graphs.about, sha256=graphs.sha256)
     for name in (name for name in request.formats if name in FLAVOURS):
         with job.clock.step(name):
-            spec = GraphSpec(job.interface.shapes(), request.batch, request.precision, kept_products(about))
-            engine = build_engine(name, data, spec, request.engine)
+            spec = GraphSpec(job.interface.shapes(), request.batch, request.precision, kept_products(graphs.about))
+            engine = build_engine(name, graphs.lowered, spec, request.engine)
         made.add(name, f"model.{name}.engine", engine.plan, engine.details)
         made.notes.append(f"the {name} engine was built from the verified graph and has not run here")
 
@@ -378,10 +406,10 @@ def _content(file: BinaryIO) -> bytes:
     return file.read()
 
 
-def _simplified(job: _Job, network: nn.Module, exported: BinaryIO, find: Find) -> bytes | None:
+def _simplified(job: _Job, network: nn.Module, exported: BinaryIO, find: Find, simplifier: Simplifier) -> bytes | None:
     """The simplified graph, verified and serialized; None, with a note, where onnxsim failed or changed the output."""
     try:
-        simplified = simplify_graph(onnx.load_from_string(_content(exported)))
+        simplified = simplify_graph(onnx.load_from_string(_content(exported)), simplifier)
     except SimplificationFailed as error:
         job.made.notes.append(f"not simplified: {error}")
         return None
@@ -542,7 +570,6 @@ class _Clock:
             self._progress(name)
         started = time.perf_counter()
         yield
-        release_memory()
         self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - started, 3)
 
 
@@ -557,12 +584,21 @@ class _Artifacts:
     contents: dict[str, bytes] = field(default_factory=dict)
     graphs: dict[str, str] = field(default_factory=dict)
 
-    def add_file(self, name: str, data: bytes) -> None:
+    def add_file(self, name: str, data: bytes, sha256: str | None = None) -> None:
+        """Keep a file; its digest where it is known, which spares computing it again."""
         self.contents[name] = data
-        self.files[name] = FileEntry(path=name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+        self.files[name] = FileEntry(path=name, sha256=sha256 or hashlib.sha256(data).hexdigest(), bytes=len(data))
 
-    def add(self, artifact_format: str, name: str, data: bytes, details: Mapping[str, Any] | None = None) -> None:
-        self.add_file(name, data)
+    def add(
+        self,
+        artifact_format: str,
+        name: str,
+        data: bytes,
+        details: Mapping[str, Any] | None = None,
+        *,
+        sha256: str | None = None,
+    ) -> None:
+        self.add_file(name, data, sha256)
         described = {**self.files[name].model_dump(), "precision": self.precision, **(details or {})}
         self.entries[artifact_format] = ArtifactEntry.model_validate(described)
 

@@ -179,11 +179,11 @@ def test_a_failed_export_leaves_an_earlier_bundle(
     assert {path.name: path.read_bytes() for path in bundle_folder.iterdir()} == before
 
 
-def crash(_graph: onnx.ModelProto) -> onnx.ModelProto:
+def crash(_graph: onnx.ModelProto, _simplifier: object) -> onnx.ModelProto:
     raise SimplificationFailed("onnxsim crashed with signal 11")
 
 
-def spoil(graph: onnx.ModelProto) -> onnx.ModelProto:
+def spoil(graph: onnx.ModelProto, _simplifier: object) -> onnx.ModelProto:
     """A simplifier that changes the output: the head's bias is doubled."""
     result = onnx.ModelProto()
     result.CopyFrom(graph)

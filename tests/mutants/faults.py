@@ -330,8 +330,8 @@ def stale_simplified_graph(patch: pytest.MonkeyPatch) -> None:
     """The simplified graph of an epoch before: the same nodes, weights that have moved since."""
     right = pipeline.simplify_graph
 
-    def stale(model: onnx.ModelProto) -> onnx.ModelProto:
-        simplified = right(model)
+    def stale(model: onnx.ModelProto, simplifier: Any) -> onnx.ModelProto:
+        simplified = right(model, simplifier)
         for tensor in simplified.graph.initializer:
             if tensor.data_type == onnx.TensorProto.FLOAT and tensor.raw_data:
                 tensor.raw_data = (np.frombuffer(tensor.raw_data, np.float32) * np.float32(0.99)).tobytes()
