@@ -12,8 +12,8 @@ FC1(mean(a x + b)) = (FC1·a) mean(x) + (FC1·b + c₁). The unit's first half b
 
 the second form, one pass over the map cheaper, wherever m/a stays in the range of every precision. The constant map
 (C, h·w) costs no time: with a single number in its place B224 took as long, in float32, bf16 and int8, at batch 1 and
-8, within 2 %; only OpenVINO's int8 at batch 1, which is reading constants, would gain, 8 %. Equivalents that store less,
-x + b/a in front of W with the (S, h·w) map β behind it, take a pass over x instead.
+8, within 2 %; only OpenVINO's int8 at batch 1, which is reading constants, would gain, 8 %. Equivalents that store
+less, x + b/a in front of W with the (S, h·w) map β behind it, take a pass over x instead.
 
 **prebn2** goes into the first convolution of the FFN, which is 1×1 without padding: W(a x + b) = (W·a) x + W b.
 **A BatchNorm behind a convolution** scales its rows. **The head's BatchNorm** goes through the mean into the head.
