@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections.abc import Sequence
@@ -104,6 +105,7 @@ def export_command(  # noqa: PLR0913 - one an option
         show("loading PyTorch")
         from repmlp_deploy.convert.pipeline import export  # noqa: PLC0415 - seconds: not for --help or a bad option
 
+        gc.freeze()  # half a million objects of libraries, which no search for cycles need visit again
         bundle = export(
             ckpt,
             module=module,
