@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from repmlp_deploy.convert.blaming import Blame, place_of
 from repmlp_deploy.convert.onnx_proto import SCOPES, serialize_model
+from repmlp_deploy.convert.pointwise import channels_last_values, with_bias_added
 from repmlp_deploy.convert.suspects import Check, Element
 from repmlp_deploy.errors import MissingDevice, VerificationError
 from repmlp_deploy.numerics import compare, is_close, noise_floor
@@ -34,7 +35,7 @@ from repmlp_deploy.runtime.runner import RunnerOptions
 __all__ = ["blame_graph", "said_by_runtime"]
 
 _PASSED_ON = ("Cast", "DequantizeLinear", "Identity")  # a weight behind these is the weight still
-_SUFFIXES = re.compile("_(float16|bfloat16|quantized)$")  # of weights in a lower precision
+_SUFFIXES = re.compile("_(float16|bfloat16|int8)$")  # of weights in a lower precision
 _EPS = {"fp32": 0.0, "fp16": 2.0**-10, "bf16": 2.0**-7}
 """Between one and the next number that a precision stores weights in; int8's steps are every weight's own."""
 _AT_ONCE = 48  # further outputs of one run
@@ -194,12 +195,14 @@ class _Graph:
         self._weights = {_SUFFIXES.sub("", tensor.name): tensor for tensor in self.model.graph.initializer}
         self._outputs = [value.name for value in self.model.graph.output]
         self._read: dict[int, list[str]] = {}
+        self._channels_last = channels_last_values(self.model.graph) if precision == "int8" else set()
         self.anchors = self._find_anchors()
 
     def _find_anchors(self) -> list[_Anchor]:
         """In the graph's order: the last value of every module, the value of every node that reads a weight."""
         passed = {tensor.name: _SUFFIXES.sub("", tensor.name) for tensor in self.model.graph.initializer}
         found: dict[str, _Anchor] = {}
+        biased = with_bias_added(self.model.graph)
         for i, node in enumerate(self.model.graph.node):
             weights = [passed[name] for name in node.input if name in passed]
             if node.op_type in _PASSED_ON and weights:
@@ -207,7 +210,7 @@ class _Graph:
                 continue
             self._read[i] = weights
             for weight in weights:
-                found.setdefault(weight, _Anchor(weight, node.output[0], i))
+                found.setdefault(weight, _Anchor(weight, biased.get(node.name, node).output[0], i))
             for module in _scopes(node):
                 found[module] = _Anchor(module, node.output[0], i)
         return sorted(found.values(), key=lambda anchor: anchor.index)
@@ -223,7 +226,10 @@ class _Graph:
             del outputs[len(self._outputs) :]
         given = dict(zip(self._inputs, inputs, strict=True))
         answer: list[NDArray[Any]] = session.run(list(names), given)
-        return dict(zip(names, answer, strict=True))
+        return {
+            name: value.transpose(0, 3, 1, 2) if name in self._channels_last else value
+            for name, value in zip(names, answer, strict=True)
+        }
 
     def failure(self, inputs: Arrays) -> Blame | None:
         """The node at which ONNX Runtime gives up, if it does."""

@@ -24,10 +24,12 @@ try:
 except ImportError:
     raise MissingDependency("onnx", "export") from None
 
-__all__ = ["with_pointwise_products"]
+__all__ = ["channels_last_values", "with_bias_added", "with_pointwise_products"]
 
 _BETWEEN = ("Gelu", "Relu")
+_KEEPING_AXES = ("MatMul", "Add", *_BETWEEN, "QuantizeLinear", "DequantizeLinear")
 _CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+_BIAS = "_bias"  # behind a product's name: the node that adds its bias
 _PLAIN = {
     "dilations": (1, 1),
     "group": 1,
@@ -68,6 +70,28 @@ def with_pointwise_products(graph: onnx.ModelProto, wanted: Callable[[NodeProto]
     model = helper.make_model(made, opset_imports=graph.opset_import, ir_version=graph.ir_version)
     model.metadata_props.extend(graph.metadata_props)
     return model
+
+
+def channels_last_values(graph: onnx.GraphProto) -> set[str]:
+    """The names of the values (N, H, W, C) that have the channels last where the network has (N, C, H, W)."""
+    found: set[str] = set()
+    for node in graph.node:
+        if node.op_type == "Transpose":
+            axes = tuple(helper.get_attribute_value(node.attribute[0])) if node.attribute else ()
+            found |= {node.output[0]} if axes == _CHANNELS_LAST else set()
+        elif node.op_type in _KEEPING_AXES and node.input[0] in found:
+            found.add(node.output[0])
+    return found
+
+
+def with_bias_added(graph: onnx.GraphProto) -> dict[str, NodeProto]:
+    """The node of every product that was a convolution, by name, to the one that answers what the convolution did."""
+    adding = {node.name: node for node in graph.node if node.op_type == "Add"}
+    return {
+        node.name: adding[node.name + _BIAS]
+        for node in graph.node
+        if node.op_type == "MatMul" and node.name + _BIAS in adding
+    }
 
 
 @dataclass(frozen=True)
@@ -138,7 +162,9 @@ def _product(conv: NodeProto, source: str, result: str) -> Iterator[NodeProto]:
     made.metadata_props.extend(conv.metadata_props)
     yield made
     if biased:
-        yield helper.make_node("Add", [product, conv.input[2]], [result], name=f"{conv.name}_bias")
+        added = helper.make_node("Add", [product, conv.input[2]], [result], name=conv.name + _BIAS)
+        added.metadata_props.extend(conv.metadata_props)
+        yield added
 
 
 def _transpose(source: str, result: str, axes: tuple[int, ...], conv: NodeProto) -> NodeProto:

@@ -17,11 +17,13 @@ from repmlp_deploy.bundle import MANIFEST, BatchRange, hash_file
 from repmlp_deploy.cli import verify as verify_cli
 from repmlp_deploy.cli.console import run_command
 from repmlp_deploy.convert.bisecting import blame_graph, said_by_runtime
+from repmlp_deploy.convert.calibration import measure_ranges, take_calibration
 from repmlp_deploy.convert.folding import fold_affine
 from repmlp_deploy.convert.merging import merge_branches
-from repmlp_deploy.convert.onnx_export import TRACED, Traced, export_graph, trace_network
+from repmlp_deploy.convert.onnx_export import TRACED, Traced, export_graph, trace_network, with_symbolic_batch
 from repmlp_deploy.convert.onnx_proto import SCOPES, serialize_model
-from repmlp_deploy.convert.precision import set_precision
+from repmlp_deploy.convert.pointwise import channels_last_values
+from repmlp_deploy.convert.precision import product_tensors, set_precision
 from repmlp_deploy.convert.probing import probe_inputs
 from repmlp_deploy.convert.rederiving import blame_bundle
 from repmlp_deploy.convert.simplifying import simplify_graph
@@ -92,6 +94,46 @@ def test_graphs_that_are_right_are_blameless(
         assert blame_graph(traced.program, serialize_model(model), [INPUTS]) is None
     half = set_precision(simplified, "fp16").model
     assert blame_graph(traced.program, serialize_model(half), [INPUTS], "fp16") is None
+
+
+@pytest.fixture(scope="module")
+def quantized(simplified: onnx.ModelProto) -> onnx.ModelProto:
+    calibration = take_calibration({"images": probe_inputs((3, 32, 32), samples=32)}, {"images": (3, 32, 32)})
+    model = with_symbolic_batch(simplified)
+    ranges = measure_ranges(serialize_model(model), calibration, product_tensors(model), "minmax")
+    return set_precision(model, "int8", ranges=ranges).model
+
+
+def test_an_int8_graph_that_is_right_is_blameless_although_its_channels_are_last(
+    traced: Traced, quantized: onnx.ModelProto
+) -> None:
+    """Every value is compared, those of the FFN among them, and none is what the network has somewhere else."""
+    last = channels_last_values(quantized.graph)
+    gelus = {node.output[0] for node in quantized.graph.node if node.op_type == "Gelu"}
+    assert gelus
+    assert gelus <= last
+    assert not last & {value.name for value in quantized.graph.output}
+    assert blame_graph(traced.program, serialize_model(quantized), [INPUTS], "int8") is None
+
+
+@pytest.mark.parametrize(
+    ("scale", "place"),
+    [
+        ("stages.1.0.ffn.0.weight_scale", "stages.1.0 · ffn_fc1"),
+        ("stages.1.1.ffn.2.weight_scale", "stages.1.1 · ffn_fc2"),
+        ("stages.1.1.fc3_scale", "stages.1.1 · fc3"),
+    ],
+)
+def test_a_scale_of_an_int8_graph_that_is_another_is_blamed_in_its_place(
+    scale: str, place: str, traced: Traced, quantized: onnx.ModelProto
+) -> None:
+    model = copied(quantized)
+    tensor = next(t for t in model.graph.initializer if t.name == scale)
+    values = np.frombuffer(tensor.raw_data, np.float32) * np.float32(-20)
+    tensor.raw_data = values.tobytes()
+    blame = blame_graph(traced.program, serialize_model(model), [INPUTS], "int8")
+    assert blame is not None
+    assert blame.place == place
 
 
 def test_a_weight_of_a_half_precision_graph_is_compared_in_its_own_steps(
