@@ -37,6 +37,7 @@ class Settings(BaseModel):
         profile: also measure time per stage and operation.
         ckpt: trained checkpoint to use instead of `models`.
         bundle: bundle to use instead of `models`.
+        calibration: folder of images or `.npz` that int8 is calibrated with; None for seeded inputs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +55,7 @@ class Settings(BaseModel):
     profile: bool = False
     ckpt: Path | None = None
     bundle: Path | None = None
+    calibration: Path | None = None
 
 
 def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
@@ -82,6 +84,10 @@ def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
         raise InputError(f"{where}: {first['msg']}; got {first['input']!r}") from None
     if settings.ckpt is not None and settings.bundle is not None:
         raise InputError("--ckpt and --bundle were both given; one of them says what is measured")
+    if settings.calibration is not None and not settings.calibration.exists():
+        raise InputError(f"--calibration {settings.calibration}: no such folder or file")
+    if settings.calibration is not None and "int8" not in settings.precision:
+        raise InputError("--calibration is for int8: add it to --precision, or drop --calibration")
     if (settings.ckpt or settings.bundle) and "models" in named:
         raise InputError("--models is for seeded networks; with --ckpt or --bundle leave it out")
     return settings

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import onnx
 import safetensors.torch
+from numpy.typing import NDArray
 
 from repmlp_deploy.bench.counting import count_graph, count_network
 from repmlp_deploy.bench.counts import Counts
@@ -55,6 +57,7 @@ class Target:
         counts: graph to what it does; filled as graphs are made.
         notes: for the report.
         wanted: (format, precision) of every row, so that one export makes what several of them need.
+        calibration: images or arrays for int8; seeded inputs where there are none.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Target:
     counts: dict[str, Counts] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     wanted: tuple[tuple[str, str], ...] = ()
+    calibration: Path | None = None
     _made: dict[tuple[str, str, str], Bundle | str] = field(default_factory=dict)
 
     def job(self, format_name: str, precision: str, threads: int, show: Show) -> Job:
@@ -144,7 +148,11 @@ class Target:
             else:
                 bundle = self._exported(artifacts, graph, precision, show)
             key = f"{graph} ONNX"
-            if key not in self.counts and "onnx" in bundle.manifest.artifacts and bundle.folder is not None:
+            if (
+                (key not in self.counts or precision == "fp32")
+                and "onnx" in bundle.manifest.artifacts
+                and bundle.folder is not None
+            ):
                 model = onnx.load(bundle.folder / bundle.artifact("onnx").path)
                 self.counts[key] = count_graph(model)
         except (RepMLPError, Unavailable) as error:
@@ -172,10 +180,13 @@ class Target:
             raise AssertionError("a target has a checkpoint or a bundle")
         if artifacts == ("openvino",) and precision in _STORED_ONLY:
             return self._stored_in(precision, show)
-        calibration = None
-        if precision == "int8":
+        calibration: Path | dict[str, NDArray[np.float32]] | None = None
+        if precision == "int8" and self.calibration is not None:
+            calibration = self.calibration
+        elif precision == "int8":
             calibration = {"images": probe_inputs(self.shape, CALIBRATION_SAMPLES, CALIBRATION_SEED)}
-            note = f"{self.name}: int8 is calibrated with {CALIBRATION_SAMPLES} seeded inputs, not with images"
+            with_what = f"{CALIBRATION_SAMPLES} seeded inputs, not with images: see --calibration"
+            note = f"{self.name}: int8 is calibrated with {with_what}"
             self.notes += [] if note in self.notes else [note]
         return export(
             self.checkpoint,
@@ -223,6 +234,7 @@ def find_targets(settings: Settings, folder: Path) -> list[Target]:
     targets = _targets(settings, folder)
     for target in targets:
         target.wanted = tuple(chosen_rows(settings.formats, settings.precision))
+        target.calibration = settings.calibration
     return targets
 
 

@@ -44,6 +44,9 @@ def bench_command(  # noqa: PLR0913 - one an option
     profile: Annotated[bool | None, typer.Option("--profile", help="Also time per stage and operation.")] = None,
     ckpt: Annotated[Path | None, typer.Option(help="Trained checkpoint to measure.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="Bundle to measure; no PyTorch rows.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Images or .npz that int8 is calibrated with; default: seeded inputs.")
+    ] = None,
     suite: Annotated[Path | None, typer.Option(help="TOML file with these settings.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Report with every latency; - for stdout.")] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="One line a row.")] = None,
@@ -69,6 +72,7 @@ def bench_command(  # noqa: PLR0913 - one an option
         "profile": profile,
         "ckpt": ckpt,
         "bundle": bundle,
+        "calibration": calibration,
     }
     if threshold <= 0:
         raise InputError(f"--threshold is {threshold:g}; it must be positive")

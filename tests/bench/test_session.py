@@ -114,6 +114,26 @@ def test_steps_tell_the_time_left(steps, report):
 
 
 @pytest.mark.usefixtures("no_peaks")
+@pytest.mark.usefixtures("no_peaks")
+def test_int8_is_calibrated_with_what_is_given():
+    """Images of its kind serve a trained network, which noise does not; and the counts are the float32 graph's."""
+    settings = Settings(
+        models=("repmlp-digits",),
+        formats=("onnx", "openvino"),
+        precision=("int8", "fp32"),
+        seconds=0.05,
+        threads=1,
+        calibration=data_root() / "samples" / "digits",
+    )
+    report = run_benchmark(settings, lambda _: None)
+    assert [(row.name, row.status) for row in report.rows] == [
+        (name, "measured") for name in ("onnx int8", "onnx fp32", "openvino int8", "openvino fp32")
+    ]
+    assert not any("seeded inputs" in note for note in report.notes)
+    counts = report.counts["repmlp-digits"]
+    assert counts["folded ONNX"].parameters == counts["folded"].parameters
+
+
 def test_results_are_kept_when_interrupted():
     """Ctrl-C in the second round: the first round's figures are in the report, which says so; no child is left."""
 

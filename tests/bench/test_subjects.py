@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -75,6 +76,10 @@ def test_contradictory_settings_are_refused():
         read_settings(None, {"ckpt": "a.pth", "bundle": "b"})
     with pytest.raises(InputError, match="--models"):
         read_settings(None, {"ckpt": "a.pth", "models": "repmlp-digits"})
+    with pytest.raises(InputError, match="--calibration is for int8"):
+        read_settings(None, {"calibration": Path("/"), "precision": "fp32"})
+    with pytest.raises(InputError, match="--calibration absent: no such folder or file"):
+        read_settings(None, {"calibration": Path("absent"), "precision": "int8"})
 
 
 def test_the_suites_that_ship_are_valid(pytestconfig):
