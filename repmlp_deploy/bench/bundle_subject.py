@@ -15,6 +15,7 @@ from repmlp_deploy.bench.subjects import SUBJECTS, Job
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.runner import RunnerOptions, open_runner
+from repmlp_deploy.runtime.slices import slices_of
 
 __all__ = ["BundleSubject", "open_bundle"]
 
@@ -68,8 +69,9 @@ class BundleSubject:
             settings.profile_file_prefix = str(Path(folder, "profile"))
             session = ort.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
             name = session.get_inputs()[0].name
-            for _ in range(calls + 1):  # the first is the warm-up
-                session.run(None, {name: batch})
+            parts = list(slices_of([batch], self._bundle.manifest.batch))
+            for (part,) in parts * (calls + 1):  # the first call is the warm-up
+                session.run(None, {name: part})
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
         nodes = nodes[len(nodes) // (calls + 1) :]

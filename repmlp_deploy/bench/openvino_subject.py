@@ -14,6 +14,7 @@ from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import InputError, MissingDependency
 from repmlp_deploy.runtime.openvino_runner import CompiledIR, OpenVinoRunner, layer_info
 from repmlp_deploy.runtime.runner import RunnerOptions
+from repmlp_deploy.runtime.slices import slices_of
 
 try:
     import openvino as ov
@@ -64,10 +65,10 @@ class IRSubject:
         nodes = compiled.get_runtime_model().get_ordered_ops()
         origins = {node.get_friendly_name(): layer_info(node, "originalLayersNames") for node in nodes}
         request = compiled.create_infer_request()
-        request.infer([batch])
+        request.infer([batch[: self._bundle.manifest.batch.opt]])
         times = []
-        for _ in range(calls):
-            request.infer([batch])
+        for part in [*slices_of([batch], self._bundle.manifest.batch)] * calls:
+            request.infer(part)
             for node in request.profiling_info:
                 ms = node.real_time.total_seconds() * 1e3
                 if ms > 0:

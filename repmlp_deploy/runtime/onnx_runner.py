@@ -15,6 +15,7 @@ from repmlp_deploy.errors import BundleError, InputError, MissingDependency, Mis
 from repmlp_deploy.runtime.cache import Cache, cache_key, describe_processor
 from repmlp_deploy.runtime.onnx_providers import COMPILING, PROVIDERS, open_provider_session
 from repmlp_deploy.runtime.runner import RunnerOptions
+from repmlp_deploy.runtime.slices import run_by_slices
 
 try:
     import onnxruntime as ort
@@ -135,14 +136,20 @@ class OnnxRunner:
             "threads": options.threads,
             "optimised": came,
         }
+        self._slices = bundle.manifest.batch if self.device == "cpu" else None
+        if self._slices is not None:
+            self.details["images_at_once"] = self._slices.opt
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, C, H, W) float32 -> (N, …) float32."""
-        output: NDArray[np.float32] = self._session.run(None, {self._inputs[0]: batch})[0]
+        """(N, C, H, W) float32 -> (N, …) float32; see `slices` for large N on a CPU."""
+        output: NDArray[np.float32] = self.run_all(batch)[0]
         return output
 
     def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         """Every output for every input, both in the graph's order."""
+        return self._at_once(*inputs) if self._slices is None else run_by_slices(self._at_once, inputs, self._slices)
+
+    def _at_once(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         outputs: list[NDArray[Any]] = self._session.run(None, dict(zip(self._inputs, inputs, strict=True)))
         return outputs
 

@@ -20,6 +20,7 @@ from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import BundleError, InputError, MissingDependency, MissingDevice
 from repmlp_deploy.runtime.cache import Cache, cache_key
 from repmlp_deploy.runtime.runner import RunnerOptions
+from repmlp_deploy.runtime.slices import run_by_slices
 
 try:
     import openvino as ov
@@ -56,16 +57,17 @@ class OpenVinoRunner:
             key=" ".join(file.sha256 for file in files),
         )
         self.device = self._model.device
-        self.details: dict[str, Any] = self._model.details
+        self._batch = bundle.manifest.batch
+        self.details: dict[str, Any] = {**self._model.details, "images_at_once": self._batch.opt}
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, C, H, W) float32 -> (N, …) float32."""
-        output: NDArray[np.float32] = self._model.run_all(batch)[0]
+        """(N, C, H, W) float32 -> (N, …) float32; see `slices` for large N."""
+        output: NDArray[np.float32] = self.run_all(batch)[0]
         return output
 
     def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         """Every output for every input, both in the model's order."""
-        return self._model.run_all(*inputs)
+        return run_by_slices(self._model.run_all, inputs, self._batch)
 
     def products(self) -> dict[str, int]:
         """How many convolutions and products run in each type."""

@@ -68,6 +68,7 @@ def test_large_products_are_cut_by_columns_and_answer_the_same(bundle: Bundle, m
     """Every column once, in its place, whatever does not divide by what; and only where many rows share a matrix."""
     whole = digits_ir(bundle, "bf16")
     monkeypatch.setattr(openvino_ir, "_LARGE_MATRIX", 600)
+    monkeypatch.setattr(openvino_ir, "_ROWS_ENOUGH", bundle.manifest.batch.opt)
     cut = digits_ir(bundle, "bf16")
     before, now = (ir.details["product_weights"]["bf16"] for ir in (whole, cut))
     assert now > before == 24
