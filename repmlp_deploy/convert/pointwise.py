@@ -51,19 +51,19 @@ def with_pointwise_products(graph: onnx.ModelProto, wanted: Callable[[NodeProto]
         wanted: whether a convolution may become a product.
     """
     initializers = {tensor.name: tensor for tensor in graph.graph.initializer}
-    pairs = {pair.first.name: pair for pair in _pairs(graph.graph, initializers, wanted)}
+    pairs = {pair.first.output[0]: pair for pair in _pairs(graph.graph, initializers, wanted)}
     if not pairs:
         return graph
-    gone = {node.name for pair in pairs.values() for node in (pair.first, pair.between, pair.second)}
+    gone = {node.output[0] for pair in pairs.values() for node in (pair.first, pair.between, pair.second)}
     nodes: list[NodeProto] = []
     turned: dict[str, TensorProto] = {}
     for node in graph.graph.node:
-        if node.name in pairs:
-            pair = pairs[node.name]
+        if node.output[0] in pairs:
+            pair = pairs[node.output[0]]
             nodes += pair.as_products()
             for conv in (pair.first, pair.second):
                 turned[conv.input[1]] = _transposed(initializers[conv.input[1]])
-        elif node.name not in gone:
+        elif node.output[0] not in gone:
             nodes.append(node)
     weights = [turned.get(tensor.name, tensor) for tensor in graph.graph.initializer]
     made = helper.make_graph(nodes, graph.graph.name, graph.graph.input, graph.graph.output, weights)
@@ -104,7 +104,7 @@ class _Pair:
 
     def as_products(self) -> Iterator[NodeProto]:
         """The nodes that take their place."""
-        rows, last = f"{self.first.name}_rows", f"{self.second.name}_rows_out"
+        rows, last = f"{self.first.output[0]}_rows", f"{self.second.output[0]}_rows"
         activation = NodeProto()
         activation.CopyFrom(self.between)
         yield _transpose(self.first.input[0], rows, _CHANNELS_LAST, self.first)
@@ -125,7 +125,7 @@ def _pairs(
     def fits(node: NodeProto | None) -> bool:
         return (
             node is not None
-            and node.name not in taken
+            and node.output[0] not in taken
             and _is_pointwise(node, initializers)
             and reads[node.input[1]] == 1
             and wanted(node)
@@ -137,7 +137,7 @@ def _pairs(
             continue
         second = readers.get(between.output[0])
         if second is not None and fits(second):
-            taken |= {first.name, second.name}
+            taken |= {first.output[0], second.output[0]}
             yield _Pair(first, between, second)
 
 
@@ -157,7 +157,7 @@ def _plain(value: object) -> object:
 def _product(conv: NodeProto, source: str, result: str) -> Iterator[NodeProto]:
     """The source times Wᵀ, plus b, under the convolution's name."""
     biased = len(conv.input) > 2 and conv.input[2]  # noqa: PLR2004 - the third input is the bias
-    product = f"{conv.name}_product" if biased else result
+    product = f"{conv.output[0]}_product" if biased else result
     made = helper.make_node("MatMul", [source, conv.input[1]], [product], name=conv.name)
     made.metadata_props.extend(conv.metadata_props)
     yield made

@@ -330,15 +330,15 @@ def _quantized(graph: onnx.ModelProto, ranges: Mapping[str, float], patterns: _P
     """`graph` with a QuantizeLinear/DequantizeLinear pair around every product."""
     graph = with_pointwise_products(graph, lambda node: node not in patterns)
     weights = {tensor.name: tensor for tensor in graph.graph.initializer}
-    reasons = {node.name: _why_not_int8(node, weights.keys(), patterns) for node in graph.graph.node}
-    transposed = _transposed_for(graph.graph, lambda node: not reasons[node.name])
+    reasons = {node.output[0]: _why_not_int8(node, weights.keys(), patterns) for node in graph.graph.node}
+    transposed = _transposed_for(graph.graph, lambda node: not reasons[node.output[0]])
     work = _Quantizing(ranges, weights, transposed)
     counts: Counter[str] = Counter()
     kept = []
     for node in graph.graph.node:
         if node.output[0] in transposed:
             continue
-        if reason := reasons[node.name]:
+        if reason := reasons[node.output[0]]:
             work.keep(node)
             kept.append(Kept(node.name, node.op_type, module_of(node), reason))
         else:
