@@ -210,7 +210,7 @@ class _Graph:
                 continue
             self._read[i] = weights
             for weight in weights:
-                found.setdefault(weight, _Anchor(weight, biased.get(node.name, node).output[0], i))
+                found.setdefault(weight, _Anchor(weight, biased.get(node.output[0], node).output[0], i))
             for module in _scopes(node):
                 found[module] = _Anchor(module, node.output[0], i)
         return sorted(found.values(), key=lambda anchor: anchor.index)

@@ -29,7 +29,7 @@ __all__ = ["channels_last_values", "with_bias_added", "with_pointwise_products"]
 _BETWEEN = ("Gelu", "Relu")
 _KEEPING_AXES = ("MatMul", "Add", *_BETWEEN, "QuantizeLinear", "DequantizeLinear")
 _CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
-_BIAS = "_bias"  # behind a product's name: the node that adds its bias
+_PRODUCT = "_product"  # behind the name of what a convolution answered: the product without its bias
 _PLAIN = {
     "dilations": (1, 1),
     "group": 1,
@@ -85,13 +85,8 @@ def channels_last_values(graph: onnx.GraphProto) -> set[str]:
 
 
 def with_bias_added(graph: onnx.GraphProto) -> dict[str, NodeProto]:
-    """The node of every product that was a convolution, by name, to the one that answers what the convolution did."""
-    adding = {node.name: node for node in graph.node if node.op_type == "Add"}
-    return {
-        node.name: adding[node.name + _BIAS]
-        for node in graph.node
-        if node.op_type == "MatMul" and node.name + _BIAS in adding
-    }
+    """Every product that was a convolution, by what it answers, to the node that answers what the convolution did."""
+    return {node.input[0]: node for node in graph.node if node.op_type == "Add" and node.input[0].endswith(_PRODUCT)}
 
 
 @dataclass(frozen=True)
@@ -157,12 +152,12 @@ def _plain(value: object) -> object:
 def _product(conv: NodeProto, source: str, result: str) -> Iterator[NodeProto]:
     """The source times Wᵀ, plus b, under the convolution's name."""
     biased = len(conv.input) > 2 and conv.input[2]  # noqa: PLR2004 - the third input is the bias
-    product = f"{conv.output[0]}_product" if biased else result
+    product = conv.output[0] + _PRODUCT if biased else result
     made = helper.make_node("MatMul", [source, conv.input[1]], [product], name=conv.name)
     made.metadata_props.extend(conv.metadata_props)
     yield made
     if biased:
-        added = helper.make_node("Add", [product, conv.input[2]], [result], name=conv.name + _BIAS)
+        added = helper.make_node("Add", [product, conv.input[2]], [result], name=f"{result}_bias")
         added.metadata_props.extend(conv.metadata_props)
         yield added
 

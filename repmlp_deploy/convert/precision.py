@@ -388,7 +388,7 @@ class _Quantizing:
         made = NodeProto()
         made.CopyFrom(node)
         quantized, scale = self._quantized_activation(node.input[0])
-        made.input[0] = self._add("DequantizeLinear", [quantized, *scale], f"{node.name}_input")
+        made.input[0] = self._add("DequantizeLinear", [quantized, *scale], f"{node.output[0]}_input")
         made.input[1] = self._weight(node)
         self._use(node.input[2:])
         self.nodes.append(made)

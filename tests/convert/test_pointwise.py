@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graph_cases import SMALL, graph_case
 from repmlp_deploy.convert.onnx_proto import serialize_model
-from repmlp_deploy.convert.pointwise import with_pointwise_products
+from repmlp_deploy.convert.pointwise import with_bias_added, with_pointwise_products
 
 
 def anything(_node: onnx.NodeProto) -> bool:
@@ -119,6 +119,18 @@ def test_of_three_convolutions_in_a_row_two_are_a_pair() -> None:
     assert [op for op in ops(turned) if op in ("Conv", "MatMul")] == ["MatMul", "MatMul", "Conv"]
     inputs = np.random.default_rng(1).standard_normal((2, 3, 5, 4)).astype(np.float32)
     np.testing.assert_allclose(run(turned, inputs)[0], run(model, inputs)[0], atol=1e-5)
+
+
+def test_nodes_need_no_names() -> None:
+    model = pair_model()
+    for node in model.graph.node:
+        node.ClearField("name")
+    turned = with_pointwise_products(model, anything)
+    inputs = np.random.default_rng(1).standard_normal((2, 3, 5, 4)).astype(np.float32)
+    np.testing.assert_allclose(run(turned, inputs)[0], run(model, inputs)[0], atol=1e-5)
+    answering = with_bias_added(turned.graph)
+    products = [node.output[0] for node in turned.graph.node if node.op_type == "MatMul"]
+    assert [answering[name].output[0] for name in products] == ["h", "y_rows"]
 
 
 @pytest.mark.parametrize("family", SMALL)
