@@ -114,7 +114,6 @@ def test_steps_tell_the_time_left(steps, report):
 
 
 @pytest.mark.usefixtures("no_peaks")
-@pytest.mark.usefixtures("no_peaks")
 def test_int8_is_calibrated_with_what_is_given():
     """Images of its kind serve a trained network, which noise does not; and the counts are the float32 graph's."""
     settings = Settings(
@@ -134,6 +133,7 @@ def test_int8_is_calibrated_with_what_is_given():
     assert counts["folded ONNX"].parameters == counts["folded"].parameters
 
 
+@pytest.mark.usefixtures("no_peaks")
 def test_results_are_kept_when_interrupted():
     """Ctrl-C in the second round: the first round's figures are in the report, which says so; no child is left."""
 
