@@ -65,9 +65,10 @@ class IRSubject:
         nodes = compiled.get_runtime_model().get_ordered_ops()
         origins = {node.get_friendly_name(): layer_info(node, "originalLayersNames") for node in nodes}
         request = compiled.create_infer_request()
-        request.infer([batch[: self._bundle.manifest.batch.opt]])
+        parts = list(slices_of([batch], self._bundle.manifest.batch))
+        request.infer(parts[0])
         times = []
-        for part in [*slices_of([batch], self._bundle.manifest.batch)] * calls:
+        for part in parts * calls:
             request.infer(part)
             for node in request.profiling_info:
                 ms = node.real_time.total_seconds() * 1e3
