@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Bundle": "repmlp_deploy.bundle",
     "Embedding": "repmlp_deploy.runtime.tasks",
-    "EngineOptions": "repmlp_deploy.convert.engine_options",
+    "EngineOptions": "repmlp_deploy.convert.formats.tensorrt.options",
     "EngineSettings": "repmlp_deploy.runtime.runner",
     "ModelCard": "repmlp_deploy.card",
     "Prediction": "repmlp_deploy.runtime.tasks",
@@ -26,7 +26,7 @@ _HOMES = {
     "inference_model": "repmlp_deploy.zoo",
     "list_cards": "repmlp_deploy.card",
     "load_card": "repmlp_deploy.card",
-    "merge_branches": "repmlp_deploy.convert.merging",
+    "merge_branches": "repmlp_deploy.convert.reparam.merge",
 }
 
 __all__ = [
@@ -52,9 +52,9 @@ __all__ = [
 if TYPE_CHECKING:
     from repmlp_deploy.bundle import Bundle
     from repmlp_deploy.card import ModelCard, list_cards, load_card
-    from repmlp_deploy.convert.engine_options import EngineOptions
-    from repmlp_deploy.convert.merging import merge_branches
+    from repmlp_deploy.convert.formats.tensorrt.options import EngineOptions
     from repmlp_deploy.convert.pipeline import export
+    from repmlp_deploy.convert.reparam.merge import merge_branches
     from repmlp_deploy.errors import RepMLPError, VerificationError
     from repmlp_deploy.runtime.predictor import Predictor
     from repmlp_deploy.runtime.runner import EngineSettings

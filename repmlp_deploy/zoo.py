@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from repmlp_deploy.card import ModelCard, data_root, load_card, load_labels
-from repmlp_deploy.convert.trained import load_trained
+from repmlp_deploy.convert.source.trained import load_trained
 from repmlp_deploy.errors import CardError, InputError
 from repmlp_deploy.nets.families import build_network
 from repmlp_deploy.runtime.images import ImageLike, preprocess, to_image

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from repmlp_deploy import Bundle, export
 from repmlp_deploy.card import data_root
-from repmlp_deploy.convert.driver import find_gpus
-from repmlp_deploy.nets.repmlpnet import RepMLPNet, RepMLPNetSpec
+from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
+from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet, RepMLPNetSpec
+from support.networks import randomize
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,18 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
-
-
-def randomize(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights and BatchNorm statistics such that a merge that forgets one of them is visibly wrong."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(0, 0.3, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
-            nn.init.normal_(module.bias, 0, 0.3, generator=generator)
-    return network.eval().requires_grad_(requires_grad=False)
 
 
 @pytest.fixture

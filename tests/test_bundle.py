@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from repmlp_deploy import Bundle
-from repmlp_deploy import bundle as bundle_module
+from repmlp_deploy import Bundle, files
 from repmlp_deploy.bundle import MANIFEST, PROBE, Probe, check_output_folder
 from repmlp_deploy.errors import BundleError, InputError, OutputError
 
@@ -57,7 +56,7 @@ def test_an_earlier_bundle_is_replaced_whole(bundle_folder: Path) -> None:
 
 
 def test_without_an_atomic_exchange_two_renames_do(monkeypatch: pytest.MonkeyPatch, bundle_folder: Path) -> None:
-    monkeypatch.setattr(bundle_module, "_exchange", lambda _a, _b: False)
+    monkeypatch.setattr(files, "_exchange", lambda _a, _b: False)
     in_memory(bundle_folder).save(bundle_folder)
     assert Bundle.load(bundle_folder).manifest.name == "other"
     assert names(bundle_folder.parent) == [bundle_folder.name]
@@ -79,14 +78,14 @@ def test_an_empty_folder_is_filled(bundle_folder: Path, tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_old_bundle(monkeypatch: pytest.MonkeyPatch, bundle_folder: Path) -> None:
     draft, before = in_memory(bundle_folder), snapshot(bundle_folder)
-    real = bundle_module._write
+    real = files.write_new
 
     def full(path: Path, content: bytes) -> None:
         if path.name == PROBE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(path, content)
 
-    monkeypatch.setattr(bundle_module, "_write", full)
+    monkeypatch.setattr("repmlp_deploy.bundle.storage.write_new", full)
     with pytest.raises(OutputError, match="No space left on device; what was there is untouched"):
         draft.save(bundle_folder)
     assert snapshot(bundle_folder) == before

@@ -46,7 +46,7 @@ with Predictor({str(bundle.folder)!r}) as predictor:
     predictor.self_check()
     images = sorted((data_root() / "samples" / "digits").glob("*.png"))
     print([p.pred_class for p in predictor(images)])
-from repmlp_deploy.convert.certifying import recertify
+from repmlp_deploy.convert.proof.certificate import recertify
 hops, _ = recertify(predictor.bundle)
 assert [hop.passed for hop in hops] == [None, True, True, True]
 """
@@ -66,6 +66,6 @@ def test_a_missing_runtime_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     from repmlp_deploy.errors import MissingDependency
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.delitem(sys.modules, "repmlp_deploy.runtime.onnx_runner")
+    monkeypatch.delitem(sys.modules, "repmlp_deploy.runtime.onnx.runner")
     with pytest.raises(MissingDependency, match=r'onnxruntime is not installed: pip install "repmlp-deploy\[cpu\]"'):
-        importlib.import_module("repmlp_deploy.runtime.onnx_runner")
+        importlib.import_module("repmlp_deploy.runtime.onnx.runner")

@@ -11,9 +11,9 @@ import onnxruntime as ort
 import torch
 from common import answer, arguments, images
 
-from repmlp_deploy.bench.seeding import seeded_network
+from repmlp_deploy.bench.subjects.seeding import seeded_network
 from repmlp_deploy.card import load_card
-from repmlp_deploy.convert.merging import merge_branches, upstream_form
+from repmlp_deploy.convert.reparam.merge import merge_branches, upstream_form
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from common import answer, arguments, images
 
 from repmlp_deploy import Predictor, export, load_card
-from repmlp_deploy.bench.seeding import seeded_network
+from repmlp_deploy.bench.subjects.seeding import seeded_network
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from repmlp_deploy.bench.subjects import BASELINE
+from repmlp_deploy.bench.subjects.table import BASELINE
 from repmlp_deploy.errors import InputError
 
 __all__ = ["DEFAULT_MODEL", "Settings", "read_settings"]

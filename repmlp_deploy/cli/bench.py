@@ -17,7 +17,7 @@ from repmlp_deploy.cli.console import INTERRUPTED, print_json, print_table, prog
 from repmlp_deploy.errors import InputError, OutputError, VerificationError
 
 if TYPE_CHECKING:
-    from repmlp_deploy.bench.results import Report
+    from repmlp_deploy.bench.report.results import Report
 
 __all__ = ["main"]
 
@@ -81,12 +81,12 @@ def bench_command(  # noqa: PLR0913 - one an option
     with progress() as show:
         show("loading")
         # seconds of imports: not for --help or a path that cannot be written
-        from repmlp_deploy.bench.results import load_report  # noqa: PLC0415
+        from repmlp_deploy.bench.report.results import load_report  # noqa: PLC0415
         from repmlp_deploy.bench.session import run_benchmark  # noqa: PLC0415
         from repmlp_deploy.bench.settings import read_settings  # noqa: PLC0415
 
         if html is not None:  # a missing package is told before minutes of measuring, not after
-            import_module("repmlp_deploy.bench.html")
+            import_module("repmlp_deploy.bench.report.page")
 
         old = None if compare is None else load_report(compare)
         report = run_benchmark(read_settings(suite, given), show)
@@ -100,7 +100,7 @@ def bench_command(  # noqa: PLR0913 - one an option
 
 def _print_report(report: Report, outputs: dict[str, Path | None]) -> None:
     """The tables on stdout, or the JSON where that was asked for; and every file."""
-    from repmlp_deploy.bench.report import conventions, facts, tables, to_csv, to_markdown  # noqa: PLC0415 - see above
+    from repmlp_deploy.bench.report.tables import conventions, facts, tables, to_csv, to_markdown  # noqa: PLC0415 - see above
 
     writers: dict[str, Callable[[], str]] = {
         "json": report.to_json,
@@ -122,7 +122,7 @@ def _print_report(report: Report, outputs: dict[str, Path | None]) -> None:
 
 
 def _page(report: Report) -> str:
-    from repmlp_deploy.bench.html import to_html  # noqa: PLC0415 - matplotlib is needed for the page alone
+    from repmlp_deploy.bench.report.page import to_html  # noqa: PLC0415 - matplotlib is needed for the page alone
 
     return to_html(report)
 
@@ -133,7 +133,7 @@ def _compare(old: Report, new: Report, name: str, threshold: float) -> None:
     Raises:
         VerificationError: something became slower.
     """
-    from repmlp_deploy.bench.compare import compare_reports, comparison_table  # noqa: PLC0415 - see above
+    from repmlp_deploy.bench.report.compare import compare_reports, comparison_table  # noqa: PLC0415 - see above
 
     found = compare_reports(old, new, threshold / 100)
     table = comparison_table(found)

@@ -11,8 +11,8 @@ from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.cli import engine_words as words
 from repmlp_deploy.cli.console import interrupt, print_json, progress, run_command, typer
 from repmlp_deploy.cli.engine_report import print_engines
-from repmlp_deploy.convert.building import add_engines
 from repmlp_deploy.convert.options import parse_formats, parse_profiles
+from repmlp_deploy.convert.rework.add_engine import add_engines
 from repmlp_deploy.errors import InputError
 
 __all__ = ["main"]
@@ -74,7 +74,7 @@ def build_command(  # noqa: PLR0913 - one an option
             built = add_engines(bundle, wanted, engine, out=out, progress=show)
         else:
             show("loading PyTorch")
-            from repmlp_deploy.convert.refitting import refit_bundle  # noqa: PLC0415 - torch is not needed to build
+            from repmlp_deploy.convert.rework.refit import refit_bundle  # noqa: PLC0415 - torch is not needed to build
 
             built = refit_bundle(bundle, refit_from, weights=weights, out=out, progress=show)
     _report(built, json=json)

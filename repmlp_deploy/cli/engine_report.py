@@ -7,7 +7,7 @@ from typing import Any
 
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.cli.console import print_table
-from repmlp_deploy.convert.flavours import FLAVOURS
+from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
 
 __all__ = ["print_engines"]
 

@@ -17,8 +17,8 @@ from rich.progress import Progress as Bar
 from repmlp_deploy.bundle import Bundle, hash_file
 from repmlp_deploy.cli.console import INTERRUPTED, print_json, print_table, run_command, typer
 from repmlp_deploy.errors import InputError
-from repmlp_deploy.evaluating.datasets import read_dataset
-from repmlp_deploy.evaluating.evaluation import TRAINED, Evaluation, Progress, Run, evaluate, state_folder, state_key
+from repmlp_deploy.evaluation.datasets import read_dataset
+from repmlp_deploy.evaluation.loop import TRAINED, Evaluation, Progress, Run, evaluate, state_folder, state_key
 from repmlp_deploy.runtime.predictor import Predictor
 
 __all__ = ["main"]
@@ -106,7 +106,7 @@ def _trained_run(ckpt: Path, bundle: Bundle) -> Run:
     """
     import torch  # noqa: PLC0415 - only with --ckpt
 
-    from repmlp_deploy.convert.trained import load_trained  # noqa: PLC0415 - loads torch
+    from repmlp_deploy.convert.source.trained import load_trained  # noqa: PLC0415 - loads torch
 
     trained = load_trained(ckpt, allow_merged=True)
     network, takes = trained.network, bundle.manifest.input.shape[2:]

@@ -44,6 +44,6 @@ def inspect_command(
 
 
 def _describe(path: Path, weights: str | None, input_size: tuple[int, int] | None) -> dict[str, Any]:
-    from repmlp_deploy.convert.trained import describe_checkpoint  # noqa: PLC0415 - loads torch
+    from repmlp_deploy.convert.source.trained import describe_checkpoint  # noqa: PLC0415 - loads torch
 
     return describe_checkpoint(path, weights=weights, input_size=input_size)

@@ -10,7 +10,7 @@ from typing import Annotated
 from repmlp_deploy.bundle import Bundle, Hop
 from repmlp_deploy.cli.console import print_json, progress, run_command, typer
 from repmlp_deploy.cli.export import print_hops, print_verdict
-from repmlp_deploy.convert.certifying import recertify
+from repmlp_deploy.convert.proof.certificate import recertify
 from repmlp_deploy.errors import InputError, VerificationError
 from repmlp_deploy.runtime.runner import RunnerOptions
 
@@ -43,7 +43,7 @@ def verify_command(  # noqa: PLR0913 - one an option
     if ckpt is not None:
         with progress(quiet=json) as show:
             show("loading PyTorch")
-            from repmlp_deploy.convert.origins import derive_again  # noqa: PLC0415 - torch, which the rest does without
+            from repmlp_deploy.convert.rework.derive import derive_again  # noqa: PLC0415 - torch, which the rest does without
 
             derived, remarks = derive_again(loaded, ckpt, card, show)
             notes += remarks
@@ -71,7 +71,7 @@ def _bisect(bundle: Bundle, checkpoint: Path | None, card: str | None, *, as_jso
     """Report the first place where the ONNX artifact strays from the checkpoint."""
     if checkpoint is None:
         raise InputError("--bisect compares with the checkpoint: pass --ckpt FILE")
-    from repmlp_deploy.convert.rederiving import blame_bundle  # noqa: PLC0415 - torch, which verifying alone needs not
+    from repmlp_deploy.convert.rework.locate import blame_bundle  # noqa: PLC0415 - torch, which verifying alone needs not
 
     blame = blame_bundle(bundle, checkpoint, card)
     if as_json:

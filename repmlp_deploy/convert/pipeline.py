@@ -40,21 +40,14 @@ from repmlp_deploy.bundle import (
     check_output_folder,
 )
 from repmlp_deploy.card import ModelCard, load_labels
-from repmlp_deploy.convert.algebra import Step, prove_algebra
-from repmlp_deploy.convert.bisecting import blame_graph, said_by_runtime
-from repmlp_deploy.convert.blaming import Blame, blame_network, blamed, describe_blame
-from repmlp_deploy.convert.calibration import Calibration, measure_ranges, read_calibration, take_calibration
-from repmlp_deploy.convert.certifying import Certifier, Run, batch_sizes
-from repmlp_deploy.convert.emulating import EMULATORS
-from repmlp_deploy.convert.engine import GraphSpec, build_engine, kept_products
-from repmlp_deploy.convert.engine_options import EngineOptions, with_profiles
-from repmlp_deploy.convert.flavours import FLAVOURS, check_options
-from repmlp_deploy.convert.folding import fold_affine
-from repmlp_deploy.convert.graph_weights import match_weights
-from repmlp_deploy.convert.layouts import to_layout
-from repmlp_deploy.convert.memory import release_memory
-from repmlp_deploy.convert.merging import merge_branches, upstream_form
-from repmlp_deploy.convert.onnx_export import (
+from repmlp_deploy.convert.diagnosis.bisect import blame_graph, said_by_runtime
+from repmlp_deploy.convert.diagnosis.blame import Blame, blame_network, blamed, describe_blame
+from repmlp_deploy.convert.formats.tensorrt.build import GraphSpec, build_engine, kept_products
+from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS, check_options
+from repmlp_deploy.convert.formats.tensorrt.options import EngineOptions, with_profiles
+from repmlp_deploy.convert.graph.calibrate import Calibration, measure_ranges, read_calibration, take_calibration
+from repmlp_deploy.convert.graph.emulate import EMULATORS
+from repmlp_deploy.convert.graph.export import (
     OPSET,
     TRACED,
     Traced,
@@ -63,7 +56,10 @@ from repmlp_deploy.convert.onnx_export import (
     with_metadata,
     with_symbolic_batch,
 )
-from repmlp_deploy.convert.onnx_proto import serialize_model
+from repmlp_deploy.convert.graph.lower import blocks_of, product_tensors, set_precision
+from repmlp_deploy.convert.graph.proto import serialize_model
+from repmlp_deploy.convert.graph.simplify import SimplificationFailed, Simplifier, simplifier_started, simplify_graph
+from repmlp_deploy.convert.memory import release_memory
 from repmlp_deploy.convert.options import (
     CALIBRATION_METHODS,
     GRAPHS,
@@ -73,15 +69,19 @@ from repmlp_deploy.convert.options import (
     require_choice,
     whole_range,
 )
-from repmlp_deploy.convert.own_network import Interface
-from repmlp_deploy.convert.precision import blocks_of, product_tensors, set_precision
-from repmlp_deploy.convert.probing import probe_like, record_probe, run_network
+from repmlp_deploy.convert.proof.algebra import Step, prove_algebra
+from repmlp_deploy.convert.proof.certificate import Certifier, Run, batch_sizes
+from repmlp_deploy.convert.proof.probe import probe_like, record_probe, run_network
+from repmlp_deploy.convert.proof.weights import match_weights
 from repmlp_deploy.convert.provenance import describe_provenance
-from repmlp_deploy.convert.simplifying import SimplificationFailed, Simplifier, simplifier_started, simplify_graph
-from repmlp_deploy.convert.trained import OwnRequest, Trained, find_interface, load_own, take_trained
+from repmlp_deploy.convert.reparam.fold import fold_affine
+from repmlp_deploy.convert.reparam.merge import merge_branches, upstream_form
+from repmlp_deploy.convert.source.own_network import Interface
+from repmlp_deploy.convert.source.trained import OwnRequest, Trained, find_interface, load_own, take_trained
 from repmlp_deploy.errors import BundleError, InputError, VerificationError
 from repmlp_deploy.nets.flat import Flat
-from repmlp_deploy.runtime.onnx_runner import open_session
+from repmlp_deploy.nets.layouts import to_layout
+from repmlp_deploy.runtime.onnx.runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.tasks import find_task
 
@@ -445,7 +445,7 @@ def _make_openvino(job: _Job, data: bytes) -> None:
             keep_fp32=request.keep_fp32,
         )
     with job.clock.step("verify openvino"):
-        runner = import_module("repmlp_deploy.runtime.openvino_runner")
+        runner = import_module("repmlp_deploy.runtime.openvino.runner")
         model = runner.CompiledIR(lambda: (ir.xml, ir.weights), request.precision, RunnerOptions())
         job.certifier.require(f"OpenVINO {request.precision}", model.run_all, request.precision)
     made.add_file("model.bin", ir.weights)
@@ -457,7 +457,7 @@ def _make_openvino(job: _Job, data: bytes) -> None:
 
 def _openvino() -> Any:
     """The step that needs OpenVINO, which only its format asks for."""
-    return import_module("repmlp_deploy.convert.openvino_ir")
+    return import_module("repmlp_deploy.convert.formats.openvino")
 
 
 def _lowered(job: _Job, data: bytes, find: Find) -> tuple[bytes, dict[str, Any]]:

@@ -13,8 +13,8 @@ import torch
 
 import repmlp_deploy
 from repmlp_deploy.convert.memory import peak_bytes
-from repmlp_deploy.convert.probing import KINDS, SEED
-from repmlp_deploy.convert.trained import Trained
+from repmlp_deploy.convert.proof.probe import KINDS, SEED
+from repmlp_deploy.convert.source.trained import Trained
 
 __all__ = ["describe_provenance"]
 

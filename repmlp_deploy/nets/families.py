@@ -12,11 +12,11 @@ from torch import nn
 
 from repmlp_deploy.card import ModelCard
 from repmlp_deploy.errors import CardError
-from repmlp_deploy.nets.mobilefacenet import MobileFaceNet, MobileFaceNetSpec, infer_mobilefacenet
-from repmlp_deploy.nets.pspnet import PSPNetSpec, build_pspnet, infer_pspnet
-from repmlp_deploy.nets.pure_mlp import PureMLP, PureMLPSpec, infer_pure_mlp
-from repmlp_deploy.nets.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec, infer_repmlp_resnet
-from repmlp_deploy.nets.repmlpnet import (
+from repmlp_deploy.nets.networks.mobilefacenet import MobileFaceNet, MobileFaceNetSpec, infer_mobilefacenet
+from repmlp_deploy.nets.networks.pspnet import PSPNetSpec, build_pspnet, infer_pspnet
+from repmlp_deploy.nets.networks.pure_mlp import PureMLP, PureMLPSpec, infer_pure_mlp
+from repmlp_deploy.nets.networks.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec, infer_repmlp_resnet
+from repmlp_deploy.nets.networks.repmlpnet import (
     RepMLPBackbone,
     RepMLPBackboneSpec,
     RepMLPNet,

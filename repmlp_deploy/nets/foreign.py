@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from repmlp_deploy.nets.blocks import ConvBN, RepMLPBlock
-from repmlp_deploy.nets.repmlp import AddedPerceptron, PooledNorm, RepMLP
+from repmlp_deploy.nets.blocks.repmlp2021 import AddedPerceptron, PooledNorm, RepMLP
+from repmlp_deploy.nets.blocks.repmlp2022 import ConvBN, RepMLPBlock
 
 __all__ = ["adopt_blocks"]
 

@@ -73,11 +73,11 @@ class Runner(Protocol):
 
 
 RUNNERS = {
-    "openvino": "repmlp_deploy.runtime.openvino_runner:OpenVinoRunner",
-    "onnx": "repmlp_deploy.runtime.onnx_runner:OnnxRunner",
+    "openvino": "repmlp_deploy.runtime.openvino.runner:OpenVinoRunner",
+    "onnx": "repmlp_deploy.runtime.onnx.runner:OnnxRunner",
     # behind: an engine has not run where it was built, so it is taken when it is named or there is nothing else
-    "trt": "repmlp_deploy.runtime.tensorrt_runner:open_trt_runner",
-    "trt-rtx": "repmlp_deploy.runtime.tensorrt_runner:open_rtx_runner",
+    "trt": "repmlp_deploy.runtime.tensorrt.runner:open_trt_runner",
+    "trt-rtx": "repmlp_deploy.runtime.tensorrt.runner:open_rtx_runner",
 }
 """Artifact format to the class or function that opens its runner, the preferred one first."""
 

@@ -1,11 +1,11 @@
 """Two runs differ where they really differ, and nowhere else."""
 
 import pytest
-from bench_reports import MACHINE, make_report
 
-from repmlp_deploy.bench.compare import compare_reports, comparison_table
-from repmlp_deploy.bench.results import Report, load_report
+from repmlp_deploy.bench.report.compare import compare_reports, comparison_table
+from repmlp_deploy.bench.report.results import Report, load_report
 from repmlp_deploy.errors import InputError
+from support.bench_reports import MACHINE, make_report
 
 
 def test_a_planted_slowdown_of_15_percent_in_one_format_is_reported():

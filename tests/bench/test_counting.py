@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from repmlp_deploy.bench.counting import count_graph, count_network
-from repmlp_deploy.bench.counts import Counts, stage_of
-from repmlp_deploy.bench.seeding import seeded_network
+from repmlp_deploy.bench.counting.count import count_graph, count_network
+from repmlp_deploy.bench.counting.counts import Counts, stage_of
+from repmlp_deploy.bench.subjects.seeding import seeded_network
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.card import ModelCard, list_cards, load_card
-from repmlp_deploy.convert.folding import fold_affine
-from repmlp_deploy.convert.merging import merge_branches, upstream_form
-from repmlp_deploy.convert.onnx_export import export_graph, trace_network
+from repmlp_deploy.convert.graph.export import export_graph, trace_network
+from repmlp_deploy.convert.reparam.fold import fold_affine
+from repmlp_deploy.convert.reparam.merge import merge_branches, upstream_form
 from repmlp_deploy.nets.families import build_network
 
 PUBLISHED = [name for name in list_cards() if load_card(name).published is not None]

@@ -8,11 +8,11 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from bench_reports import MEDIANS, make_report
 
-from repmlp_deploy.bench.html import headlines, to_html
-from repmlp_deploy.bench.plots import COLOURS, MARKERS, report_plots
-from repmlp_deploy.bench.report import facts, tables, to_csv, to_markdown
+from repmlp_deploy.bench.report.page import headlines, to_html
+from repmlp_deploy.bench.report.plots import COLOURS, MARKERS, report_plots
+from repmlp_deploy.bench.report.tables import facts, tables, to_csv, to_markdown
+from support.bench_reports import MEDIANS, make_report
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

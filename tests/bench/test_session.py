@@ -6,17 +6,18 @@ import sys
 
 import numpy as np
 import pytest
-from bench_reports import make_report
 
-from repmlp_deploy.bench import session, targets
-from repmlp_deploy.bench.crew import Child
+from repmlp_deploy.bench import session
+from repmlp_deploy.bench.measure.crew import Child
 from repmlp_deploy.bench.session import run_benchmark
 from repmlp_deploy.bench.settings import Settings
+from repmlp_deploy.bench.subjects import targets
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.card import data_root
 from repmlp_deploy.cli.bench import bench_command
 from repmlp_deploy.cli.console import _run, typer
 from repmlp_deploy.convert.pipeline import export
+from support.bench_reports import make_report
 
 SETTINGS = Settings(
     models=("repmlp-digits",),
@@ -224,7 +225,7 @@ def test_the_command_writes_every_report_and_compares(tmp_path, monkeypatch, cap
 
 def test_a_package_that_only_the_page_needs_is_missed_before_anything_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    monkeypatch.delitem(sys.modules, "repmlp_deploy.bench.html", raising=False)
+    monkeypatch.delitem(sys.modules, "repmlp_deploy.bench.report.page", raising=False)
     monkeypatch.setattr(session, "run_benchmark", lambda *_: pytest.fail("measured for a report that cannot be made"))
     assert _bench("--models", "repmlp-digits", "--html", str(tmp_path / "r.html")) == 4
     assert 'pip install "repmlp-deploy[bench]"' in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from repmlp_deploy.bench.timing import _pooled_medians, compare_rounds, summarize, time_calls, warm_up
+from repmlp_deploy.bench.measure.timing import _pooled_medians, compare_rounds, summarize, time_calls, warm_up
 
 
 def _rounds(median, *, rounds=8, spread=0.03, seed=0, drift=0.0):

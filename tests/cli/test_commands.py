@@ -12,22 +12,14 @@ import pytest
 import torch
 
 from repmlp_deploy import Bundle
-from repmlp_deploy.card import data_root
 from repmlp_deploy.cli import export as export_cli
 from repmlp_deploy.cli import inspect as inspect_cli
 from repmlp_deploy.cli import predict as predict_cli
 from repmlp_deploy.cli import verify as verify_cli
-from repmlp_deploy.cli.console import run_command
-from repmlp_deploy.convert.driver import find_gpus
+from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
+from support.commands import SAMPLES, ends_with
 
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLES = sorted((data_root() / "samples" / "digits").glob("*.png"))
-
-
-def ends_with(command: object, *arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        run_command(command, [str(argument) for argument in arguments])
-    return int(ended.value.code)
 
 
 def export_fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
@@ -196,7 +188,7 @@ def test_verifying_runs_the_probe_again(capsys: pytest.CaptureFixture[str], bund
 def test_verifying_notices_a_runtime_that_computes_differently(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Bundle
 ) -> None:
-    from repmlp_deploy.runtime.onnx_runner import OnnxRunner
+    from repmlp_deploy.runtime.onnx.runner import OnnxRunner
 
     exact = OnnxRunner.run_all
     monkeypatch.setattr(OnnxRunner, "run_all", lambda self, x: [exact(self, x)[0] * 1.001])

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_commands import SAMPLES, ends_with
 
-from openvino_bundle import with_openvino
 from repmlp_deploy import Bundle
 from repmlp_deploy.cli import export as export_cli
 from repmlp_deploy.cli import predict as predict_cli
 from repmlp_deploy.cli import verify as verify_cli
+from support.commands import SAMPLES, ends_with
+from support.openvino_bundle import with_openvino
 
 
 def test_an_export_shows_both_files_and_verifies_again(
@@ -48,7 +48,7 @@ def test_an_artifact_that_was_passed_over_is_named_on_stderr(
 ) -> None:
     with_openvino(bundle, tmp_path / "bundle")
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.delitem(sys.modules, "repmlp_deploy.runtime.openvino_runner", raising=False)
+    monkeypatch.delitem(sys.modules, "repmlp_deploy.runtime.openvino.runner", raising=False)
     assert ends_with(predict_cli.predict_command, tmp_path / "bundle", *SAMPLES, "--json") == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["format"] == "onnx"

@@ -15,19 +15,19 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from golden_cases import GoldenCase, assert_matches_golden, names
 from repmlp_deploy import Predictor, export, get_model, inference_model
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.card import load_card
-from repmlp_deploy.convert.folding import fold_affine
-from repmlp_deploy.convert.layouts import find_state_dict
-from repmlp_deploy.convert.loading import infer_card, load_network
-from repmlp_deploy.convert.merging import merge_branches
-from repmlp_deploy.convert.onnx_export import export_graph, trace_network
-from repmlp_deploy.convert.onnx_proto import serialize_model
-from repmlp_deploy.convert.probing import run_network
-from repmlp_deploy.runtime.onnx_runner import open_session
+from repmlp_deploy.convert.graph.export import export_graph, trace_network
+from repmlp_deploy.convert.graph.proto import serialize_model
+from repmlp_deploy.convert.proof.probe import run_network
+from repmlp_deploy.convert.reparam.fold import fold_affine
+from repmlp_deploy.convert.reparam.merge import merge_branches
+from repmlp_deploy.convert.source.loading import infer_card, load_network
+from repmlp_deploy.nets.layouts import find_state_dict
+from repmlp_deploy.runtime.onnx.runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
+from support.golden_cases import GoldenCase, assert_matches_golden, names
 
 pytestmark = pytest.mark.slow
 

@@ -12,13 +12,13 @@ from repmlp_deploy import Bundle, Predictor, export, get_model
 from repmlp_deploy.bundle import MANIFEST
 from repmlp_deploy.card import load_card
 from repmlp_deploy.convert import pipeline
-from repmlp_deploy.convert.checkpoint import read_checkpoint
-from repmlp_deploy.convert.layouts import find_state_dict
-from repmlp_deploy.convert.merging import merge_branches
+from repmlp_deploy.convert.graph.simplify import SimplificationFailed
 from repmlp_deploy.convert.options import parse_batch, parse_formats, parse_size
-from repmlp_deploy.convert.simplifying import SimplificationFailed
-from repmlp_deploy.convert.trained import load_trained
+from repmlp_deploy.convert.reparam.merge import merge_branches
+from repmlp_deploy.convert.source.checkpoint import read_checkpoint
+from repmlp_deploy.convert.source.trained import load_trained
 from repmlp_deploy.errors import CheckpointError, InputError, VerificationError
+from repmlp_deploy.nets.layouts import find_state_dict
 
 
 def test_the_manifest_says_what_the_contract_asks(bundle: Bundle) -> None:

@@ -19,14 +19,14 @@ import torch
 
 from repmlp_deploy import Bundle, EngineOptions, export
 from repmlp_deploy.bundle import ArtifactEntry
-from repmlp_deploy.convert.building import add_engines
-from repmlp_deploy.convert.certifying import recertify
-from repmlp_deploy.convert.driver import find_gpus
+from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
+from repmlp_deploy.convert.proof.certificate import recertify
+from repmlp_deploy.convert.rework.add_engine import add_engines
 from repmlp_deploy.errors import BundleError, MissingDependency, MissingDevice
-from repmlp_deploy.runtime.onnx_runner import OnnxRunner
+from repmlp_deploy.runtime.onnx.runner import OnnxRunner
 from repmlp_deploy.runtime.runner import EngineSettings, RunnerOptions
-from repmlp_deploy.runtime.tensorrt_engine import FLAVOURS
-from repmlp_deploy.runtime.tensorrt_runner import TensorRTRunner
+from repmlp_deploy.runtime.tensorrt.engine import FLAVOURS
+from repmlp_deploy.runtime.tensorrt.runner import TensorRTRunner
 
 pytestmark = pytest.mark.gpu
 

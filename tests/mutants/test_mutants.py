@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import faults
 import numpy as np
 import onnx
 import pytest
@@ -23,11 +22,12 @@ import torch
 from repmlp_deploy import Bundle, export
 from repmlp_deploy.bundle import MANIFEST, PROBE, Probe, hash_file
 from repmlp_deploy.card import ModelCard, Preprocessing
-from repmlp_deploy.convert.certifying import recertify
-from repmlp_deploy.convert.rederiving import blame_bundle
+from repmlp_deploy.convert.proof.certificate import recertify
+from repmlp_deploy.convert.rework.locate import blame_bundle
 from repmlp_deploy.errors import BundleError, CheckpointError, InputError, VerificationError
 from repmlp_deploy.nets.families import build_network
-from task_cases import filled, save_network, small_card
+from support import faults
+from support.task_cases import filled, save_network, small_card
 
 CUT = small_card("repmlpnet", input_size=(16, 24), depths=(1, 2), partitions=((4, 3), (2, 3)), kernels=(1, 3))
 """Two partitions in the first stage, one in the second, h ≠ w, 1 < S < C."""

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from repmlp_deploy import Predictor, export
-from repmlp_deploy.convert.folding import fold_affine
-from repmlp_deploy.convert.merging import merge_branches
-from repmlp_deploy.convert.trained import load_trained
+from repmlp_deploy.convert.reparam.fold import fold_affine
+from repmlp_deploy.convert.reparam.merge import merge_branches
+from repmlp_deploy.convert.source.trained import load_trained
 from repmlp_deploy.errors import CardError, CheckpointError, InputError
 from repmlp_deploy.nets.families import build_network
-from repmlp_deploy.nets.repmlpnet import RepMLPNet, RepMLPNetSpec
-from task_cases import filled, random_inputs, save_network, small_card, small_network
+from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet, RepMLPNetSpec
+from support.task_cases import filled, random_inputs, save_network, small_card, small_network
 
 FAMILY = "repmlpnet-backbone"
 NAMES = {

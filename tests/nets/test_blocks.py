@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import randomize
-from golden_cases import GoldenCase, names
-from repmlp_deploy.nets.blocks import RepMLPBlock
+from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
+from support.golden_cases import GoldenCase, names
+from support.networks import randomize
 
 
 def golden_block(case: GoldenCase) -> RepMLPBlock:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from foreign_blocks import Block2021, Block2022, MmpretrainBlock, WrongBlock
 from torch import nn
 
-from conftest import randomize
-from golden_cases import GoldenCase, assert_matches_golden
-from repmlp_deploy.convert.merging import has_branches, merge_branches
-from repmlp_deploy.nets.blocks import RepMLPBlock
+from repmlp_deploy.convert.reparam.merge import has_branches, merge_branches
+from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.nets.foreign import adopt_blocks
+from support.foreign_blocks import Block2021, Block2022, MmpretrainBlock, WrongBlock
+from support.golden_cases import GoldenCase, assert_matches_golden
+from support.networks import randomize
 
 
 def _foreign(case: GoldenCase) -> nn.Module:

@@ -6,16 +6,16 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from conftest import randomize
-from golden_cases import GoldenCase, assert_matches_golden, names
 from repmlp_deploy import load_card
-from repmlp_deploy.convert.folding import fold_affine
-from repmlp_deploy.convert.layouts import find_state_dict
-from repmlp_deploy.convert.loading import infer_card, load_network
-from repmlp_deploy.convert.merging import merge_branches
+from repmlp_deploy.convert.reparam.fold import fold_affine
+from repmlp_deploy.convert.reparam.merge import merge_branches
+from repmlp_deploy.convert.source.loading import infer_card, load_network
 from repmlp_deploy.nets.families import FAMILIES, card_spec
-from repmlp_deploy.nets.pure_mlp import PureMLP, PureMLPSpec
-from repmlp_deploy.nets.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec
+from repmlp_deploy.nets.layouts import find_state_dict
+from repmlp_deploy.nets.networks.pure_mlp import PureMLP, PureMLPSpec
+from repmlp_deploy.nets.networks.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec
+from support.golden_cases import GoldenCase, assert_matches_golden, names
+from support.networks import randomize
 
 RES50 = [GoldenCase(name) for name in names("repmlp-res50-")]
 SMALL = {

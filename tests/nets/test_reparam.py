@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from repmlp_deploy.nets.reparam import affine_of_batch_norm, scale_rows, set_convolution, sum_kernels
+from repmlp_deploy.nets.blocks.algebra import affine_of_batch_norm, scale_rows, set_convolution, sum_kernels
 
 
 def toeplitz(kernel: torch.Tensor, h: int, w: int) -> torch.Tensor:

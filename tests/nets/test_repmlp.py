@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import randomize
-from golden_cases import GoldenCase, assert_matches_golden, names
-from repmlp_deploy.convert.folding import fold_affine
-from repmlp_deploy.convert.merging import merge_branches, upstream_form
-from repmlp_deploy.nets.repmlp import RepMLP
+from repmlp_deploy.convert.reparam.fold import fold_affine
+from repmlp_deploy.convert.reparam.merge import merge_branches, upstream_form
+from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
+from support.golden_cases import GoldenCase, assert_matches_golden, names
+from support.networks import randomize
 
 CASES = [GoldenCase(name) for name in names("block-v1-")]
 

@@ -4,7 +4,7 @@ import torch
 from repmlp_deploy.card import list_cards, load_card
 from repmlp_deploy.errors import CardError
 from repmlp_deploy.nets.families import build_network, card_spec
-from repmlp_deploy.nets.repmlpnet import RepMLPNet, RepMLPNetSpec, infer_repmlpnet
+from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet, RepMLPNetSpec, infer_repmlpnet
 
 
 def shapes_of(spec: RepMLPNetSpec, *, deploy: bool = False) -> dict[str, tuple[int, ...]]:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import randomize
 from repmlp_deploy import get_model
-from repmlp_deploy.convert.folding import fold_affine
-from repmlp_deploy.convert.merging import merge_branches
+from repmlp_deploy.convert.reparam.fold import fold_affine
+from repmlp_deploy.convert.reparam.merge import merge_branches
 from repmlp_deploy.nets.surgery import in_double, weights_freed
+from support.networks import randomize
 
 
 def test_a_copy_in_double_has_the_values_and_memory_of_its_own(small_network: nn.Module) -> None:

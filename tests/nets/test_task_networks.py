@@ -6,13 +6,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from repmlp_deploy.card import list_cards, load_card
-from repmlp_deploy.convert.folding import fold_affine
-from repmlp_deploy.convert.merging import merge_branches
-from repmlp_deploy.convert.trained import load_trained
+from repmlp_deploy.convert.reparam.fold import fold_affine
+from repmlp_deploy.convert.reparam.merge import merge_branches
+from repmlp_deploy.convert.source.trained import load_trained
 from repmlp_deploy.errors import CardError, CheckpointError
 from repmlp_deploy.nets.families import FAMILIES, build_network, card_spec
-from repmlp_deploy.nets.pspnet import PSPHead, PSPNet, _pooled
-from task_cases import random_inputs, save_network, small_card, small_network
+from repmlp_deploy.nets.networks.pspnet import PSPHead, PSPNet, _pooled
+from support.task_cases import random_inputs, save_network, small_card, small_network
 
 FAMILIES_HERE = ("pspnet", "mobilefacenet")
 

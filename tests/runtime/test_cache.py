@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from repmlp_deploy import Bundle, Predictor
-from repmlp_deploy.convert.probing import probe_inputs
+from repmlp_deploy.convert.proof.probe import probe_inputs
 from repmlp_deploy.errors import OutputError
 from repmlp_deploy.runtime.cache import Cache, cache_key, describe_processor
-from repmlp_deploy.runtime.onnx_runner import OnnxRunner
+from repmlp_deploy.runtime.onnx.runner import OnnxRunner
 from repmlp_deploy.runtime.runner import RunnerOptions
 
 

@@ -11,8 +11,8 @@ from repmlp_deploy import Bundle, Prediction, Predictor, get_model
 from repmlp_deploy.bundle import MANIFEST
 from repmlp_deploy.card import data_root, load_card
 from repmlp_deploy.errors import BundleError, ImageError, InputError, MissingDevice, VerificationError
-from repmlp_deploy.runtime import onnx_runner
 from repmlp_deploy.runtime.images import preprocess
+from repmlp_deploy.runtime.onnx import runner as onnx_runner
 from train_digits import digit_images, split_indices
 
 SAMPLES = sorted((data_root() / "samples" / "digits").glob("*.png"))

@@ -16,7 +16,7 @@ from repmlp_deploy.numerics import compare, require_close
 from repmlp_deploy.runtime.images import preprocess, to_image
 from repmlp_deploy.runtime.tasks import TASKS, embeddings_from_outputs, find_task, masks_from_logits, palette
 from repmlp_deploy.zoo import inference_model
-from task_cases import filled, save_network, small_card, small_network
+from support.task_cases import filled, save_network, small_card, small_network
 
 
 @pytest.fixture(scope="module", params=["pspnet", "mobilefacenet"])

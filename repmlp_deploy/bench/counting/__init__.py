@@ -1,0 +1,1 @@
+"""Count parameters, multiply-adds and bytes."""

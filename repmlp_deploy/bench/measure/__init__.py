@@ -1,0 +1,1 @@
+"""How a benchmark measures: worker processes, timing, peaks, profiles."""

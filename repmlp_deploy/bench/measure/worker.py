@@ -1,0 +1,187 @@
+"""The child process: one subject, opened and run on command.
+
+Each subject has a process of its own, so that its memory is its own, thread pools of one runtime do not disturb
+another, and a crash is a row and not the end of the run. Commands and answers are JSON objects, a line each; whatever
+libraries print goes to stderr.
+
+    python -m repmlp_deploy.bench.measure.worker
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from repmlp_deploy.bench.measure import machine
+from repmlp_deploy.bench.measure.timing import time_calls, warm_up
+from repmlp_deploy.bench.report.results import ColdStart, Error
+from repmlp_deploy.bench.subjects.table import SUBJECTS, Job, OpenedSubject, open_subject
+from repmlp_deploy.bundle import Probe
+from repmlp_deploy.errors import InputError, RepMLPError
+from repmlp_deploy.numerics import TOLERANCES, allowed_error, compare, noise_floor
+from repmlp_deploy.runtime.images import preprocess, to_image
+from repmlp_deploy.runtime.predictor import predictions_from_logits
+
+__all__ = ["Worker", "image_like", "main", "synthetic_jpeg"]
+
+PICTURE = (375, 500)
+"""(H, W) of the JPEG of end-to-end rows: the usual size of an ImageNet photograph."""
+
+_PROFILED_CALLS = 10
+
+
+class Worker:
+    """Answers commands; every method that is a command takes and returns what JSON can hold."""
+
+    def __init__(self) -> None:
+        self._job: Job | None = None
+        self._subject: OpenedSubject | None = None
+        self._inputs: dict[int, NDArray[np.float32]] = {}
+
+    def load(self, job: dict[str, Any], shape: list[int], batch: int) -> dict[str, Any]:
+        """Import the runtime, open the subject, run it once: the cold start."""
+        self._job = Job.model_validate(job)
+        if self._job.card is None:
+            raise InputError("a job needs a card")
+        self._shape = tuple(shape)
+        inputs = self._batch(batch)
+        started = time.perf_counter()
+        subject = SUBJECTS[self._job.format]
+        for module in (subject.package, subject.opener.split(":")[0]):
+            importlib.import_module(module)
+        imported = time.perf_counter()
+        imports_bytes = machine.resident_bytes()
+        self._subject = open_subject(self._job)
+        loaded = time.perf_counter()
+        self._subject.run(inputs)
+        first = time.perf_counter()
+        cold = ColdStart(
+            import_s=imported - started, load_s=loaded - imported, first_ms=1e3 * (first - loaded), batch=batch
+        )
+        return {"cold": cold.model_dump(), "imports_bytes": imports_bytes, "proof": self._opened.proof}
+
+    def check(self, probe: str) -> dict[str, Any]:
+        """The distance from the trained network on the probe in this file."""
+        recorded = Probe.from_bytes(Path(probe).read_bytes())
+        result = compare(self._opened.run(recorded.inputs), recorded.reference)
+        precision = "fp32" if self._job is None else self._job.precision
+        floor = noise_floor(recorded.float32, recorded.reference)
+        allowed = allowed_error(precision, floor) if precision in TOLERANCES else None
+        return Error(max_abs=result.max_abs, max_rel=result.max_rel, top1=result.top1, allowed=allowed).model_dump()
+
+    def warm(self, batch: int, mode: str, seconds: float, gap_ms: float) -> dict[str, Any]:
+        """Warm up; the peak of resident memory begins anew."""
+        machine.reset_peak()
+        return warm_up(self._call(batch, mode), seconds, gap_ms=gap_ms).model_dump()
+
+    def time(self, batch: int, mode: str, seconds: float, gap_ms: float, least: int) -> list[float]:
+        """Latencies of one slice of a round, in milliseconds."""
+        return time_calls(self._call(batch, mode), seconds, gap_ms=gap_ms, least=least)
+
+    def memory(self) -> int:
+        """The peak of resident memory since the last warm-up, in bytes."""
+        return machine.peak_bytes()
+
+    def profile(self, batch: int) -> list[dict[str, Any]]:
+        """Milliseconds a call by stage and kind of operation."""
+        return [line.model_dump() for line in self._opened.profile(self._batch(batch), _PROFILED_CALLS)]
+
+    @staticmethod
+    def peaks(threads: int) -> dict[str, Any]:
+        """What the machine can do at best."""
+        from repmlp_deploy.bench.measure.peaks import measure_peaks  # noqa: PLC0415 - torch is not for every worker
+
+        return measure_peaks(threads).model_dump()
+
+    @property
+    def _opened(self) -> OpenedSubject:
+        if self._subject is None:
+            raise InputError("no subject is loaded")
+        return self._subject
+
+    def _batch(self, size: int) -> NDArray[np.float32]:
+        """Inputs that look like normalised images, the same in every process."""
+        if size not in self._inputs:
+            self._inputs = {size: image_like(self._shape, size)}  # one size at a time: they count as memory
+        return self._inputs[size]
+
+    def _call(self, batch: int, mode: str) -> Callable[[], object]:
+        subject = self._opened
+        if mode != "end-to-end":
+            inputs = self._batch(batch)
+            return lambda: subject.run(inputs)
+        if self._job is None or self._job.card is None:
+            raise InputError("a job needs a card")
+        how = self._job.card.preprocessing
+        pictures = [synthetic_jpeg(seed) for seed in range(min(batch, 8))]
+        files = [pictures[i % len(pictures)] for i in range(batch)]
+
+        def predict() -> object:
+            stacked = np.stack([preprocess(to_image(file), how) for file in files])
+            return predictions_from_logits(subject.run(stacked), None)
+
+        return predict
+
+
+def image_like(shape: tuple[int, ...], samples: int, seed: int = 0) -> NDArray[np.float32]:
+    """(samples, C, H, W) float32 with patches of colour and fine noise, of about unit variance."""
+    rng = np.random.default_rng(seed)
+    c, h, w = shape
+    coarse = rng.standard_normal((samples, c, -(-h // 16), -(-w // 16)), dtype=np.float32)
+    coarse = coarse.repeat(16, axis=2).repeat(16, axis=3)[:, :, :h, :w]
+    coarse += np.float32(0.3) * rng.standard_normal((samples, c, h, w), dtype=np.float32)
+    return np.ascontiguousarray(coarse)
+
+
+def synthetic_jpeg(seed: int) -> bytes:
+    """The bytes of a JPEG with the size and the detail of a photograph."""
+    height, width = PICTURE
+    levels = (
+        np.clip(128 + 40 * image_like((3, height, width), 1, seed)[0], 0, 255).astype(np.uint8).transpose(1, 2, 0)
+    )  # (3, H, W) -> (H, W, 3)
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+COMMANDS = ("load", "check", "warm", "time", "memory", "profile", "peaks")
+
+
+def main() -> None:
+    """Answer commands from stdin until it ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not look like an answer
+    worker = Worker()
+    for line in sys.stdin:
+        command = json.loads(line)
+        name = command.pop("do")
+        try:
+            answer = {"value": _run(worker, name, command)}
+        except RepMLPError as error:
+            answer = {"error": str(error)}
+        except Exception as error:  # noqa: BLE001 - whatever a runtime raises becomes the row's reason
+            said = (str(error).splitlines() or [""])[0]
+            answer = {"error": f"{type(error).__name__}: {said[:300]}"}
+        answers.write(json.dumps(answer, default=str) + "\n")
+        answers.flush()
+
+
+def _run(worker: Worker, name: str, arguments: dict[str, Any]) -> Any:
+    if name not in COMMANDS:
+        raise InputError(f"no command {name!r}")
+    return getattr(worker, name)(**arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Results: what one run of the benchmark found, as it is kept in JSON and compared with later runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from repmlp_deploy.bench.counting.counts import Counts
+from repmlp_deploy.bench.measure.timing import Ratio, Rounds, Summary, Warmup
+from repmlp_deploy.errors import InputError
+
+__all__ = [
+    "SCHEMA",
+    "ColdStart",
+    "Error",
+    "Machine",
+    "Memory",
+    "ProfileLine",
+    "Report",
+    "Roofline",
+    "Row",
+    "load_report",
+]
+
+SCHEMA = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ColdStart(_Frozen):
+    """From a started interpreter to the first answer, in a process of its own; files may be in the page cache.
+
+    Attributes:
+        import_s: importing the runtime.
+        load_s: from the file to something that can be called: reading, checking, merging, compiling.
+        first_ms: the first inference.
+        batch: of the first inference.
+    """
+
+    import_s: float
+    load_s: float
+    first_ms: float
+    batch: int
+
+
+class Memory(_Frozen):
+    """Resident memory of the row's own process.
+
+    Attributes:
+        peak_bytes: the largest while loading and running at this batch.
+        imports_bytes: with the runtime imported and nothing loaded: the libraries' share.
+    """
+
+    peak_bytes: int
+    imports_bytes: int
+
+
+class Error(_Frozen):
+    """Distance from the trained network in float64, on the probe's inputs.
+
+    Attributes:
+        max_abs: largest absolute error.
+        max_rel: that over the largest absolute reference.
+        top1: share of samples with the same largest class.
+        allowed: largest `max_abs` that passes; None where no tolerance exists for the precision.
+    """
+
+    max_abs: float
+    max_rel: float
+    top1: float | None
+    allowed: float | None
+
+
+class Roofline(_Frozen):
+    """How much of what the machine can do a row attains, at the median latency.
+
+    Attributes:
+        gflops: attained, two operations a multiply-add.
+        intensity: operations per byte that no implementation can avoid moving.
+        attainable_gflops: min(peak of the precision, intensity × bandwidth).
+        share: attained over attainable; None where the precision's peak is unknown.
+    """
+
+    gflops: float
+    intensity: float
+    attainable_gflops: float | None
+    share: float | None
+
+
+class Row(_Frozen):
+    """One thing that was to be measured; what could not be says why.
+
+    Attributes:
+        model: the card's name.
+        format: an entry of `SUBJECTS`.
+        precision: that the row computes in.
+        batch: images a call.
+        mode: `steady`, calls back to back; `idle`, with a gap before each; `end-to-end`, from JPEG bytes to classes.
+        title: what it is, for people.
+        graph: whose counts apply: trained, merged or folded.
+        status: whether there are figures.
+        reason: why there are none, or fewer than asked for.
+        rounds: every latency.
+        warmup: what ran before.
+        summary: of `rounds`.
+        ratio: against the baseline row.
+        cold: cold start.
+        memory: resident memory.
+        error: distance from the trained network.
+        roofline: share of the attainable.
+        proof: what the runtime itself says of provider, device, threads and types.
+    """
+
+    model: str
+    format: str
+    precision: str
+    batch: int
+    mode: Literal["steady", "idle", "end-to-end"]
+    title: str
+    graph: str
+    status: Literal["measured", "unavailable", "failed"]
+    reason: str = ""
+    rounds: Rounds = ()
+    warmup: Warmup | None = None
+    summary: Summary | None = None
+    ratio: Ratio | None = None
+    cold: ColdStart | None = None
+    memory: Memory | None = None
+    error: Error | None = None
+    roofline: Roofline | None = None
+    proof: dict[str, Any] = {}
+
+    @property
+    def key(self) -> tuple[str, str, str, int, str]:
+        """What identifies a row across runs."""
+        return self.model, self.format, self.precision, self.batch, self.mode
+
+    @property
+    def name(self) -> str:
+        """Format and precision."""
+        return f"{self.format} {self.precision}"
+
+
+class Machine(_Frozen):
+    """What the machine can do at best, measured in the same run with the same threads.
+
+    Attributes:
+        peak_gflops: precision to the fastest matrix product seen, two operations a multiply-add.
+        peak_source: precision to the library and shape it was seen with.
+        bandwidth_gb_s: fastest stream through memory.
+    """
+
+    peak_gflops: dict[str, float]
+    peak_source: dict[str, str]
+    bandwidth_gb_s: float
+
+
+class ProfileLine(_Frozen):
+    """Time of one stage and kind of operation, in milliseconds a call."""
+
+    model: str
+    format: str
+    precision: str
+    batch: int
+    stage: str
+    op: str
+    ms: float
+
+
+class Report(_Frozen):
+    """One run.
+
+    Attributes:
+        created: UTC, ISO 8601.
+        title: one line.
+        settings: what was asked for.
+        environment: what it ran on.
+        machine: peaks; None when the run ended before they were measured.
+        weights: model to where its weights are from.
+        counts: model to graph (trained, merged, folded) to what it does for one image.
+        baseline: the format that ratios are against.
+        rows: one a thing that was to be measured.
+        profile: time per stage and operation, where asked for.
+        notes: what a reader must know.
+        interrupted: whether the run was cut short.
+    """
+
+    schema_version: Literal[1] = 1
+    created: str
+    title: str
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    machine: Machine | None
+    weights: dict[str, str]
+    counts: dict[str, dict[str, Counts]]
+    baseline: str
+    rows: tuple[Row, ...]
+    profile: tuple[ProfileLine, ...] = ()
+    notes: tuple[str, ...] = ()
+    interrupted: bool = False
+
+    def to_json(self) -> str:
+        """The file's text; every latency of every call is in it."""
+        return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` wrote."""
+        return cls.model_validate_json(text)
+
+
+def load_report(path: Path) -> Report:
+    """The report in a JSON file.
+
+    Raises:
+        InputError: it is not there, or is none.
+    """
+    try:
+        return Report.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "file"
+        raise InputError(
+            f"{path} is no report of repmlp-bench (schema {SCHEMA}): {where}: {first['msg']}; make one with --json"
+        ) from None

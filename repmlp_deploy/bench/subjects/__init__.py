@@ -1,0 +1,1 @@
+"""What a benchmark runs: networks and artifacts."""

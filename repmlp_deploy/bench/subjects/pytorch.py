@@ -1,0 +1,63 @@
+"""PyTorch: the trained, merged and folded network, eager or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from repmlp_deploy.bench.report.results import ProfileLine
+from repmlp_deploy.bench.subjects.table import Job
+from repmlp_deploy.convert.reparam.fold import fold_affine
+from repmlp_deploy.convert.reparam.merge import merge_branches, upstream_form
+from repmlp_deploy.convert.source.trained import load_trained
+from repmlp_deploy.errors import InputError
+
+__all__ = ["NetworkSubject", "open_network"]
+
+FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "torch-trained": upstream_form,
+    "torch-merged": lambda trained: upstream_form(merge_branches(trained)),
+    "torch-compile": lambda trained: upstream_form(merge_branches(trained)),
+    "torch-folded": lambda trained: fold_affine(merge_branches(trained)),
+}
+"""Format to what makes its network of the trained one."""
+
+
+def open_network(job: Job) -> NetworkSubject:
+    """The job's network, loaded from its checkpoint and transformed."""
+    if job.checkpoint is None:
+        raise InputError(f"{job.format} needs a checkpoint")
+    torch.set_num_threads(job.threads)
+    trained = load_trained(job.checkpoint, job.card, allow_merged=True)
+    return NetworkSubject(FORMS[job.format](trained.network), compiled=job.format == "torch-compile")
+
+
+class NetworkSubject:
+    """A PyTorch network on the CPU."""
+
+    def __init__(self, network: nn.Module, *, compiled: bool) -> None:
+        parameter = next(network.parameters())
+        self._network = torch.compile(network) if compiled else network
+        self.proof: dict[str, Any] = {
+            "runtime": f"torch {torch.__version__}, {'compiled by inductor' if compiled else 'eager'}",
+            "device": str(parameter.device),
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
+        }
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, C, H, W) float32 -> (N, classes) float32."""
+        with torch.inference_mode():
+            output: NDArray[np.float32] = self._network(torch.from_numpy(batch)).numpy()
+        return output
+
+    def profile(self, batch: NDArray[np.float32], calls: int) -> list[ProfileLine]:
+        """Nothing: PyTorch rows are not profiled."""
+        del batch, calls
+        return []

@@ -1,0 +1,286 @@
+"""Targets: the networks that are measured, with their weights, graphs, counts and probe in a temporary folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import onnx
+import safetensors.torch
+from numpy.typing import NDArray
+
+from repmlp_deploy.bench.counting.count import count_graph, count_network
+from repmlp_deploy.bench.counting.counts import Counts
+from repmlp_deploy.bench.settings import Settings
+from repmlp_deploy.bench.subjects.seeding import seeded_network
+from repmlp_deploy.bench.subjects.table import SUBJECTS, Job, chosen_rows, why_not
+from repmlp_deploy.bundle import PROBE, ArtifactEntry, BatchRange, Bundle, describe_file
+from repmlp_deploy.card import ModelCard, data_root, load_card
+from repmlp_deploy.convert.options import FORMATS
+from repmlp_deploy.convert.pipeline import export
+from repmlp_deploy.convert.proof.probe import probe_inputs, record_probe
+from repmlp_deploy.convert.reparam.fold import fold_affine
+from repmlp_deploy.convert.reparam.merge import merge_branches
+from repmlp_deploy.convert.source.trained import load_trained
+from repmlp_deploy.errors import InputError, RepMLPError
+from repmlp_deploy.nets.families import card_spec
+
+__all__ = ["Target", "Unavailable", "counts_key", "find_targets"]
+
+Show = Callable[[str], None]
+
+CALIBRATION_SAMPLES, CALIBRATION_SEED = 32, 7
+
+_STORED_ONLY = ("fp16", "bf16")  # in OpenVINO: what is stored and asked for, the graph is float32's
+
+
+class Unavailable(Exception):  # noqa: N818 - an outcome that becomes a row's reason
+    """What a row needs cannot be made here; the message is the reason."""
+
+
+@dataclass
+class Target:
+    """One network to measure.
+
+    Attributes:
+        name: of the card.
+        card: what it is.
+        shape: (C, H, W) of the input.
+        batches: sizes its artifacts must serve.
+        checkpoint: file with trained weights; None where only a bundle was given.
+        weights: where the weights are from, for the report.
+        folder: for what is made.
+        given: the bundle that was given instead of a checkpoint.
+        counts: graph to what it does; filled as graphs are made.
+        notes: for the report.
+        wanted: (format, precision) of every row, so that one export makes what several of them need.
+        calibration: images or arrays for int8; seeded inputs where there are none.
+    """
+
+    name: str
+    card: ModelCard
+    shape: tuple[int, ...]
+    batches: BatchRange
+    checkpoint: Path | None
+    weights: str
+    folder: Path
+    given: Bundle | None = None
+    counts: dict[str, Counts] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    wanted: tuple[tuple[str, str], ...] = ()
+    calibration: Path | None = None
+    _made: dict[tuple[str, str, str], Bundle | str] = field(default_factory=dict)
+
+    def job(self, format_name: str, precision: str, threads: int, show: Show) -> Job:
+        """What a child needs to open a row of this target; makes the artifact when it is the first to need it.
+
+        Raises:
+            Unavailable: it cannot be made; the message says why.
+        """
+        subject = SUBJECTS[format_name]
+        job = Job(format=format_name, precision=precision, threads=threads, card=self.card)
+        if subject.needs == "checkpoint":
+            if self.checkpoint is None:
+                raise Unavailable("a bundle holds no trained network: pass --ckpt")
+            return job.model_copy(update={"checkpoint": str(self.checkpoint)})
+        bundle = self._bundle(subject.needs, subject.graph, precision, show)
+        return job.model_copy(update={"bundle": str(bundle.folder)})
+
+    def probe(self) -> Path:
+        """The file with inputs and the trained network's answers."""
+        bundles = [made for made in self._made.values() if isinstance(made, Bundle)]
+        bundle = next(iter(bundles), self.given)
+        if bundle is not None and bundle.folder is not None:
+            return bundle.folder / bundle.manifest.probe.path
+        path = self.folder / PROBE
+        if not path.is_file() and self.checkpoint is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            trained = load_trained(self.checkpoint, self.card)
+            path.write_bytes(record_probe(trained.network, probe_inputs(self.shape)).to_bytes())
+        return path
+
+    def count_networks(self) -> None:
+        """Count the trained, merged and folded PyTorch networks."""
+        if self.checkpoint is None:
+            return
+        trained = load_trained(self.checkpoint, self.card).network
+        merged = merge_branches(trained)
+        forms = {"trained": trained, "merged": merged, "folded": fold_affine(merged)}
+        for graph, network in forms.items():
+            try:
+                self.counts[graph] = count_network(network, self.shape)
+            except ValueError as error:
+                self.notes.append(f"{self.name}, {graph}: not counted: {error}")
+
+    def _bundle(self, artifact: str, graph: str, precision: str, show: Show) -> Bundle:
+        key = (artifact, graph, precision)
+        together = self._together(artifact, graph, precision)
+        if key not in self._made and len(together) > 1:
+            made = self._find_or_export(together, graph, precision, show)
+            if isinstance(made, Bundle):  # otherwise each is tried alone, so that one does not fail the others
+                self._made |= {(name, graph, precision): made for name in together}
+        if key not in self._made:
+            self._made[key] = self._find_or_export((artifact,), graph, precision, show)
+        made = self._made[key]
+        if isinstance(made, str):
+            raise Unavailable(made)
+        return made
+
+    def _together(self, artifact: str, graph: str, precision: str) -> tuple[str, ...]:
+        """The artifact, and those of other rows that the same export can make and this machine can run."""
+        others = [
+            SUBJECTS[name].needs
+            for name, other in self.wanted
+            if other == precision and SUBJECTS[name].graph == graph and why_not(name, other) is None
+        ]
+        makable = {*FORMATS} - {"checkpoint"}  # of a row that is the trained network's own file
+        return tuple(dict.fromkeys([artifact, *(name for name in others if name in makable)]))
+
+    def _find_or_export(self, artifacts: tuple[str, ...], graph: str, precision: str, show: Show) -> Bundle | str:
+        """The bundle with some artifacts, or why there is none."""
+        try:
+            if self.given is not None:
+                for artifact in artifacts:
+                    bundle = self._given(self.given, artifact, graph, precision)
+            else:
+                bundle = self._exported(artifacts, graph, precision, show)
+            key = f"{graph} ONNX"
+            if (
+                (key not in self.counts or precision == "fp32")
+                and "onnx" in bundle.manifest.artifacts
+                and bundle.folder is not None
+            ):
+                model = onnx.load(bundle.folder / bundle.artifact("onnx").path)
+                self.counts[key] = count_graph(model)
+        except (RepMLPError, Unavailable) as error:
+            return str(error)
+        except ValueError as error:
+            self.notes.append(f"{self.name}, {graph} ONNX: not counted: {error}")
+        return bundle
+
+    @staticmethod
+    def _given(bundle: Bundle, artifact: str, graph: str, precision: str) -> Bundle:
+        """The given bundle, where it holds what is wanted."""
+        manifest = bundle.manifest
+        if manifest.graph != graph:
+            raise Unavailable(f"the bundle holds the {manifest.graph} graph, not the {graph} one")
+        if artifact not in manifest.artifacts:
+            raise Unavailable(f"the bundle holds {', '.join(manifest.artifacts)}, no {artifact}")
+        if manifest.artifacts[artifact].precision != precision:
+            raise Unavailable(f"the bundle is {manifest.artifacts[artifact].precision}, not {precision}")
+        return bundle
+
+    def _exported(self, artifacts: tuple[str, ...], graph: str, precision: str, show: Show) -> Bundle:
+        if artifacts[0] not in FORMATS:
+            raise Unavailable(f"this version exports no {artifacts[0]}")
+        if self.checkpoint is None:
+            raise AssertionError("a target has a checkpoint or a bundle")
+        if artifacts == ("openvino",) and precision in _STORED_ONLY:
+            return self._stored_in(precision, show)
+        calibration: Path | dict[str, NDArray[np.float32]] | None = None
+        if precision == "int8" and self.calibration is not None:
+            calibration = self.calibration
+        elif precision == "int8":
+            calibration = {"images": probe_inputs(self.shape, CALIBRATION_SAMPLES, CALIBRATION_SEED)}
+            with_what = f"{CALIBRATION_SAMPLES} seeded inputs, not with images: see --calibration"
+            note = f"{self.name}: int8 is calibrated with {with_what}"
+            self.notes += [] if note in self.notes else [note]
+        return export(
+            self.checkpoint,
+            card=self.card,
+            formats=artifacts,
+            graph=graph,
+            precision=precision,
+            batch=self.batches,
+            calibration=calibration,
+            out=self.folder / f"{'-'.join(artifacts)}-{graph}-{precision}",
+            progress=lambda step: show(f"{self.name}: exporting the {graph} graph: {step}"),
+        )
+
+    def _stored_in(self, precision: str, show: Show) -> Bundle:
+        """OpenVINO's artifact in 16 bits, from the verified float32 graph: the row's own check is all that is left."""
+        verified = self._bundle("onnx", "folded", "fp32", show)
+        show(f"{self.name}: storing the folded graph in {precision}")
+        shapes = {"images": self.shape}
+        graph = verified.read(verified.artifact("onnx"))
+        ir = import_module("repmlp_deploy.convert.formats.openvino").build_ir(
+            graph, precision=precision, batch=self.batches, inputs=shapes
+        )
+        contents = {"model.xml": ir.xml, "model.bin": ir.weights}
+        files = {name: describe_file(name, content) for name, content in contents.items()}
+        entry = {**files["model.xml"].model_dump(), **ir.details, "precision": precision}
+        entry["companions"] = (files["model.bin"].model_dump(),)
+        artifacts = {"openvino": ArtifactEntry.model_validate(entry)}
+        manifest = verified.manifest.model_copy(update={"artifacts": artifacts})
+        contents[PROBE] = verified.read(manifest.probe)
+        return Bundle(manifest, contents=contents).save(self.folder / f"openvino-folded-{precision}")
+
+
+def counts_key(format_name: str) -> str:
+    """Which of a target's counts a format computes."""
+    subject = SUBJECTS[format_name]
+    return subject.graph if subject.needs in ("checkpoint", "openvino") else f"{subject.graph} ONNX"
+
+
+def find_targets(settings: Settings, folder: Path) -> list[Target]:
+    """The networks that the settings name, their weights in files.
+
+    Raises:
+        InputError: a card, checkpoint or bundle is unusable.
+    """
+    targets = _targets(settings, folder)
+    for target in targets:
+        target.wanted = tuple(chosen_rows(settings.formats, settings.precision))
+        target.calibration = settings.calibration
+    return targets
+
+
+def _targets(settings: Settings, folder: Path) -> list[Target]:
+    largest = max(*settings.batch, 8)
+    batches = BatchRange(min=1, opt=8, max=largest)
+    if settings.bundle is not None:
+        return [_target_of_bundle(Bundle.load(settings.bundle), settings, folder)]
+    if settings.ckpt is not None:
+        trained = load_trained(settings.ckpt)
+        shape = (card_spec(trained.card).in_channels, *trained.card.input_size)
+        notes = [f"{trained.card.name}: {note}" for note in trained.notes]
+        name = trained.card.name
+        return [
+            Target(name, trained.card, shape, batches, settings.ckpt, str(settings.ckpt), folder / name, notes=notes)
+        ]
+    return [_target_of_card(load_card(name), batches, folder) for name in settings.models]
+
+
+def _target_of_card(card: ModelCard, batches: BatchRange, folder: Path) -> Target:
+    shape = (card_spec(card).in_channels, *card.input_size)
+    if card.weights is not None and card.weights.file is not None:
+        path = data_root() / card.weights.file
+        return Target(card.name, card, shape, batches, path, f"{card.weights.file}, shipped", folder / card.name)
+    path = folder / f"{card.name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: value.contiguous() for name, value in seeded_network(card).state_dict().items()}
+    safetensors.torch.save_file(state, path)
+    weights = "seeded, random BatchNorm statistics included; not trained: accuracy means nothing, speed does"
+    return Target(card.name, card, shape, batches, path, weights, folder / card.name)
+
+
+def _target_of_bundle(bundle: Bundle, settings: Settings, folder: Path) -> Target:
+    manifest = bundle.manifest
+    if not manifest.batch.min <= min(settings.batch) <= max(settings.batch) <= manifest.batch.max:
+        raise InputError(
+            f"--batch asks for {', '.join(map(str, settings.batch))}; {settings.bundle} serves "
+            f"{manifest.batch.min} to {manifest.batch.max}: export it with another --batch"
+        )
+    shape = tuple(edge for edge in manifest.input.shape[1:] if edge is not None)
+    card = ModelCard(
+        name=manifest.name,
+        family=manifest.family,
+        input_size=(shape[1], shape[2]),
+        network={},
+        preprocessing=manifest.preprocessing,
+    )
+    weights = f"bundle {settings.bundle}"
+    return Target(manifest.name, card, shape, manifest.batch, None, weights, folder / manifest.name, given=bundle)

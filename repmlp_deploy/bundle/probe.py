@@ -1,0 +1,81 @@
+"""The probe: recorded inputs and the trained network's outputs for them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmlp_deploy.errors import BundleError
+
+__all__ = ["PROBE", "Probe"]
+
+PROBE = "probe.npz"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Seeded inputs and what the trained network answers to them.
+
+    Attributes:
+        inputs: (n, C, H, W) float32.
+        reference: (n, classes) float64, from the trained network in float64.
+        float32: (n, classes) float32, the same network in float32.
+        further_inputs: of a network with several inputs, those behind the first.
+        further_answers: of a network with several outputs, `reference` and `float32` of those behind the first.
+    """
+
+    inputs: NDArray[np.float32]
+    reference: NDArray[np.float64]
+    float32: NDArray[np.float32]
+    further_inputs: tuple[NDArray[Any], ...] = ()
+    further_answers: tuple[tuple[NDArray[np.float64], NDArray[np.float32]], ...] = ()
+
+    def answers(self) -> list[tuple[NDArray[np.float64], NDArray[np.float32]]]:
+        """(reference, float32) of every output."""
+        return [(self.reference, self.float32), *self.further_answers]
+
+    def to_bytes(self) -> bytes:
+        """The content of `probe.npz`."""
+        buffer = io.BytesIO()
+        arrays = {"inputs": self.inputs, "reference": self.reference, "float32": self.float32}
+        arrays |= {f"inputs.{i}": value for i, value in enumerate(self.further_inputs, 1)}
+        for i, (reference, float32) in enumerate(self.further_answers, 1):
+            arrays |= {f"reference.{i}": reference, f"float32.{i}": float32}
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Probe:
+        """The probe in the content of a `probe.npz`.
+
+        Raises:
+            BundleError: it holds something else.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                further = sum(name.startswith("reference.") for name in arrays.files)
+                return cls(
+                    arrays["inputs"],
+                    arrays["reference"],
+                    arrays["float32"],
+                    tuple(arrays[f"inputs.{i}"] for i in range(1, sum(n.startswith("inputs") for n in arrays.files))),
+                    tuple((arrays[f"reference.{i}"], arrays[f"float32.{i}"]) for i in range(1, further + 1)),
+                )
+        except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
+            raise BundleError(f"{PROBE} is not a probe: {error}") from None
+
+    def batch(self, size: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Inputs and references of a batch of `size`, cycling through the samples."""
+        order = np.arange(size) % len(self.inputs)
+        return self.inputs[order], self.reference[order]
+
+    def batches(self, size: int, start: int = 0) -> tuple[list[NDArray[Any]], list[NDArray[np.float64]]]:
+        """Every input and every reference of a batch of `size`, cycling through the samples from `start` on."""
+        order = (start + np.arange(size)) % len(self.inputs)
+        inputs = [value[order] for value in (self.inputs, *self.further_inputs)]
+        return inputs, [reference[order] for reference, _ in self.answers()]

@@ -1,0 +1,191 @@
+"""The bundle: a folder with the artifacts, `probe.npz` and, written last, `manifest.json`.
+
+A bundle on disk is always complete. It is written to a hidden sibling folder, every file and the folder itself are
+flushed to the disk, and only then it takes its place: by a rename where there was nothing, by the kernel's atomic
+exchange of two folders where there was an earlier bundle. Killing the writer at any moment leaves the old bundle or
+the new one, and at most a hidden sibling that the next writer removes.
+
+On load the manifest's schema is checked, and the SHA-256 of a file before anything reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from repmlp_deploy.bundle.manifest import MANIFEST, SCHEMA, ArtifactEntry, FileEntry, Manifest
+from repmlp_deploy.bundle.probe import Probe
+from repmlp_deploy.errors import BundleError, InputError, OutputError
+from repmlp_deploy.files import flush, remove_abandoned, take_place, write_new
+
+__all__ = ["Bundle", "check_output_folder", "describe_file", "hash_file"]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A manifest and its files, in memory before `save`, on disk after `load`.
+
+    Attributes:
+        manifest: what `manifest.json` says.
+        folder: where the files are; None before they are saved.
+        contents: file name to content, for what is not saved yet.
+    """
+
+    manifest: Manifest
+    folder: Path | None = None
+    contents: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Bundle:
+        """The bundle in `folder`, its manifest checked; files are checked when they are read.
+
+        Raises:
+            BundleError: there is none, or it is of another schema, or a file is missing or of another length.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}; make one with repmlp-export --ckpt FILE")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BundleError(f"{path} is not JSON: {error}") from None
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if schema != SCHEMA:
+            raise BundleError(f"{path} has schema {schema!r}; this version reads {SCHEMA}: export the checkpoint again")
+        try:
+            manifest = Manifest.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise BundleError(f"{path}: {where}: {first['msg']}") from None
+        for entry in _files(manifest):
+            file = folder / entry.path
+            if file.is_symlink() or not file.is_file():
+                raise BundleError(f"{folder} has no file {entry.path}; export the checkpoint again")
+            if file.stat().st_size != entry.bytes:
+                raise BundleError(f"{file} has {file.stat().st_size} bytes; the manifest says {entry.bytes}")
+        return cls(manifest, folder)
+
+    def read(self, entry: FileEntry) -> bytes:
+        """The content of a file, its SHA-256 checked.
+
+        Raises:
+            BundleError: it is not the content that was verified.
+        """
+        if self.folder is None:
+            return self.contents[entry.path]
+        try:
+            data = (self.folder / entry.path).read_bytes()
+        except OSError as error:
+            raise BundleError(f"{self.folder / entry.path}: {error.strerror}") from None
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise BundleError(f"{self.folder / entry.path} was changed: its sha256 is not the manifest's; export again")
+        return data
+
+    def files(self) -> list[FileEntry]:
+        """Every file but the manifest."""
+        return _files(self.manifest)
+
+    def artifact(self, artifact_format: str) -> ArtifactEntry:
+        """The entry of one format.
+
+        Raises:
+            BundleError: the bundle has no such artifact.
+        """
+        try:
+            return self.manifest.artifacts[artifact_format]
+        except KeyError:
+            have = ", ".join(self.manifest.artifacts)
+            raise BundleError(f"{self.manifest.name} has no {artifact_format} artifact; it has {have}") from None
+
+    def probe(self) -> Probe:
+        """The probe, checked."""
+        return Probe.from_bytes(self.read(self.manifest.probe))
+
+    def save(self, out: str | Path) -> Bundle:
+        """Write everything to `out`, replacing an earlier bundle only by this complete one.
+
+        Raises:
+            InputError: `out` is a file or a folder that is no bundle.
+            OutputError: it could not be written; what was there is untouched.
+        """
+        out = Path(out)
+        check_output_folder(out)
+        # resolved, so that a bundle behind a link is replaced where it lies
+        target = out.resolve()
+        partial = target.parent / f".{target.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        try:
+            remove_abandoned(target)
+            partial.mkdir()
+            for name, content in self.contents.items():
+                write_new(partial / name, content)
+            write_new(partial / MANIFEST, self.manifest.to_json().encode())
+            for name in (*self.contents, MANIFEST):  # behind all writes: the disk has been at work since the first
+                flush(partial / name)
+            flush(partial)
+            take_place(partial, target)
+            flush(target.parent)
+        except OSError as error:
+            raise OutputError(
+                f"could not write {out}: {error.strerror or error}; what was there is untouched"
+            ) from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return Bundle(self.manifest, out)
+
+
+def check_output_folder(out: Path) -> None:
+    """Raise unless a bundle can be written to `out`; makes the parent folder.
+
+    Raises:
+        InputError: `out` is a file, or a folder with files that are no bundle's.
+        OutputError: its parent cannot be written to.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; name a folder")
+    try:
+        foreign = _foreign_files(out) if out.is_dir() else []
+        out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"could not write {out}: {error.strerror or error}") from None
+    if foreign:
+        raise InputError(f"--out {out} holds files of others ({', '.join(foreign[:3])}); name another folder")
+    if not os.access(out.resolve().parent, os.W_OK | os.X_OK):
+        raise OutputError(f"could not write {out}: no permission to write in {out.resolve().parent}")
+
+
+def describe_file(path: str, content: bytes) -> FileEntry:
+    """The entry of a file with this content."""
+    return FileEntry(path=path, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(manifest: Manifest) -> list[FileEntry]:
+    artifacts = manifest.artifacts.values()
+    return [*artifacts, *(c for entry in artifacts for c in entry.companions), manifest.probe]
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """The names in `folder` that its manifest does not account for."""
+    names = {path.name for path in folder.iterdir()}
+    try:
+        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        entries = [*data["artifacts"].values(), data["probe"]]
+        own = {e["path"] for e in entries} | {c["path"] for e in entries for c in e.get("companions", ())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return sorted(names)
+    return sorted(names - own - {MANIFEST})

@@ -1,0 +1,342 @@
+"""Blaming: the first place where a network made from the trained one computes something else.
+
+Both networks keep the module names of the trained one outside what was replaced, so their module trees are walked
+together while the trained network runs in float64: every module of the other is given exactly what the trained one
+was given there, and answers beside it. Errors cannot propagate, so the first module that strays, the innermost first,
+is where the fault is. Inside a block whose parts were merged or folded away, `suspects` names the part.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from repmlp_deploy.convert.diagnosis.folded_suspects import (
+    added_perceptron_checks,
+    folded_checks,
+    head_checks,
+    unit_forward,
+)
+from repmlp_deploy.convert.diagnosis.suspects import (
+    BatchNorm,
+    Check,
+    Element,
+    Finding,
+    conv_checks,
+    first_finding,
+    merged_checks,
+)
+from repmlp_deploy.convert.diagnosis.suspects import parameter_checks as plain_checks
+from repmlp_deploy.errors import VerificationError
+from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
+from repmlp_deploy.nets.blocks.repmlp2022 import MergeableConvBN, RepMLPBlock, RepMLPUnit
+from repmlp_deploy.nets.flat import flatten_outputs
+from repmlp_deploy.nets.foreign import adopt_blocks
+from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet
+from repmlp_deploy.numerics import allowed_error, compare, noise_floor
+
+__all__ = ["Blame", "blame_network", "blamed", "describe_blame", "place_of"]
+
+_CONTAINERS = re.compile(r"\d+|module|backbone|stages?\d*|units|embeds|layers|blocks")
+_MODES_MATTER = (BatchNorm, nn.modules.dropout._DropoutNd)  # noqa: SLF001 - torch's names for all of a kind
+_WORDS = {
+    "repmlp_block": "",
+    "repmlp": "",
+    "conv": "",
+    "gp": "global perceptron",
+    "fc1_fc2": "global perceptron",
+    "scale": "prebn1 fold",
+    "offset": "prebn1 fold",
+    "ffn.0": "ffn_fc1",
+    "ffn.1": "ffn",
+    "ffn.2": "ffn_fc2",
+}
+"""What a module inside a block is called here, where that is not its own name."""
+
+
+@dataclass(frozen=True)
+class Blame:
+    """The first place that strays.
+
+    Attributes:
+        block: module name of the block, `stages.2.5`; empty for the network as a whole.
+        part: of the block, `fc3 · branch repconv3`; empty where the block has none.
+        fault: what went wrong, where that is known.
+        error: largest absolute error of what the place answers, given the trained network's own inputs; None where
+            it was not run.
+        floor: the noise floor of that answer.
+        element: the stored number that is furthest off; None where numbers are not to blame.
+    """
+
+    block: str
+    part: str = ""
+    fault: str = ""
+    error: float | None = None
+    floor: float | None = None
+    element: Element | None = None
+
+    @property
+    def place(self) -> str:
+        """Block and part."""
+        return " · ".join(word for word in (self.block, self.part) if word) or "the network"
+
+    def __str__(self) -> str:
+        off = ""
+        if self.error is not None and self.floor:
+            off = f"off by {self.error:.2e}, {self.error / self.floor:.3g} times its noise floor"
+        said = "; ".join(text for text in (self.fault, str(self.element or ""), off) if text)
+        return f"first at {self.place}: {said}" if said else f"first at {self.place}"
+
+
+@contextmanager
+def blamed(find: Callable[[], Blame | None]) -> Iterator[None]:
+    """A context in which a VerificationError's line ends with the blame."""
+    try:
+        yield
+    except VerificationError as error:
+        raise VerificationError(f"{error}; {describe_blame(find)}") from error
+
+
+def describe_blame(find: Callable[[], Blame | None]) -> str:
+    """What `find` found, in words. The search follows an error and must not take its place by one of its own."""
+    try:
+        blame = find()
+    except Exception as error:  # noqa: BLE001 - whatever stops the search, the failure it explains is what matters
+        said = (str(error).splitlines() or [""])[0]
+        return f"the place could not be found: {type(error).__name__}: {said}"
+    return "no single place strays: the error is spread over many" if blame is None else str(blame)
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """Block and part of a module or parameter of this dotted name: `stages.2.5.gp.fc1` is the block's global perceptron."""  # noqa: E501
+    pieces = [piece for piece in name.split(".") if piece]
+    taken = 0
+    while taken < len(pieces) and _CONTAINERS.fullmatch(pieces[taken]):
+        taken += 1
+    if not any(piece.isdigit() for piece in pieces[:taken]):
+        taken += 1
+        while taken < len(pieces) and pieces[taken].isdigit():
+            taken += 1
+    inside = ".".join(pieces[taken:])
+    for theirs, ours in _WORDS.items():
+        inside = re.sub(rf"^{re.escape(theirs)}(?=\.|$)", ours, inside).lstrip(".")
+    part = inside if " " in inside and "." not in inside else " · ".join(word for word in inside.split(".") if word)
+    block = ".".join(piece for piece in pieces[:taken] if piece != "module")
+    return block, part
+
+
+@torch.no_grad()
+def blame_network(trained: nn.Module, candidate: nn.Module, inputs: Sequence[NDArray[Any]]) -> Blame | None:
+    """The first place where `candidate`, merged or folded, strays from `trained`; None where no single one does.
+
+    Args:
+        trained: with its branches, evaluation mode, float32.
+        candidate: made from it; module names are the trained network's outside what was replaced.
+        inputs: of the trained network, (n, …) each.
+    """
+    for name, module in candidate.named_modules():
+        if module.training and isinstance(module, _MODES_MATTER):
+            block, part = place_of(name)
+            return Blame(block, part, f"{type(module).__name__} is left in training mode")
+    walk = _Walk(trained, candidate)
+    precise = copy.deepcopy(trained).double()
+    handles = walk.attach(precise)
+    try:
+        precise(*(torch.from_numpy(np.ascontiguousarray(x)).to(_wide(x)) for x in inputs))
+    except _FoundError as found:
+        return found.blame
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
+class _FoundError(Exception):
+    """Ends a walk."""
+
+    def __init__(self, blame: Blame) -> None:
+        super().__init__(str(blame))
+        self.blame = blame
+
+
+def _wide(x: NDArray[Any]) -> torch.dtype:
+    kind: torch.dtype = torch.from_numpy(np.zeros(1, x.dtype)).dtype
+    return torch.float64 if kind.is_floating_point else kind
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a module answered and how far off it is; where that cannot be told, why."""
+
+    got: Any
+    error: float | None
+    floor: float | None
+    said: str = ""
+
+
+class _Walk:
+    """Two networks side by side: `trained` runs, `candidate` answers the same questions."""
+
+    def __init__(self, trained: nn.Module, candidate: nn.Module) -> None:
+        self._trained = dict(trained.named_modules())
+        self._stored = dict(candidate.named_modules())
+        self._candidate = dict(copy.deepcopy(candidate).double().named_modules())
+        self._adopted = adopt_blocks(trained, confirm=False)
+        self._given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def attach(self, precise: nn.Module) -> list[Any]:
+        """Hooks on the modules of `precise` that have a counterpart; the innermost comes first by nature."""
+        handles = []
+        for name, module in precise.named_modules():
+            if self._is_compared(name):
+                handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._after(name), with_kwargs=True))
+        return handles
+
+    def _is_compared(self, name: str) -> bool:
+        """Whether a module has a counterpart, and is not inside one that was replaced as a whole."""
+        if name not in self._candidate or isinstance(self._trained[name], nn.ModuleList | nn.ModuleDict):
+            return False
+        pieces = name.split(".") if name else []
+        owners = [".".join(pieces[:i]) for i in range(len(pieces))]
+        if name and pieces[-1] in ("head_norm", "head"):
+            owner = owners[-1]
+            if _folds_its_head(self._trained[owner], self._stored.get(owner)):
+                return False  # judged together, by what the network answers
+        return not any(self._is_whole(owner) for owner in owners)
+
+    def _is_whole(self, name: str) -> bool:
+        trained, other = self._trained.get(name), self._stored.get(name)
+        if trained is None or other is None:
+            return True
+        return type(other) is not type(trained) or isinstance(trained, RepMLPBlock | RepMLP | MergeableConvBN)
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._given.append((_cloned(args), {key: _cloned(value) for key, value in kwargs.items()}))
+
+    def _after(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, _kwargs: Any, answer: Any) -> None:
+            args, kwargs = self._given.pop()
+            outcome = self._outcome(name, args, kwargs, answer)
+            if outcome is not None:
+                raise _FoundError(self._blame(name, args, outcome))
+
+        return hook
+
+    def _outcome(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> _Outcome | None:
+        """What the counterpart answered, where that strays; None where it does not."""
+        try:
+            got = self._candidate[name](*_cloned(args), **kwargs)
+            pairs = list(zip(_arrays(got), _arrays(answer), strict=True))
+        except (RuntimeError, ValueError, TypeError) as failure:
+            return _Outcome(None, None, None, f"does not run: {(str(failure).splitlines() or [''])[0]}")
+        single = self._trained[name](*_narrow(args), **{key: _narrow(value) for key, value in kwargs.items()})
+        for (y, reference), float32 in zip(pairs, _arrays(single), strict=True):
+            floor = noise_floor(float32, reference)
+            try:
+                error = compare(y, reference, classes=False).max_abs
+            except VerificationError as failure:
+                return _Outcome(got, None, floor, str(failure))
+            if not error <= allowed_error("fp32", floor):
+                return _Outcome(got, error, floor)
+        return None
+
+    def _blame(self, name: str, args: tuple[Any, ...], outcome: _Outcome) -> Blame:
+        block, part = place_of(name)
+        found = self._finding(name, args, outcome)
+        words = " · ".join(word for word in (part, found.part) if word)
+        return Blame(block, words, found.fault, outcome.error, outcome.floor, found.element)
+
+    def _finding(self, name: str, args: tuple[Any, ...], outcome: _Outcome) -> Finding:
+        """The part of one module that is wrong."""
+        stored, trained = self._stored[name], self._trained[name]
+        if trained in self._adopted:
+            trained = self._adopted[trained]
+        geometry = _geometry(trained, stored)
+        if geometry is not None:
+            return geometry
+        found = first_finding(_checks(trained, stored))
+        if found is not None:
+            return found
+        if outcome.error is None:
+            return Finding("", outcome.said)
+        if isinstance(trained, RepMLPUnit) and type(stored) is not RepMLPUnit:
+            return unit_forward(copy.deepcopy(trained).double(), args[0], outcome.got)
+        inner = "its parts are right, what it does with them is not" if list(stored.children()) else ""
+        return Finding("forward" if inner else "", inner or "computes something else")
+
+
+def _folds_its_head(trained: nn.Module, stored: nn.Module | None) -> bool:
+    """Whether the BatchNorm in front of the head left its place for the head behind the mean."""
+    return (
+        isinstance(trained, RepMLPNet)
+        and isinstance(stored, RepMLPNet)
+        and isinstance(stored.get_submodule("head_norm"), nn.Identity)
+    )
+
+
+def _checks(trained: nn.Module, stored: nn.Module) -> Iterator[Check]:
+    """The checks of a module that was merged or folded, or of one that was not to be changed."""
+    folded = folded_checks(trained, stored)
+    if folded is not None:
+        yield from folded
+        return
+    match trained, stored:
+        case RepMLPNet(), RepMLPNet() if _folds_its_head(trained, stored):
+            yield from head_checks(trained.head_norm, trained.head, stored.head)
+        case RepMLPBlock(deploy=False), RepMLPBlock():
+            yield from plain_checks(trained.gp, stored.gp, "global perceptron")
+            yield from _merged(trained, stored)
+        case RepMLP(deploy=False), RepMLP():
+            if stored.fc1_fc2 is not None:
+                yield from added_perceptron_checks(trained, stored.fc1_fc2)
+            yield from _merged(trained, stored)
+        case MergeableConvBN(deploy=False), MergeableConvBN():
+            yield from conv_checks(trained, stored.conv)
+        case _:
+            yield from plain_checks(trained, stored, "")
+
+
+def _merged(trained: RepMLPBlock | RepMLP, stored: RepMLPBlock | RepMLP) -> Iterator[Check]:
+    fc3 = stored.fc3
+    if fc3.bias is not None and fc3.groups == trained.fc3.groups:
+        rows = fc3.out_channels // fc3.groups
+        weight = fc3.weight.detach().view(fc3.groups, rows, -1)
+        yield from merged_checks(trained, weight, fc3.bias.detach().view(fc3.groups, rows))
+
+
+def _geometry(trained: nn.Module, stored: nn.Module) -> Finding | None:
+    """What is wrong with the partition of a block, whose edges are no tensors."""
+    block = trained.repmlp_block if isinstance(trained, RepMLPUnit) else trained
+    edges = [tuple(getattr(m, edge, None) for edge in ("h", "w")) for m in (block, stored)]
+    if not isinstance(block, RepMLPBlock | RepMLP) or None in edges[1] or edges[0] == edges[1]:
+        return None
+    (h, w), (h_got, w_got) = edges
+    fault = "h and w swapped" if (h, w) == (w_got, h_got) else "another partition"
+    return Finding("fc3 · partition", f"{fault}: {h_got}x{w_got}, expected {h}x{w}")
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return tuple(_cloned(each) for each in value) if isinstance(value, tuple) else value
+
+
+def _narrow(value: Any) -> Any:
+    """Float64 tensors as float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value.clone()
+    return tuple(_narrow(each) for each in value) if isinstance(value, tuple) else value
+
+
+def _arrays(answer: Any) -> list[NDArray[Any]]:
+    return [value.detach().numpy() for value in flatten_outputs(answer).values()]

@@ -1,0 +1,1 @@
+"""The artifact formats: one file per format."""

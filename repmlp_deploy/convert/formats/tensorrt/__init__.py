@@ -1,0 +1,1 @@
+"""Build and refit TensorRT and TensorRT-RTX engines."""

@@ -1,0 +1,1 @@
+"""Export, simplify and lower the ONNX graph."""

@@ -1,0 +1,1 @@
+"""Compare every step with the trained network."""

@@ -1,0 +1,142 @@
+"""The weights inside an ONNX graph against those of the network it was exported from: bit for bit.
+
+An exporter and a simplifier may rename and reshape constants, but have no reason to change a value. A weight that they
+do change may be too small to show in any output, and is still not the trained one.
+
+Where a BatchNorm is left, as in upstream's own form, exporters fuse it with the convolution in front of it; and what a
+network of one's own does with its weights, slicing or scaling them, they may compute beforehand. Outside RepMLP blocks,
+weights of such networks are matched if they are found and counted if they are not. FC3 must always be there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from repmlp_deploy.bundle import Hop
+from repmlp_deploy.convert.reparam.fold import FoldedRepMLP
+from repmlp_deploy.errors import MissingDependency, VerificationError
+from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
+from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
+from repmlp_deploy.numerics import allowed_error
+
+try:
+    import onnx
+except ImportError:
+    raise MissingDependency("onnx", "export") from None
+
+__all__ = ["match_weights"]
+
+BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch offers no public name for 1d, 2d and 3d alike
+
+_ROUNDING = 2.0**-24  # relative error of one rounding to float32
+
+
+def match_weights(
+    name: str, graph: onnx.ModelProto, network: nn.Module, *, own: bool = False, exact: bool = True
+) -> Hop:
+    """The line of the weight of `network` that is farthest from the constant of `graph` that holds it.
+
+    A weight is looked for under its own name, then, its axes aside, by its values.
+
+    Args:
+        name: of the line.
+        graph: float32.
+        network: float32.
+        own: the network is its owner's but for the RepMLP blocks in it.
+        exact: allow no difference; otherwise that of sums in another order, as another machine's may be.
+
+    Raises:
+        VerificationError: a weight is nowhere in the graph, or nothing reads it.
+    """
+    constants, norms = _constants(graph), any(isinstance(module, BatchNorm) for module in network.modules())
+    may_change = _changeable(network) if own or norms else set()
+    by_size: dict[int, list[onnx.TensorProto]] = {}
+    for constant in constants.values():
+        by_size.setdefault(math.prod(constant.dims), []).append(constant)
+    worst, equal, changed = (0.0, 0.0, ""), 0, 0
+    for key, weight in _weights(network).items():
+        same = _values(constants[key]) if key in constants else None
+        alike = same is not None and (same.shape, same.dtype) == (weight.shape, weight.dtype)
+        if alike and np.array_equal(same, weight):  # type: ignore[arg-type]
+            equal += 1
+        elif alike and key not in may_change:
+            error = float(np.abs(np.subtract(same, weight, dtype=np.float64)).max())  # type: ignore[arg-type]
+            size = float(np.abs(weight).max()) or 1.0
+            worst = max(worst, (error / size if np.isfinite(error) else np.inf, size, key))
+        elif _neutral(weight) or any(_same_values(weight, _values(other)) for other in by_size.get(weight.size, ())):
+            equal += 1
+        elif key in may_change:
+            changed += 1
+        else:
+            raise VerificationError(f"{name}: {key} is not among the constants that the graph reads")
+    relative, size, key = worst
+    floor, error = _ROUNDING * size, relative * size
+    allowed = 0.0 if exact else allowed_error("weights", floor)
+    said = f"farthest: {key}" if key else f"{equal} are equal" + (f", {changed} changed on the way" if changed else "")
+    return Hop(
+        name=name,
+        batch=0,
+        max_abs=error,
+        mean_abs=error,
+        max_rel=relative,
+        between=None,
+        cosine=1.0,
+        top1=None,
+        floor=floor,
+        allowed=allowed,
+        passed=error <= allowed,
+        ratio=error / floor if floor else None,
+        margin=allowed / error if error else None,
+        note=said,
+    )
+
+
+def _weights(network: nn.Module) -> dict[str, NDArray[Any]]:
+    """The float parameters and buffers, by name."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    return {key: t.detach().numpy() for key, t in tensors.items() if t.is_floating_point() and t.numel()}
+
+
+def _neutral(weight: NDArray[Any]) -> bool:
+    """Whether an optimiser may leave it out: it adds nothing, or multiplies by one."""
+    return not weight.any() or bool((weight == 1).all())
+
+
+def _constants(graph: onnx.ModelProto) -> Mapping[str, onnx.TensorProto]:
+    """The constants that nodes of the graph read, by name."""
+    read = {name for node in graph.graph.node for name in node.input}
+    found = {t.name: t for t in graph.graph.initializer if t.name in read}
+    for node in graph.graph.node:
+        if node.op_type == "Constant" and node.output[0] in read and node.attribute[0].name == "value":
+            found[node.output[0]] = node.attribute[0].t
+    return found
+
+
+def _values(tensor: onnx.TensorProto) -> NDArray[Any]:
+    """A tensor's values: a copy, as protobuf gives no other; so one at a time."""
+    if tensor.data_type == onnx.TensorProto.FLOAT and tensor.raw_data:
+        return np.frombuffer(tensor.raw_data, np.float32).reshape(tensor.dims)
+    return onnx.numpy_helper.to_array(tensor)
+
+
+def _changeable(network: nn.Module) -> set[str]:
+    """The weights outside RepMLP blocks, and those of their gates, which may be anybody's."""
+    blocks = [name for name, m in network.named_modules() if isinstance(m, RepMLPBlock | RepMLP | FoldedRepMLP)]
+    inside = tuple(f"{name}." if name else "" for name in blocks)
+    gates = tuple(f"{prefix}gp." for prefix in inside)
+    return {key for key in _weights(network) if not key.startswith(inside) or key.startswith(gates)}
+
+
+def _same_values(weight: NDArray[Any], constant: NDArray[Any]) -> bool:
+    """Whether two arrays of one size hold the same values in whatever order of axes."""
+    if constant.dtype != weight.dtype:
+        return False
+    return np.array_equal(weight.ravel(), constant.ravel()) or np.array_equal(
+        np.sort(weight, axis=None), np.sort(constant, axis=None)
+    )

@@ -1,0 +1,1 @@
+"""Merge branches and fold BatchNorms: network in, network out."""

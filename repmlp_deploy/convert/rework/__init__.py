@@ -1,0 +1,1 @@
+"""Change or re-check a finished bundle: add an engine, refit, derive again, locate a fault."""

@@ -1,0 +1,115 @@
+"""Origins: a bundle's certificate derived once more from the checkpoint that the bundle was made of.
+
+A bundle is verified without torch against the answers in its own probe. Who doubts these, or the manifest that vouches
+for them, goes back to the checkpoint: its hash must be the manifest's, the trained network must give the probe's
+answers, merging and folding must leave no more than rounding, and the artifacts must hold the weights that come of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from repmlp_deploy.bundle import Bundle, Hop, hash_file
+from repmlp_deploy.card import ModelCard
+from repmlp_deploy.convert.pipeline import reparameterize
+from repmlp_deploy.convert.proof.algebra import compare_weights
+from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
+from repmlp_deploy.convert.proof.probe import record_probe
+from repmlp_deploy.convert.proof.weights import match_weights
+from repmlp_deploy.convert.rework.locate import load_origin
+from repmlp_deploy.convert.source.trained import Trained, load_trained
+from repmlp_deploy.errors import InputError, MissingDependency, VerificationError
+from repmlp_deploy.runtime.tasks import find_task
+
+try:
+    import onnx
+except ImportError:
+    raise MissingDependency("onnx", "export") from None
+
+__all__ = ["derive_again"]
+
+Step = Callable[[str], AbstractContextManager[None]]
+
+
+def derive_again(
+    bundle: Bundle,
+    checkpoint: str | Path,
+    card: str | Path | ModelCard | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[list[Hop], list[str]]:
+    """The lines of every step from the checkpoint to the bundle's weights, and what could not be compared.
+
+    Args:
+        bundle: on disk.
+        checkpoint: the file it was made of.
+        card: see `load_origin`.
+        progress: called with the name of every step as it begins.
+
+    Raises:
+        InputError: the bundle was made of no file, or of a network of the user's own.
+        BundleError: a file is not what was certified.
+        VerificationError: the checkpoint is another one, or a step or a file is not what comes of it.
+    """
+
+    @contextlib.contextmanager
+    def step(name: str) -> Iterator[None]:
+        if progress is not None:
+            progress(name)
+        yield
+
+    manifest = bundle.manifest
+    _require_same_file(bundle, Path(checkpoint))
+    trained = load_origin(bundle, checkpoint, card)
+    certifier = _certifier(bundle, trained, step)
+    merged, network = reparameterize(trained, manifest.graph, certifier, step)
+    notes = []
+    for name, entry in manifest.artifacts.items():
+        if name == "onnx" and entry.precision == "fp32":
+            graph = onnx.load_from_string(bundle.read(entry))
+            certifier.record([match_weights("onnx weights", graph, network, exact=False)], "weights")
+        elif name == "checkpoint" and bundle.folder is not None:
+            bundle.read(entry)
+            again = load_trained(bundle.folder / entry.path, trained.card, allow_merged=True)
+            certifier.record([compare_weights("checkpoint weights", again.network, merged)], "weights")
+        else:
+            notes.append(f"the weights of {name} were not compared: they are not float32, or not readable here")
+    return certifier.hops, notes
+
+
+def _require_same_file(bundle: Bundle, path: Path) -> None:
+    """Raise unless the bundle was made of this very file."""
+    name, source = bundle.manifest.name, bundle.manifest.provenance.get("checkpoint")
+    if not source:
+        raise InputError(f"{name} was exported from a network in memory: there is no checkpoint to go back to")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    digest = hash_file(path)
+    if digest != source.get("sha256"):
+        raise VerificationError(
+            f"{path} has sha256 {digest[:16]}…; the bundle was made of {source.get('file')} with "
+            f"{str(source.get('sha256'))[:16]}…: give that file"
+        )
+
+
+def _certifier(bundle: Bundle, trained: Trained, step: Step) -> Certifier:
+    """A certifier with the trained network's own answers to the bundle's inputs; those in the bundle must be them."""
+    manifest, recorded = bundle.manifest, bundle.probe()
+    with step("probe"):
+        again = record_probe(trained.network, recorded.inputs, *recorded.further_inputs)
+    certifier = Certifier(
+        again,
+        batch_sizes(manifest.batch),
+        class_axes=find_task(manifest.task).class_axes,
+        outputs=[spec.name for spec in manifest.outputs],
+        consequence="do not use this bundle",
+    )
+    references = [reference for reference, _ in again.answers()]
+    with step("verify probe"):
+        if len(recorded.answers()) != len(references):
+            raise VerificationError(f"the probe has {len(recorded.answers())} outputs; the network {len(references)}")
+        certifier.require_answers("recorded reference", [known for known, _ in recorded.answers()], references)
+        certifier.require_answers("recorded float32", [float32 for _, float32 in recorded.answers()], references)
+    return certifier

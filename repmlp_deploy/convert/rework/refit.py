@@ -1,0 +1,192 @@
+"""Refitting: a bundle with the weights of another checkpoint of the same architecture, without a new build.
+
+    checkpoint → trained → probe → merged → folded → named weights → graph → engines → bundle
+
+The graph keeps its nodes and takes new initializers; like every step of an export it is compared with the network that
+was trained, here the new one. Engines take the same weights by the same names.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from torch import nn
+
+from repmlp_deploy.bundle import PROBE, ArtifactEntry, Bundle, Hop, check_output_folder, describe_file
+from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
+from repmlp_deploy.convert.formats.tensorrt.refit import check_refit, refit_engine
+from repmlp_deploy.convert.graph.emulate import emulate_bf16
+from repmlp_deploy.convert.graph.proto import serialize_model
+from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
+from repmlp_deploy.convert.proof.probe import probe_like, record_probe, run_network
+from repmlp_deploy.convert.provenance import describe_provenance
+from repmlp_deploy.convert.reparam.fold import fold_affine
+from repmlp_deploy.convert.reparam.merge import merge_branches
+from repmlp_deploy.convert.rework.add_engine import NOT_RUN, verified_graph
+from repmlp_deploy.convert.rework.named_weights import named_weights, with_named_weights
+from repmlp_deploy.convert.source.trained import Trained, find_interface, load_trained
+from repmlp_deploy.errors import CheckpointError, InputError
+from repmlp_deploy.nets.families import FAMILIES
+from repmlp_deploy.runtime.onnx.runner import open_session
+from repmlp_deploy.runtime.runner import RunnerOptions
+from repmlp_deploy.runtime.tasks import find_task
+
+__all__ = ["refit_bundle"]
+
+
+def refit_bundle(
+    folder: str | Path,
+    checkpoint: str | Path,
+    *,
+    weights: str | None = None,
+    out: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Bundle:
+    """A bundle like `folder` with the weights of `checkpoint`, verified against the network in it.
+
+    Args:
+        folder: a bundle with an ONNX graph in fp32, fp16 or bf16 and, if any, refittable engines.
+        checkpoint: a training-time checkpoint of the same architecture.
+        weights: `model` or `ema`, where the file holds both.
+        out: another folder for the result; by default it takes the place of `folder`.
+        progress: called with every step as it begins.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or is of another architecture.
+        InputError: the bundle holds what cannot be refitted (BundleError among them).
+        MissingDependency, MissingDevice: it holds an engine, and this machine has not what it takes to refit it.
+        VerificationError: the refitted graph strays from the trained network; nothing is written.
+        OutputError: it could not be written; the earlier bundle is untouched.
+    """
+    show, started = progress or (lambda _step: None), time.perf_counter()
+    bundle, target = Bundle.load(folder), Path(folder if out is None else out)
+    engines = _check(bundle)
+    check_output_folder(target)
+    graph = onnx.load_from_string(verified_graph(bundle))
+    show("load")
+    trained = _trained(bundle, checkpoint, weights)
+    show("merge and fold")
+    interface = find_interface(trained)
+    probe = record_probe(trained.network, *(probe_like(x.numpy()) for x in interface.examples))
+    certifier = Certifier(
+        probe,
+        batch_sizes(bundle.manifest.batch),
+        class_axes=find_task(trained.card.task).class_axes,
+        outputs=interface.outputs,
+    )
+    network = _traced_form(trained, certifier)
+    show("refit the graph")
+    state = {key: x.detach().numpy() for key, x in network.state_dict().items() if x.is_floating_point()}
+    data = with_named_weights(graph, named_weights(state, graph, name=Path(checkpoint).name))
+    _require_equal(data, bundle.artifact("onnx").precision, certifier)
+    contents = {PROBE: probe.to_bytes(), bundle.artifact("onnx").path: data}
+    named = {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer}
+    for name in engines:
+        show(f"refit {name}")
+        contents[bundle.artifact(name).path] = _refitted(bundle, name, named)
+    show("save")
+    seconds = {"refit": round(time.perf_counter() - started, 3)}
+    return _renewed(bundle, trained, certifier.hops, contents, seconds).save(target)
+
+
+def _check(bundle: Bundle) -> list[str]:
+    """The engines to refit, when everything in the bundle can be."""
+    manifest = bundle.manifest
+    if manifest.family not in FAMILIES:
+        raise InputError(f"{manifest.name} is no family's network, whose checkpoints could be told apart: export it")
+    if manifest.graph != "folded":
+        raise InputError(f"the graph is {manifest.graph}: only folded ones keep the names of all weights; export anew")
+    other = [name for name in manifest.artifacts if name != "onnx" and name not in FLAVOURS]
+    if other:
+        raise InputError(f"{manifest.name} also holds {', '.join(other)}, which cannot be refitted: export anew")
+    if bundle.artifact("onnx").precision == "int8":
+        raise InputError("int8 graphs hold scales that were measured of one checkpoint: export the new one instead")
+    engines = [name for name in manifest.artifacts if name in FLAVOURS]
+    for name in engines:
+        options = (bundle.artifact(name).model_extra or {}).get("options", {})
+        if not (options.get("refittable") or options.get("strip_weights")):
+            raise InputError(f"the {name} engine was not built with --refittable: build it so, or export anew")
+        check_refit(name)
+    return engines
+
+
+def _trained(bundle: Bundle, checkpoint: str | Path, weights: str | None) -> Trained:
+    """The new network, of the bundle's family and input size."""
+    manifest = bundle.manifest
+    height, width = manifest.input.shape[-2:]
+    if height is None or width is None:
+        raise InputError(f"{manifest.name} has no fixed input size")
+    try:
+        trained = load_trained(checkpoint, weights=weights, input_size=(height, width))
+    except InputError:  # damaged, or a network whose maps are of another size: then it can be read without one
+        trained = load_trained(checkpoint, weights=weights)
+    theirs, ours = (trained.card.family, trained.card.input_size), (manifest.family, (height, width))
+    if theirs != ours:
+        raise CheckpointError(
+            f"{Path(checkpoint).name} is of another architecture: {_named(*theirs)}, not {_named(*ours)}"
+        )
+    return trained
+
+
+def _named(family: str, size: tuple[int, int]) -> str:
+    """`repmlpnet of 224x224`."""
+    return f"{family} of {size[0]}x{size[1]}"
+
+
+def _traced_form(trained: Trained, certifier: Certifier) -> nn.Module:
+    """The network as the bundle's graph was traced of one like it, verified."""
+    merged = merge_branches(trained.network)
+    certifier.require("merged", partial(run_network, merged))
+    folded = fold_affine(merged)
+    certifier.require("folded", partial(run_network, folded))
+    return folded
+
+
+def _require_equal(data: bytes, precision: str, certifier: Certifier) -> None:
+    """Raise unless the refitted graph is as close to the trained network as its precision allows."""
+    runnable = data if precision != "bf16" else serialize_model(emulate_bf16(onnx.load_from_string(data)))
+    session, _ = open_session(runnable, RunnerOptions(device="cpu"))
+    names = [value.name for value in session.get_inputs()]
+    certifier.require(
+        "refitted ONNX", lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True))), precision
+    )
+
+
+def _refitted(bundle: Bundle, name: str, named: dict[str, NDArray[Any]]) -> bytes:
+    return refit_engine(name, bundle.read(bundle.artifact(name)), named)
+
+
+def _renewed(
+    bundle: Bundle, trained: Trained, hops: list[Hop], contents: dict[str, bytes], seconds: dict[str, float]
+) -> Bundle:
+    """The bundle with new contents and what is to be said of them."""
+    entries = {}
+    for name, entry in bundle.manifest.artifacts.items():
+        changed = describe_file(entry.path, contents[entry.path]).model_dump()
+        if name in FLAVOURS:  # whatever was left out is in it now
+            changed["options"] = {**(entry.model_extra or {})["options"], "refittable": True, "strip_weights": False}
+        entries[name] = ArtifactEntry.model_validate({**entry.model_dump(), **changed})
+    engines = [NOT_RUN.format(name) for name in entries if name in FLAVOURS]
+    notes = (*trained.notes, f"refitted from a bundle of {_origin(bundle)}", *engines)
+    provenance = describe_provenance(trained, seconds)
+    kept = {"engines": bundle.manifest.provenance["engines"]} if "engines" in bundle.manifest.provenance else {}
+    update = {
+        "artifacts": entries,
+        "probe": describe_file(PROBE, contents[PROBE]),
+        "certificate": tuple(hops),
+        "provenance": provenance | kept,
+        "notes": notes,
+    }
+    return Bundle(bundle.manifest.model_copy(update=update), contents=contents)
+
+
+def _origin(bundle: Bundle) -> str:
+    source = bundle.manifest.provenance.get("checkpoint") or {}
+    return str(source.get("file", "an unnamed checkpoint"))

@@ -1,0 +1,1 @@
+"""Read a checkpoint file and build the trained network from it."""

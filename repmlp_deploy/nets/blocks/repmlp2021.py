@@ -1,0 +1,205 @@
+"""The RepMLP block of 2021 (arXiv 2105.01883), parametrised and named as its checkpoints are.
+
+Letters: N batch, C in-, O out-channels, (H, W) the map, (h, w) a partition, g groups, k branch kernel.
+
+The map is cut into (h, w) partitions. A *global perceptron* lets them see each other: the mean of every channel in
+every partition, normalised, passes two linear layers, and the result is added to the whole partition. It exists only
+where there is more than one partition. FC3, the *partition perceptron*, then takes C·h·w values to O·h·w in g groups;
+convolutions from C to O in as many groups run beside it while training.
+
+Merging (section 3.2) absorbs the branches and `fc3_bn` into FC3, and the BatchNorm behind the pool, p ↦ a p + b per
+channel, into FC1, whose columns are (channel, partition): FC1(a p + b) = (FC1·diag(a)) p + (FC1 b + c₁).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own custom
+
+from repmlp_deploy.nets.blocks.algebra import affine_of_batch_norm, scale_rows, set_convolution, sum_kernels
+from repmlp_deploy.nets.blocks.repmlp2022 import ConvBN
+
+__all__ = ["AddedPerceptron", "PooledNorm", "RepMLP"]
+
+
+class AddedPerceptron(nn.Module):
+    """FC2(ReLU(FC1(v))), what is added to the partitions: (N, C·partitions) -> (N, C·partitions)."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(features, hidden)
+        self.fc2 = nn.Linear(hidden, features)
+
+    def forward(self, v: Tensor) -> Tensor:
+        added: Tensor = self.fc2(F.relu(self.fc1(v)))
+        return added
+
+
+class PooledNorm(nn.Module):
+    """The BatchNorm behind the average pool: (N, C, rows, columns) -> (N, C, rows, columns)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        normal: Tensor = self.bn(pooled)
+        return normal
+
+
+class RepMLP(nn.Module):
+    """The RepMLP block of 2021: (N, C, H, W) -> (N, O, H, W).
+
+    FC3 is stored as the grouped 1×1 convolution of the release, but computed as the batched product it is; with
+    `as_convolution` set it runs in the release's form, as a baseline.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        map_size: (H, W).
+        partition: (h, w); divides (H, W).
+        groups: g, of FC3 and of every branch; divides C and O.
+        kernels: odd branch kernels k; empty for none.
+        reduction: C·partitions over the width of the global perceptron.
+        deploy: build the merged form, FC3 with a bias and no BatchNorm or branch.
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+
+    def __init__(  # noqa: PLR0913 - the paper's hyper-parameters
+        self,
+        in_channels: int,
+        out_channels: int,
+        map_size: tuple[int, int],
+        partition: tuple[int, int],
+        *,
+        groups: int = 1,
+        kernels: Sequence[int] = (1, 3, 5),
+        reduction: int = 1,
+        deploy: bool = False,
+    ) -> None:
+        super().__init__()
+        (H, W), (h, w) = map_size, partition
+        if H % h or W % w:
+            raise ValueError(f"map is {H}x{W}; it must divide into {h}x{w} partitions")
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(f"{in_channels} to {out_channels} channels cannot have {groups} groups: it must divide")
+        self.C, self.O, self.groups = in_channels, out_channels, groups
+        self.H, self.W, self.h, self.w = H, W, h, w
+        self.kernels = () if deploy else tuple(kernels)
+        features = in_channels * (H // h) * (W // w)
+        alone = partition == map_size
+        self.fc1_fc2 = None if alone else AddedPerceptron(features, max(1, features // reduction))
+        self.avg = None if alone or deploy else PooledNorm(in_channels)
+        self.fc3 = nn.Conv2d(in_channels * h * w, out_channels * h * w, 1, groups=groups, bias=deploy)
+        self.fc3_bn = None if deploy else nn.BatchNorm1d(out_channels * h * w)
+        self.as_convolution = False
+        for k in self.kernels:
+            branch = ConvBN(in_channels, out_channels, k, padding=k // 2, groups=groups)
+            self.add_module(f"repconv{k}", branch)
+
+    @property
+    def deploy(self) -> bool:
+        """Whether the branches are merged into FC3."""
+        return self.fc3_bn is None
+
+    def branches(self) -> list[ConvBN]:
+        """The convolution branches, in the order of `kernels`."""
+        return [self.get_submodule(f"repconv{k}") for k in self.kernels]  # type: ignore[misc]
+
+    def forward(self, x: Tensor) -> Tensor:
+        C, O, h, w = self.C, self.O, self.h, self.w
+        if tuple(x.shape[1:]) != (C, self.H, self.W):
+            raise ValueError(f"map is {tuple(x.shape)}; this RepMLP block takes (N, {C}, {self.H}, {self.W})")
+        rows, columns = self.H // h, self.W // w
+        cut = x.reshape(-1, C, rows, h, columns, w)
+        if self.fc1_fc2 is not None:
+            pooled = F.avg_pool2d(x, (h, w))  # (N, C, H, W) -> (N, C, rows, columns)
+            if self.avg is not None:
+                pooled = self.avg(pooled)
+            added = self.fc1_fc2(pooled.reshape(-1, C * rows * columns))
+            cut = cut + added.reshape(-1, C, rows, 1, columns, 1)
+        partitions = cut.permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, C, h, w)
+        y = self._apply_fc3(partitions.reshape(-1, C * h * w))
+        if self.fc3_bn is not None:
+            y = self.fc3_bn(y)
+        y = y.reshape(-1, O, h, w)
+        if self.kernels:
+            windows = partitions.reshape(-1, C, h, w)
+            for branch in self.branches():
+                y = y + branch(windows)
+        y = y.reshape(-1, rows, columns, O, h, w).permute(0, 3, 1, 4, 2, 5)  # (N, O, rows, h, columns, w)
+        return y.reshape(-1, O, self.H, self.W)
+
+    def _apply_fc3(self, rows: Tensor) -> Tensor:
+        """FC3 of every row: (M, C·h·w) -> (M, O·h·w)."""
+        if self.as_convolution:
+            return self.fc3(rows[:, :, None, None])[:, :, 0, 0]  # type: ignore[no-any-return]
+        weight = self.fc3.weight.view(self.groups, -1, self.fc3.in_channels // self.groups).transpose(1, 2)
+        y = grouped_product(rows, weight)
+        return y if self.fc3.bias is None else y + self.fc3.bias
+
+    def merged_fc3(self) -> nn.Conv2d:
+        """FC3 with its BatchNorm and every branch absorbed, in FC3's dtype; see `nets.blocks.algebra`."""
+        if self.fc3_bn is None:
+            raise ValueError("this RepMLP block is merged already")
+        C, O, g, h, w = self.C, self.O, self.groups, self.h, self.w
+        scale, shift = affine_of_batch_norm(self.fc3_bn)  # (O·h·w,)
+        kernels = []
+        for branch in self.branches():
+            branch_scale, branch_shift = affine_of_batch_norm(branch.bn)
+            kernels.append(branch.conv.weight.detach().double() * branch_scale[:, None, None, None])  # (O, C/g, k, k)
+            shift = shift + branch_shift.repeat_interleave(h * w)
+        weight = scale_rows(self.fc3.weight.detach().reshape(O * h * w, C // g * h * w), scale)
+        kernel = sum_kernels(kernels)
+        if kernel is not None:
+            shape, order = (g, O // g, h, w, C // g, h, w), (0, 1, 4, 2, 3, 5, 6)
+            set_convolution(
+                weight.view(shape).permute(order),  # (g, O/g, C/g, h, w, h, w)
+                self.fc3.weight.detach().reshape(shape).permute(order),
+                scale.view(g, O // g, 1, h, w),
+                kernel.view(g, O // g, C // g, *kernel.shape[-2:]),
+            )
+        merged = nn.Conv2d(C * h * w, O * h * w, 1, groups=g, bias=True, device="meta", dtype=weight.dtype)
+        merged.weight = nn.Parameter(weight.view_as(self.fc3.weight), requires_grad=False)
+        merged.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
+        return merged
+
+    def merged_perceptron(self) -> AddedPerceptron | None:
+        """The global perceptron with the BatchNorm behind the pool absorbed into FC1; None where there is none."""
+        if self.fc1_fc2 is None or self.avg is None:
+            return self.fc1_fc2
+        fc1 = self.fc1_fc2.fc1
+        a, b = (each.repeat_interleave(fc1.in_features // self.C) for each in affine_of_batch_norm(self.avg.bn))
+        weight = fc1.weight.detach().double()
+        merged = AddedPerceptron.__new__(AddedPerceptron)
+        nn.Module.__init__(merged)
+        merged.fc1 = nn.Linear(fc1.in_features, fc1.out_features, device="meta")
+        merged.fc1.weight = nn.Parameter((weight * a).to(fc1.weight.dtype), requires_grad=False)
+        merged.fc1.bias = nn.Parameter((fc1.bias.detach() + weight @ b).to(fc1.weight.dtype), requires_grad=False)
+        merged.fc2 = self.fc1_fc2.fc2
+        return merged
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Merge in place; merging twice changes nothing."""
+        if self.deploy:
+            return
+        self.fc3, self.fc1_fc2 = self.merged_fc3(), self.merged_perceptron()
+        self.fc3_bn = self.avg = None
+        for k in self.kernels:
+            delattr(self, f"repconv{k}")
+        self.kernels = ()
+
+
+def grouped_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """Every group's part of every row times the group's matrix: (M, g·K), (g, K, R) -> (M, g·R)."""
+    groups, K, R = weight.shape
+    if groups == 1:
+        return rows @ weight[0]
+    y = rows.reshape(-1, groups, K).transpose(0, 1) @ weight  # (g, M, K) × (g, K, R)
+    return y.transpose(0, 1).contiguous().view(-1, groups * R)

@@ -1,0 +1,272 @@
+"""RepMLPNet, the hierarchical network of CVPR 2022: a patch embedding, stages of RepMLP units, a linear head.
+
+`RepMLPTrunk` is all of it but the head, for tasks whose head is another; `RepMLPBackbone` gives the maps of its stages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from repmlp_deploy.nets.blocks.repmlp2022 import ConvBN, RepMLPBlock, RepMLPUnit, switch_blocks
+
+__all__ = [
+    "RepMLPBackbone",
+    "RepMLPBackboneSpec",
+    "RepMLPNet",
+    "RepMLPNetSpec",
+    "RepMLPTrunk",
+    "RepMLPTrunkSpec",
+    "infer_backbone",
+    "infer_repmlpnet",
+    "infer_trunk",
+]
+
+Count = Annotated[int, Field(gt=0)]
+
+
+class RepMLPTrunkSpec(BaseModel):
+    """Hyper-parameters of a RepMLPNet without its head; sequences have one entry a stage.
+
+    Attributes:
+        input_size: (H, W) of the images; part of the model, as FC3 is tied to positions.
+        channels: C.
+        depths: units.
+        sharesets: S; divides C.
+        kernels: branch kernels k of every block, odd.
+        partitions: (h, w); None for the whole map, one partition.
+        reduction: C over the width of the global perceptron.
+        expansion: width of the FFN over C.
+        patch: edge and stride of the patch embedding.
+        in_channels: 3 for RGB.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input_size: tuple[Count, Count]
+    channels: tuple[Count, ...]
+    depths: tuple[Count, ...]
+    sharesets: tuple[Count, ...]
+    kernels: tuple[Count, ...] = (1, 3)
+    partitions: tuple[tuple[Count, Count], ...] | None = None
+    reduction: Count = 4
+    expansion: Count = 4
+    patch: Count = 4
+    in_channels: Count = 3
+
+    def maps(self) -> list[tuple[int, int]]:
+        """(H, W) of the map that every stage works on."""
+        strides = [self.patch * 2**i for i in range(len(self.channels))]
+        return [(self.input_size[0] // stride, self.input_size[1] // stride) for stride in strides]
+
+
+class RepMLPNetSpec(RepMLPTrunkSpec):
+    """Hyper-parameters of a RepMLPNet.
+
+    Attributes:
+        classes: width of the head.
+    """
+
+    classes: Count = 1000
+
+
+class RepMLPBackboneSpec(RepMLPTrunkSpec):
+    """Hyper-parameters of a RepMLPNet that gives feature maps.
+
+    Attributes:
+        out_indices: stages whose maps are given, rising; None for the last alone, mmpretrain's default.
+    """
+
+    out_indices: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+
+    @model_validator(mode="after")
+    def _rising_stages(self) -> RepMLPBackboneSpec:
+        taken = self.taken()
+        if not taken or list(taken) != sorted(set(taken)) or taken[-1] >= len(self.channels):
+            raise ValueError(f"out_indices is {taken}; expected rising stages of 0 to {len(self.channels) - 1}")
+        return self
+
+    def taken(self) -> tuple[int, ...]:
+        """The stages whose maps are given."""
+        return (len(self.channels) - 1,) if self.out_indices is None else self.out_indices
+
+    def output_names(self) -> tuple[str, ...]:
+        """What their maps are called."""
+        return tuple(f"stage{i}" for i in self.taken())
+
+
+class RepMLPTrunk(nn.Module):
+    """A RepMLPNet without its head: (N, in_channels, H, W) float -> (N, C, h, w), the last stage's map, normalised.
+
+    The state dict has the keys of the official release.
+
+    Args:
+        spec: the hyper-parameters.
+        deploy: build every block in its merged form.
+
+    Raises:
+        ValueError: sizes that do not fit one another.
+    """
+
+    def __init__(self, spec: RepMLPTrunkSpec, *, deploy: bool = False) -> None:
+        super().__init__()
+        self.spec = spec
+        channels, maps = spec.channels, spec.maps()
+        self.conv_embedding = ConvBN(spec.in_channels, channels[0], spec.patch, stride=spec.patch, relu=True)
+        self.stages = nn.ModuleList()
+        self.embeds = nn.ModuleList()
+        for i, (C, depth, S) in enumerate(zip(channels, spec.depths, spec.sharesets, strict=True)):
+            h, w = maps[i] if spec.partitions is None else spec.partitions[i]
+            if not all(maps[i]) or maps[i][0] % h or maps[i][1] % w:
+                raise ValueError(f"stage {i} has a {maps[i][0]}x{maps[i][1]} map; {h}x{w} partitions do not divide it")
+            units = [
+                RepMLPUnit(
+                    RepMLPBlock(C, h, w, sharesets=S, kernels=spec.kernels, hidden=C // spec.reduction, deploy=deploy),
+                    ffn_hidden=C * spec.expansion,
+                )
+                for _ in range(depth)
+            ]
+            self.stages.append(nn.ModuleList(units))
+            if i + 1 < len(channels):
+                self.embeds.append(ConvBN(C, channels[i + 1], 2, stride=2, relu=True))
+        self.head_norm = nn.BatchNorm2d(channels[-1])
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """The map that every stage hands on: behind its downsampling, the last one behind the final norm.
+
+        These are the places where mmpretrain's `out_indices` taps.
+        """
+        expected = (self.spec.in_channels, *self.spec.input_size)
+        if tuple(x.shape[1:]) != expected:
+            takes = ", ".join(str(edge) for edge in expected)
+            raise ValueError(f"input is {tuple(x.shape)}; this network takes (N, {takes})")
+        x = self.conv_embedding(x)
+        handed = []
+        for i, stage in enumerate(self.stages):
+            for unit in stage:  # type: ignore[attr-defined]
+                x = unit(x)
+            x = self.embeds[i](x) if i < len(self.embeds) else self.head_norm(x)  # (N, C, H, W) -> (N, C', H/2, W/2)
+            handed.append(x)
+        return handed
+
+    def forward(self, x: Tensor) -> Any:
+        return self.feature_maps(x)[-1]
+
+    def switch_to_deploy(self) -> None:
+        """Merge every block in place, as mmpretrain's users expect; `merge_branches` leaves its input untouched."""
+        switch_blocks(self)
+
+
+class RepMLPNet(RepMLPTrunk):
+    """RepMLPNet: (N, in_channels, H, W) float -> (N, classes) logits; see `RepMLPTrunk`."""
+
+    def __init__(self, spec: RepMLPNetSpec, *, deploy: bool = False) -> None:
+        super().__init__(spec, deploy=deploy)
+        self.head = nn.Linear(spec.channels[-1], spec.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.feature_maps(x)[-1].mean(dim=(2, 3))  # (N, C, H, W) -> (N, C)
+        logits: Tensor = self.head(pooled)
+        return logits
+
+    @property
+    def backbone(self) -> RepMLPNet:
+        """The network itself: mmpretrain's users write `model.backbone.switch_to_deploy()`."""
+        return self
+
+
+class RepMLPBackbone(RepMLPTrunk):
+    """A RepMLPNet as a backbone: (N, in_channels, H, W) float -> {"stage0": (N, C, h, w), …}, of `feature_maps`."""
+
+    def __init__(self, spec: RepMLPBackboneSpec, *, deploy: bool = False) -> None:
+        super().__init__(spec, deploy=deploy)
+        self.taken, self.names = spec.taken(), spec.output_names()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = self.feature_maps(x)
+        return {name: maps[i] for name, i in zip(self.names, self.taken, strict=True)}
+
+
+def infer_repmlpnet(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> RepMLPNetSpec:
+    """The hyper-parameters of the RepMLPNet whose state dict has these keys and shapes; see `infer_trunk`."""
+    trunk = infer_trunk(shapes, input_size)
+    return RepMLPNetSpec(**trunk.model_dump(), classes=shapes["head.weight"][0])
+
+
+def infer_backbone(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> RepMLPBackboneSpec:
+    """The hyper-parameters of the backbone whose state dict has these keys and shapes, every stage's map given.
+
+    Which stages were tapped is not among the weights; see `infer_trunk`.
+    """
+    trunk = infer_trunk(shapes, input_size)
+    return RepMLPBackboneSpec(**trunk.model_dump(), out_indices=tuple(range(len(trunk.channels))))
+
+
+def infer_trunk(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> RepMLPTrunkSpec:
+    """The hyper-parameters of the RepMLPNet whose state dict has these keys and shapes, but for its head.
+
+    Args:
+        shapes: state-dict key to shape, trained or merged.
+        input_size: (H, W), where shapes cannot tell it: FC3 holds h·w, which is taken for a square otherwise.
+
+    Raises:
+        KeyError: a key that every RepMLPNet has is missing.
+        ValueError: the shapes fit no RepMLPNet, or only with an `input_size`.
+    """
+    stages = 1 + max((int(key.split(".")[1]) for key in shapes if key.startswith("stages.")), default=-1)
+    if not stages:
+        raise KeyError("stages.0.0.repmlp_block.fc3.weight")
+    depths = []
+    for i in range(stages):
+        units = {int(key.split(".")[2]) for key in shapes if key.startswith(f"stages.{i}.")}
+        depths.append(1 + max(units, default=-1))
+    firsts = [f"stages.{i}.0." for i in range(stages)]
+    fc3 = [shapes[f"{first}repmlp_block.fc3.weight"] for first in firsts]  # (S·h·w, h·w, 1, 1)
+    ffn = [shapes[f"{first}ffn_block.ffn_fc1.conv.weight"] for first in firsts]  # (C·expansion, C, 1, 1)
+    channels = [shape[1] for shape in ffn]
+    kernels = sorted(
+        int(key.removeprefix(f"{firsts[0]}repmlp_block.repconv").split(".")[0])
+        for key in shapes
+        if key.startswith(f"{firsts[0]}repmlp_block.repconv") and key.endswith(".conv.weight")
+    )
+    embedding = shapes["conv_embedding.conv.weight"]  # (C, in_channels, patch, patch)
+    patch, areas = embedding[2], [shape[1] for shape in fc3]
+    if input_size is None:
+        input_size = _square_input(areas, patch)
+    spec = RepMLPTrunkSpec(
+        input_size=input_size,
+        channels=tuple(channels),
+        depths=tuple(depths),
+        sharesets=tuple(shape[0] // shape[1] for shape in fc3),
+        kernels=tuple(kernels),
+        reduction=max(1, channels[0] // shapes[f"{firsts[0]}repmlp_block.gp.fc1.weight"][0]),
+        expansion=max(1, ffn[0][0] // channels[0]),
+        patch=patch,
+        in_channels=embedding[1],
+    )
+    partitions = tuple(_partition(area, map_) for area, map_ in zip(areas, spec.maps(), strict=True))
+    return spec if list(partitions) == spec.maps() else spec.model_copy(update={"partitions": partitions})
+
+
+def _square_input(areas: Sequence[int], patch: int) -> tuple[int, int]:
+    """The (H, W) of the only square input that makes every stage's map one partition."""
+    edges = {math.isqrt(area) * patch * 2**i for i, area in enumerate(areas)}
+    if any(math.isqrt(area) ** 2 != area for area in areas) or len(edges) != 1:
+        said = ", ".join(str(area) for area in areas)
+        raise ValueError(f"FC3 covers {said} positions a stage, no square input's maps: pass --input-size HxW")
+    edge = edges.pop()
+    return edge, edge
+
+
+def _partition(area: int, map_: tuple[int, int]) -> tuple[int, int]:
+    """The (h, w) of `area` positions: the whole map, or the square that divides it."""
+    if map_[0] * map_[1] == area:
+        return map_
+    edge = math.isqrt(area)
+    if not edge or edge * edge != area or map_[0] % edge or map_[1] % edge:
+        raise ValueError(f"FC3 covers {area} positions; a {map_[0]}x{map_[1]} map does not divide into squares of them")
+    return edge, edge

@@ -1,0 +1,158 @@
+"""ONNX Runtime: one session, safe to share between threads."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmlp_deploy.bundle import Bundle
+from repmlp_deploy.errors import BundleError, InputError, MissingDependency, MissingDevice
+from repmlp_deploy.runtime.cache import Cache, cache_key, describe_processor
+from repmlp_deploy.runtime.onnx.providers import COMPILING, PROVIDERS, open_provider_session
+from repmlp_deploy.runtime.runner import RunnerOptions
+from repmlp_deploy.runtime.slices import run_by_slices
+
+try:
+    import onnxruntime as ort
+except ImportError:
+    raise MissingDependency("onnxruntime", "cpu") from None
+
+__all__ = ["OnnxRunner", "open_cached", "open_session"]
+
+CACHED = ("int8",)
+"""Precisions whose optimised graph is worth keeping: it starts in 0.6 of the time. In the others most of a start is
+reading the weights, and checking those of a cache takes longer than optimising the graph again.
+"""
+
+
+def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSession, str]:
+    """A session on a serialized model, and the device it really runs on.
+
+    A device that was asked for is had or refused: ONNX Runtime itself falls back to the CPU and only logs it.
+
+    Raises:
+        InputError: there is no such device name.
+        MissingDependency: the device's plugin is not installed.
+        MissingDevice: the device is not there.
+        BundleError: ONNX Runtime refuses the model.
+    """
+    return _start(model, _settings(options), options)
+
+
+def open_cached(
+    read: Callable[[], bytes], options: RunnerOptions, cache: Cache, digest: str
+) -> tuple[ort.InferenceSession, str, str]:
+    """A session as `open_session` gives it, and where its optimised graph came from.
+
+    Args:
+        read: gives the serialized model; not called where the cache has it optimised.
+        options: device and threads.
+        cache: where optimised graphs are kept.
+        digest: the model's SHA-256.
+    """
+    settings = _settings(options)
+    key = cache_key("onnxruntime", ort.__version__, digest, _providers(options.device)[1], describe_processor())
+    stored = cache.load(key)
+    if stored is not None:
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            return *_start(stored, settings, options), "from the cache"
+        except BundleError:  # whole, and yet not what this version reads: made again below
+            settings = _settings(options)
+    with tempfile.TemporaryDirectory(prefix="repmlp-optimised-") as folder:
+        path = Path(folder, "model.onnx")
+        settings.optimized_model_filepath = str(path)
+        started = _start(read(), settings, options)
+        cache.store(key, path.read_bytes())
+    return *started, "here, and cached"
+
+
+def _settings(options: RunnerOptions) -> ort.SessionOptions:
+    if options.threads is not None and options.threads < 1:
+        raise InputError(f"threads is {options.threads}; it must be at least 1")
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 4  # errors are raised too; what matters of the rest is checked below
+    # Threads wait for the next node spinning, and between calls not at all: an idle service then costs no processor.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    if options.threads is not None:
+        settings.intra_op_num_threads = options.threads
+    return settings
+
+
+def _providers(device: str | None) -> tuple[str, list[str]]:
+    """The device that is wanted, and the providers to ask for."""
+    if device is not None and device not in PROVIDERS:
+        raise InputError(f"device is {device!r}; expected one of {', '.join(PROVIDERS)}")
+    available = ort.get_available_providers()
+    wanted = device or ("cuda" if PROVIDERS["cuda"].name in available else "cpu")
+    return wanted, [PROVIDERS[wanted].name, *PROVIDERS[wanted].behind]
+
+
+def _start(model: bytes, settings: ort.SessionOptions, options: RunnerOptions) -> tuple[ort.InferenceSession, str]:
+    wanted, (name, *_) = _providers(options.device)
+    try:
+        session = open_provider_session(model, settings, wanted, options.cache)
+    except (MissingDevice, MissingDependency):
+        raise
+    except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base
+        if "NOT_IMPLEMENTED" in str(error):  # bf16 on the CPU
+            raise MissingDevice(
+                f"ONNX Runtime's {name} cannot compute this graph ({str(error).rpartition(' : ')[2]}): "
+                "run it on a GPU, or export --format openvino or another --precision"
+            ) from None
+        raise BundleError(f"ONNX Runtime refuses the model: {str(error).splitlines()[0]}") from None
+    device = wanted if session.get_providers()[0] == name else "cpu"
+    if options.device is not None and device != options.device:
+        raise MissingDevice(
+            f"ONNX Runtime could not start {name}, only {', '.join(session.get_providers())}: "
+            "the driver, CUDA or cuDNN it needs is missing or of another version"
+        )
+    session.disable_fallback()  # or a failure on the device would end on the CPU, unseen
+    return session, device
+
+
+class OnnxRunner:
+    """The bundle's ONNX artifact in ONNX Runtime."""
+
+    format = "onnx"
+
+    def __init__(self, bundle: Bundle, options: RunnerOptions) -> None:
+        entry = bundle.artifact(self.format)
+        if options.cache is not None and entry.precision in CACHED and options.device not in COMPILING:
+            cache = Cache(options.cache)
+            self._session, self.device, came = open_cached(lambda: bundle.read(entry), options, cache, entry.sha256)
+        else:
+            self._session, self.device = open_session(bundle.read(entry), options)
+            came = "here"
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        self.details: dict[str, Any] = {
+            "runtime": f"onnxruntime {ort.__version__}",
+            "providers": self._session.get_providers(),
+            "threads": options.threads,
+            "optimised": came,
+        }
+        self._slices = bundle.manifest.batch if self.device == "cpu" else None
+        if self._slices is not None:
+            self.details["images_at_once"] = self._slices.opt
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, C, H, W) float32 -> (N, …) float32; see `slices` for large N on a CPU."""
+        output: NDArray[np.float32] = self.run_all(batch)[0]
+        return output
+
+    def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        """Every output for every input, both in the graph's order."""
+        return self._at_once(*inputs) if self._slices is None else run_by_slices(self._at_once, inputs, self._slices)
+
+    def _at_once(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        outputs: list[NDArray[Any]] = self._session.run(None, dict(zip(self._inputs, inputs, strict=True)))
+        return outputs
+
+    def close(self) -> None:
+        """Give back the session's memory."""
+        del self._session

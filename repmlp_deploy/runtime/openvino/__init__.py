@@ -1,0 +1,1 @@
+"""Run OpenVINO IR on the CPU."""

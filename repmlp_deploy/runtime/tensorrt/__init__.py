@@ -1,0 +1,1 @@
+"""Run TensorRT and TensorRT-RTX engines on NVIDIA GPUs."""

@@ -1,0 +1,72 @@
+"""TensorRT-RTX's runtime cache on the disk: kernels compiled for this GPU, so that the next start is quick.
+
+The file is one SHA-256 and the vendor's bytes. A file that is cut short, altered, or refused by TensorRT-RTX (another
+GPU, driver or release) is started anew. Processes share it: it is replaced whole, under a lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+
+from repmlp_deploy.files import locked
+
+__all__ = ["RuntimeCache"]
+
+_DIGEST = hashlib.sha256().digest_size
+
+
+class RuntimeCache:
+    """The file of one engine on one kind of GPU.
+
+    Args:
+        path: the file; its folder is made when it is first written.
+
+    Attributes:
+        note: what became of it, for people.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.note = "new"
+        self._kept = b""
+
+    def read(self) -> bytes | None:
+        """The vendor's bytes; None where there are none, or they are not what was written."""
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self.note = f"not read: {error.strerror}"
+            return None
+        digest, content = data[:_DIGEST], data[_DIGEST:]
+        if hashlib.sha256(content).digest() != digest:
+            self.note = "started anew: the file was damaged"
+            return None
+        self._kept, self.note = content, "reused"
+        return content
+
+    def refused(self) -> None:
+        """What `read` gave is of no use here."""
+        self._kept, self.note = b"", "started anew: the file is of another GPU, driver or release"
+
+    def write(self, content: bytes) -> None:
+        """Keep `content`. A folder that cannot be written to costs time at the next start, not this one's answers."""
+        if content == self._kept:
+            return
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(self.path):
+                try:
+                    partial.write_bytes(hashlib.sha256(content).digest() + content)
+                    partial.replace(self.path)
+                finally:
+                    partial.unlink(missing_ok=True)
+        except OSError as error:
+            self.note = f"not written: {error.strerror or error}"
+            return
+        self._kept = content

@@ -1,0 +1,80 @@
+"""`--format checkpoint`: the merged state dict comes back as merged, and computes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+from repmlp_deploy import Predictor, export
+from repmlp_deploy.convert.source.trained import load_trained
+from repmlp_deploy.errors import CheckpointError
+from repmlp_deploy.nets.families import FAMILIES
+from repmlp_deploy.nets.networks.pure_mlp import PureMLPSpec
+from repmlp_deploy.nets.networks.repmlp_resnet import RepMLPResNetSpec
+from repmlp_deploy.nets.networks.repmlpnet import RepMLPNetSpec
+from support.golden_cases import GoldenCase, assert_matches_golden
+from support.networks import randomize
+
+RESNET: dict[str, Any] = {"input_size": (32, 32), "depths": (1, 2, 2, 1), "channels": (8, 32, 64, 16), "stem": 8}
+SPECS: list[tuple[str, BaseModel]] = [
+    ("repmlpnet", RepMLPNetSpec(input_size=(16, 16), channels=(8, 16), depths=(1, 1), sharesets=(2, 4), classes=5)),
+    ("repmlp-resnet", RepMLPResNetSpec(block="light", partition=(2, 2), groups=2, classes=5, **RESNET)),
+    ("repmlp-resnet", RepMLPResNetSpec(block="bottleneck", partition=(2, 2), groups=2, classes=5, **RESNET)),
+    ("pure-mlp", PureMLPSpec(channels=(4, 8), depths=(1, 1), partitions=((8, 8), (8, 8)), groups=(2, 4), classes=5)),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "spec", "container"), [(*pair, ("", "model")[i % 2]) for i, pair in enumerate(SPECS)]
+)
+def test_a_merged_checkpoint_is_recognised_and_computes_the_same(
+    family: str, spec: BaseModel, container: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    trained = randomize(FAMILIES[family].build(spec))
+    state = {f"module.{key}": value for key, value in trained.state_dict().items()}
+    torch.save({container: state} if container else state, tmp_path / "trained.pth")
+    bundle = export(tmp_path / "trained.pth", formats="checkpoint", batch=2, out=tmp_path / "out")
+
+    with pytest.raises(CheckpointError, match="merged already"):
+        load_trained(bundle.folder / "model.pth")
+    again = load_trained(bundle.folder / "model.pth", allow_merged=True)
+    assert again.merged
+    assert (again.state.container, again.state.prefix) == (container, "module.")
+    x = torch.randn(3, 3, *spec.input_size)
+    torch.testing.assert_close(again.network(x), trained(x), rtol=1e-4, atol=1e-5)
+
+    deployed = FAMILIES[family].build(spec, deploy=True)
+    saved = torch.load(bundle.folder / "model.pth", weights_only=True)
+    saved = saved[container] if container else saved
+    deployed.load_state_dict({key.removeprefix("module."): value for key, value in saved.items()}, strict=True)
+
+
+def test_merged_weights_of_another_network_would_be_noticed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    family, spec = SPECS[-1]
+    trained = randomize(FAMILIES[family].build(spec))
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    bundle = export(tmp_path / "trained.pth", formats="checkpoint", batch=2, out=tmp_path / "out")
+    saved = torch.load(bundle.folder / "model.pth", weights_only=True)
+    saved["stages.0.0.repmlp.fc3.bias"] += 1e-2
+    torch.save(saved, tmp_path / "changed.pth")
+    x = torch.randn(3, 3, 32, 32)
+    again = load_trained(tmp_path / "changed.pth", allow_merged=True).network
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(again(x), trained(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["repmlp-res50-light-224", "repmlp-res50-bottleneck-224"])
+def test_the_official_res50_exports_to_an_onnx_graph_equal_to_its_release(name: str, tmp_path: Path) -> None:
+    case = GoldenCase(name)
+    torch.save({"state_dict": case.weights()}, tmp_path / "trained.pth")
+    bundle = export(tmp_path / "trained.pth", formats="onnx,trt-rtx", out=tmp_path / "out")
+    with Predictor(bundle) as predictor:
+        assert_matches_golden(predictor.logits(case.input()), case.output(), atol=1e-5)
+    assert bundle.manifest.name == name

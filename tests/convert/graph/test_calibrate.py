@@ -1,0 +1,130 @@
+"""Calibration samples: images as the network sees them, arrays as they are, and nothing that does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repmlp_deploy import Bundle
+from repmlp_deploy.convert.graph.calibrate import LIMIT, METHODS, measure_ranges, read_calibration, take_calibration
+from repmlp_deploy.convert.options import CALIBRATION_METHODS
+from repmlp_deploy.errors import ImageError, InputError
+from repmlp_deploy.runtime.images import preprocess, to_image
+
+INPUTS = {"images": (3, 32, 32)}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        folder = tmp_path / "images" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
+    (tmp_path / "images" / ".hidden.png").write_bytes(b"no image")
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    return tmp_path / "images"
+
+
+def test_images_are_preprocessed_as_the_network_wants_them(images: Path, bundle: Bundle) -> None:
+    how = bundle.manifest.preprocessing
+    calibration = read_calibration(images, INPUTS, how)
+    first = sorted(images.rglob("*.png"))[1]  # the first is hidden
+    assert len(calibration) == calibration.available == 6
+    np.testing.assert_array_equal(calibration.samples["images"][0], preprocess(to_image(first), how))
+    assert calibration.feeds()[5]["images"].shape == (1, 3, 32, 32)
+
+
+def test_few_samples_are_said_to_be_few(images: Path, bundle: Bundle) -> None:
+    calibration = read_calibration(images, INPUTS, bundle.manifest.preprocessing)
+    assert calibration.remarks() == [
+        "calibrated with 6 of 6 samples of images/",
+        "only 6 calibration samples: at least 32 are asked for, so the int8 ranges are a guess",
+    ]
+    enough = take_calibration({"images": np.zeros((32, 3, 32, 32), np.float32)}, INPUTS)
+    assert len(enough.remarks()) == 1
+
+
+def test_of_many_samples_some_evenly_spaced_are_used() -> None:
+    values = np.arange(3 * LIMIT, dtype=np.float32).reshape(-1, 1, 1, 1)
+    calibration = take_calibration({"images": values}, {"images": (1, 1, 1)})
+    assert calibration.samples["images"].ravel().tolist() == list(range(0, 3 * LIMIT, 3))
+    assert calibration.available == 3 * LIMIT
+    assert [x.ravel().tolist() for x in calibration.chosen(2)] == [[0, 3 * LIMIT // 2]]
+
+
+def test_arrays_are_taken_by_name_or_alone(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((4, 3, 32, 32))
+    np.savez(tmp_path / "alone.npz", whatever=values)
+    alone = read_calibration(tmp_path / "alone.npz", INPUTS, None)
+    assert alone.samples["images"].dtype == np.float32
+    np.savez(tmp_path / "two.npz", images=values, ids=np.arange(4).reshape(4, 1))
+    two = read_calibration(tmp_path / "two.npz", INPUTS | {"ids": (1,)}, None)
+    assert two.samples["ids"].dtype.kind == "i", "what is no float has a meaning of its own"
+    assert "alone.npz (sha256 " in alone.source
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"a": np.zeros((4, 3, 8, 8)), "b": np.zeros(1)}, "holds a, b; the network takes images"),
+        ({"images": np.zeros((4, 3, 8, 8))}, r"images is \(4, 3, 8, 8\); the network takes \(N, 3, 32, 32\)"),
+        ({"images": np.zeros((0, 3, 32, 32))}, r"images is \(0, 3, 32, 32\)"),
+        ({"images": np.full((4, 3, 32, 32), np.nan)}, "not finite"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(InputError, match=message):
+        read_calibration(tmp_path / "x.npz", INPUTS, None)
+
+
+def test_arrays_of_different_lengths_are_refused() -> None:
+    arrays = {"images": np.zeros((4, 3, 32, 32)), "ids": np.zeros((3, 1))}
+    with pytest.raises(InputError, match="its arrays hold 3, 4 samples"):
+        take_calibration(arrays, INPUTS | {"ids": (1,)})
+
+
+def test_what_is_no_folder_and_no_archive_is_refused(tmp_path: Path, images: Path, bundle: Bundle) -> None:
+    how = bundle.manifest.preprocessing
+    (tmp_path / "broken.npz").write_bytes(b"no archive")
+    (tmp_path / "empty").mkdir()
+    for path, message in [
+        (tmp_path / "nothing", "expected a folder of images or a .npz file"),
+        (tmp_path / "broken.npz", "cannot be read"),
+        (tmp_path / "empty", "holds no images; expected .bmp"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            read_calibration(path, INPUTS, how)
+    with pytest.raises(InputError, match="nobody said what images"):
+        read_calibration(images, INPUTS, None)
+    with pytest.raises(InputError, match="an array for each"):
+        read_calibration(images, INPUTS | {"ids": (1,)}, how)
+    (images / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        read_calibration(images, INPUTS, how)
+
+
+def test_the_options_are_the_methods() -> None:
+    assert tuple(METHODS) == CALIBRATION_METHODS
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_ranges_are_those_of_the_samples(bundle: Bundle, method: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The input's own, which can be told without running anything; nothing is printed."""
+    values = np.random.default_rng(0).uniform(-1, 1, (9, 3, 32, 32)).astype(np.float32)
+    values[8, 0, 0, 0] = -3
+    calibration = take_calibration({"images": values}, INPUTS)
+    graph = bundle.read(bundle.artifact("onnx"))
+    ranges = measure_ranges(graph, calibration, ["images", "conv2d"], method)
+    if method == "minmax":
+        assert ranges["images"] == 3
+    else:
+        assert 0.9 < ranges["images"] <= 3.1
+    assert ranges["conv2d"] > 0
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(InputError, match="no range of nowhere"):
+        measure_ranges(graph, calibration, ["nowhere"], method)

@@ -1,0 +1,255 @@
+"""Precisions of the graph: what is lowered, what is not, and that each is as close as its row says."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from repmlp_deploy import Bundle
+from repmlp_deploy.convert.graph.emulate import emulate_bf16
+from repmlp_deploy.convert.graph.lower import PRODUCTS, module_of, product_tensors, set_precision
+from repmlp_deploy.convert.graph.pointwise import with_pointwise_products
+from repmlp_deploy.convert.graph.proto import serialize_model
+from repmlp_deploy.errors import InputError, VerificationError
+from repmlp_deploy.numerics import compare, is_close, noise_floor
+
+
+@pytest.fixture
+def graph(bundle: Bundle) -> onnx.ModelProto:
+    return onnx.load_from_string(bundle.read(bundle.artifact("onnx")))
+
+
+@pytest.fixture
+def ranges(graph: onnx.ModelProto, bundle: Bundle) -> dict[str, float]:
+    """Largest absolute values on the probe, measured here and not by what is tested."""
+    names = product_tensors(graph)
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(graph)
+    exposed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    values = session(exposed).run(list(names), {"images": bundle.probe().inputs})
+    return {name: float(np.abs(value).max()) for name, value in zip(names, values, strict=True)}
+
+
+def session(model: onnx.ModelProto) -> ort.InferenceSession:
+    return ort.InferenceSession(serialize_model(model), providers=["CPUExecutionProvider"])
+
+
+def run(model: onnx.ModelProto, inputs: np.ndarray) -> np.ndarray:
+    return session(model).run(None, {"images": inputs})[0]
+
+
+def types(model: onnx.ModelProto) -> set[str]:
+    return {TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer if t.dims}
+
+
+def test_float32_is_the_graph_itself(graph: onnx.ModelProto) -> None:
+    lowered = set_precision(graph, "fp32")
+    assert lowered.model is graph
+    assert lowered.describe() == {"lowered": {}, "kept_fp32": []}
+
+
+@pytest.mark.parametrize(("precision", "low"), [("fp16", "FLOAT16"), ("bf16", "BFLOAT16")])
+def test_weights_have_the_low_type_and_borders_stay_float32(graph: onnx.ModelProto, precision: str, low: str) -> None:
+    before = serialize_model(graph)
+    lowered = set_precision(graph, precision)
+    assert types(lowered.model) == {low, "INT64"}
+    borders = [*lowered.model.graph.input, *lowered.model.graph.output]
+    assert {value.type.tensor_type.elem_type for value in borders} == {TensorProto.FLOAT}
+    assert len(serialize_model(lowered.model)) < 0.6 * len(before)
+    assert serialize_model(graph) == before, "the graph it was made from must not change"
+
+
+def test_every_product_is_lowered_and_every_other_node_accounted_for(graph: onnx.ModelProto) -> None:
+    counts = {op: sum(node.op_type == op for node in graph.graph.node) for op in PRODUCTS}
+    for precision in ("fp16", "bf16"):
+        lowered = set_precision(graph, precision)
+        assert {op: lowered.lowered[op] for op in PRODUCTS} == counts
+        assert sum(lowered.lowered.values()) + len(lowered.kept) == len(graph.graph.node)
+        assert all(kept.reason for kept in lowered.kept)
+
+
+def test_fp16_is_as_close_as_its_row_says(graph: onnx.ModelProto, bundle: Bundle) -> None:
+    probe = bundle.probe()
+    result = compare(run(set_precision(graph, "fp16").model, probe.inputs), probe.reference)
+    floor = noise_floor(probe.float32, probe.reference)
+    assert is_close(result, floor=floor, precision="fp16")
+    assert not is_close(result, floor=floor, precision="fp32"), "nothing was lowered"
+
+
+def test_bf16_emulated_is_as_close_as_its_row_says_and_coarser_than_fp16(
+    graph: onnx.ModelProto, bundle: Bundle
+) -> None:
+    probe = bundle.probe()
+    floor = noise_floor(probe.float32, probe.reference)
+    coarse = compare(run(emulate_bf16(set_precision(graph, "bf16").model), probe.inputs), probe.reference)
+    fine = compare(run(set_precision(graph, "fp16").model, probe.inputs), probe.reference)
+    assert is_close(coarse, floor=floor, precision="bf16")
+    assert coarse.max_abs > 3 * fine.max_abs, "bf16 has three bits less than fp16"
+
+
+def test_emulation_rounds_every_value_to_bf16() -> None:
+    """Two products of values that bf16 cannot hold, against the same by hand."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    rng = np.random.default_rng(0)
+    first, second = (rng.standard_normal((8, 8)).astype(np.float32) for _ in range(2))
+    nodes = [helper.make_node("MatMul", ["x", "a"], ["h"], name="n0"), helper.make_node("MatMul", ["h", "b"], ["y"])]
+    border = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 8]) for name in ("x", "y")]
+    weights = [numpy_helper.from_array(first, "a"), numpy_helper.from_array(second, "b")]
+    small = helper.make_model(
+        helper.make_graph(nodes, "g", border[:1], border[1:], weights), opset_imports=[helper.make_opsetid("", 20)]
+    )
+    inputs = rng.standard_normal((4, 8)).astype(np.float32)
+
+    def bf16(values: np.ndarray) -> np.ndarray:
+        return values.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+    expected = bf16(bf16(bf16(inputs) @ bf16(first)) @ bf16(second))
+    emulated = emulate_bf16(set_precision(small, "bf16").model)
+    got = session(emulated).run(None, {"x": inputs})[0]
+    np.testing.assert_allclose(got, expected, rtol=2**-7)
+    assert np.abs(got - inputs @ first @ second).max() > 1e-3
+
+
+def test_int8_quantizes_every_product_symmetrically_and_the_residual_not(
+    graph: onnx.ModelProto, ranges: dict[str, float]
+) -> None:
+    model = set_precision(graph, "int8", ranges=ranges).model
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    products = [node for node in model.graph.node if node.op_type in PRODUCTS]
+    assert len(products) == sum(node.op_type in PRODUCTS for node in graph.graph.node)
+    for node in products:
+        sources = [makers[name] for name in node.input[:2]]
+        assert [source.op_type for source in sources] == ["DequantizeLinear"] * 2
+        assert all((weights[source.input[2]] == 0).all() for source in sources), "TensorRT takes no zero point"
+        assert weights[sources[1].input[0]].dtype == np.int8
+    adds = [makers[name] for node in model.graph.node if node.op_type == "Add" for name in node.input if name in makers]
+    quantized_residual = [n for n in adds if n.op_type == "DequantizeLinear" and not n.input[0].endswith("_rounded")]
+    assert not quantized_residual
+
+
+def test_int8_weights_have_a_scale_an_output(graph: onnx.ModelProto, ranges: dict[str, float]) -> None:
+    """And FC3 of several sharesets a single one; every scale reaches the largest weight exactly."""
+    model = set_precision(graph, "int8", ranges=ranges).model
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    original = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    for name, given in original.items():
+        if f"{name}_int8" not in weights:
+            continue
+        stored, scale = weights[f"{name}_int8"], weights[f"{name}_scale"]
+        node = next(n for n in model.graph.node if n.input and n.input[0] == f"{name}_int8")
+        axis = next((a.i for a in node.attribute), None)
+        # a 1×1 convolution may have become a product over channels: (O, C, 1, 1) -> (C, O)
+        values = given if given.ndim == stored.ndim else given[:, :, 0, 0].T
+        assert scale.shape == (() if axis is None else (values.shape[axis],))
+        assert (axis is None) == (values.ndim == 3)
+        shape = [-1 if i == axis else 1 for i in range(values.ndim)] if axis is not None else ()
+        restored = stored * scale.reshape(shape)
+        assert np.abs(restored - values).max() <= 0.5001 * scale.max()
+        assert np.abs(stored).max() == 127
+
+
+def test_int8_is_as_close_as_its_row_says(graph: onnx.ModelProto, ranges: dict[str, float], bundle: Bundle) -> None:
+    probe = bundle.probe()
+    floor = noise_floor(probe.float32, probe.reference)
+    result = compare(run(set_precision(graph, "int8", ranges=ranges).model, probe.inputs), probe.reference)
+    assert is_close(result, floor=floor, precision="int8")
+    wrong = {name: value / 50 for name, value in ranges.items()}
+    clipped = compare(run(set_precision(graph, "int8", ranges=wrong).model, probe.inputs), probe.reference)
+    assert not is_close(clipped, floor=floor, precision="int8")
+
+
+def test_int8_runs_in_integers_in_onnx_runtime(graph: onnx.ModelProto, ranges: dict[str, float], tmp_path) -> None:
+    """Not in float32 behind the pairs, which only ONNX Runtime's own optimised graph can tell."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    model = serialize_model(set_precision(graph, "int8", ranges=ranges).model)
+    ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    ops = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    before = [node.op_type for node in with_pointwise_products(graph, lambda _: True).graph.node]
+    assert ops.count("QLinearConv") == before.count("Conv") > 0
+    assert ops.count("MatMulIntegerToFloat") == before.count("MatMul") > 0
+    assert not {"Conv", "MatMul"} & set(ops)
+
+
+def test_int8_quantizes_in_front_of_transpositions(graph: onnx.ModelProto, ranges: dict[str, float]) -> None:
+    """So that they move bytes; and what is quantized again behind one is what was quantized before, bit by bit."""
+    model = set_precision(graph, "int8", ranges=ranges).model
+    makers = {name: node for node in model.graph.node for name in node.output}
+    readers = {name: node for node in model.graph.node for name in node.input}
+    inside = [
+        node
+        for node in model.graph.node
+        if node.op_type == "Transpose" and readers[node.output[0]].op_type == "QuantizeLinear"
+    ]
+    assert inside
+    for node in inside:
+        before, behind = makers[node.input[0]], readers[node.output[0]]
+        assert before.op_type == "DequantizeLinear"
+        assert before.input[1:] == behind.input[1:]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_what_a_pattern_names_stays_in_float32(
+    graph: onnx.ModelProto, ranges: dict[str, float], precision: str
+) -> None:
+    """With its own float32 weights, bit by bit."""
+    lowered = set_precision(graph, precision, ranges=ranges, keep_fp32=["stages.0.*", "head"])
+    kept = {k.module for k in lowered.kept if k.reason == "kept by pattern"}
+    inside = {m for node in graph.graph.node if (m := module_of(node)).startswith("stages.0.") or m == "head"}
+    if precision == "int8":
+        assert kept == inside & {module_of(node) for node in graph.graph.node if node.op_type in PRODUCTS}
+    else:
+        assert kept == inside
+        assert "Gelu" in {k.op for k in lowered.kept}, "what has no weights belongs to its block too"
+    weights = {tensor.name: tensor for tensor in lowered.model.graph.initializer}
+    for tensor in graph.graph.initializer:
+        if tensor.name.startswith(("stages.0.", "head")):
+            assert weights[tensor.name].raw_data == tensor.raw_data
+        elif tensor.name.endswith("fc3"):
+            assert tensor.name not in weights
+    described = [k["module"] for k in lowered.describe()["kept_fp32"] if "module" in k]
+    assert "stages.0.0.fc3" in described
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_names(graph: onnx.ModelProto) -> None:
+    with pytest.raises(InputError, match=r"--keep-fp32 stage\.7 matches no node; modules are conv_embedding.conv, "):
+        set_precision(graph, "fp16", keep_fp32=["stage.7"])
+
+
+def test_keeping_everything_is_refused(graph: onnx.ModelProto) -> None:
+    with pytest.raises(InputError, match="leaves no product for fp16"):
+        set_precision(graph, "fp16", keep_fp32=["*"])
+
+
+def test_int8_without_ranges_is_refused(graph: onnx.ModelProto, ranges: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="pass --calibration"):
+        set_precision(graph, "int8")
+    ranges.pop("images")
+    with pytest.raises(InputError, match="calibration measured no range of images"):
+        set_precision(graph, "int8", ranges=ranges)
+
+
+def test_a_weight_beyond_float16_is_named_with_its_remedy(graph: onnx.ModelProto) -> None:
+    large = onnx.ModelProto()
+    large.CopyFrom(graph)
+    tensor = next(t for t in large.graph.initializer if t.name == "head.weight")
+    values = numpy_helper.to_array(tensor).copy()
+    values[0, 0] = 1e5
+    tensor.raw_data = values.tobytes()
+    with pytest.raises(
+        VerificationError, match=r"head.weight holds 1e\+05, beyond float16's 65504: pass --keep-fp32 'head'"
+    ):
+        set_precision(large, "fp16")
+    assert set_precision(large, "fp16", keep_fp32=["head"]).lowered
+    assert set_precision(large, "bf16").lowered
+
+
+def test_metadata_survives(graph: onnx.ModelProto, ranges: dict[str, float]) -> None:
+    for precision in ("fp16", "bf16", "int8"):
+        model = set_precision(graph, precision, ranges=ranges).model
+        assert list(model.metadata_props) == list(graph.metadata_props)

@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+import repmlp_deploy
+from repmlp_deploy.bundle import BatchRange
+from repmlp_deploy.convert.graph import simplify as simplifying
+from repmlp_deploy.convert.graph.export import export_graph, trace_network, with_metadata
+from repmlp_deploy.convert.graph.proto import SCOPES, large_weights, serialize_model, with_weights, without_weights
+from repmlp_deploy.convert.graph.simplify import SimplificationFailed, simplify_graph
+from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet
+
+
+def model_with_weights() -> onnx.ModelProto:
+    large = numpy_helper.from_array(np.random.default_rng(0).standard_normal((200, 200)).astype(np.float32), "large")
+    small = numpy_helper.from_array(np.ones(200, np.float32), "small")
+    graph = helper.make_graph(
+        [
+            helper.make_node("Identity", ["x"], ["y"], name="idle"),
+            helper.make_node("MatMul", ["y", "large"], ["z"], name="product"),
+            helper.make_node("Add", ["z", "small"], ["out"], name="shift"),
+        ],
+        "toy",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 200])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["n", 200])],
+        [large, small],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10, producer_name="p")
+    return with_metadata(model, {"name": "toy", "labels": ["ä", "b"]})
+
+
+def test_serializing_piecewise_means_the_same_model() -> None:
+    model = model_with_weights()
+    assert [tensor.name for tensor in large_weights(model)] == ["large"]
+    assert onnx.load_from_string(serialize_model(model)) == _reordered(model)
+    onnx.checker.check_model(serialize_model(model))
+
+
+def _reordered(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Small initializers first, as the pieces are written."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    tensors = sorted(result.graph.initializer, key=lambda t: t.name == "large")
+    del result.graph.initializer[:]
+    result.graph.initializer.extend(tensors)
+    return result
+
+
+def test_weights_taken_out_come_back() -> None:
+    model = model_with_weights()
+    bare = without_weights(model, large_weights(model), as_inputs=True)
+    assert [value.name for value in bare.graph.input] == ["x", "large"]
+    assert bare.metadata_props == model.metadata_props
+    assert with_weights(bare, large_weights(model)) == _reordered(model)
+
+
+def test_simplification_drops_idle_nodes_and_keeps_weights_and_metadata() -> None:
+    model = model_with_weights()
+    simplified = simplify_graph(model)
+    assert [node.op_type for node in simplified.graph.node] in (["MatMul", "Add"], ["Gemm"])
+    assert simplified.metadata_props == model.metadata_props
+    large = {t.name: numpy_helper.to_array(t) for t in simplified.graph.initializer}
+    np.testing.assert_array_equal(large["large"], numpy_helper.to_array(model.graph.initializer[0]))
+    assert [value.name for value in simplified.graph.input] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "crashed with signal 11"),
+        ("import sys; sys.exit('no such thing')", "failed: no such thing"),
+        ("pass", "failed: no message"),
+        ("import time; time.sleep(60)", "did not finish in 1 s"),
+    ],
+)
+def test_a_child_that_fails_is_an_outcome_and_not_the_end(
+    monkeypatch: pytest.MonkeyPatch, script: str, said: str
+) -> None:
+    monkeypatch.setattr(simplifying, "_CHILD", script)
+    monkeypatch.setattr(simplifying, "TIMEOUT_SECONDS", 1)
+    with pytest.raises(SimplificationFailed, match=said):
+        simplify_graph(model_with_weights())
+
+
+def test_exporting_prints_nothing_and_names_the_tensors(
+    small_network: RepMLPNet, capfd: pytest.CaptureFixture[str]
+) -> None:
+    traced = trace_network(small_network, [torch.zeros(1, 3, 16, 24)], BatchRange(min=1, opt=2, max=4))
+    model = export_graph(traced, input_names=["images"], output_names=["logits"])
+    assert str(Path(repmlp_deploy.__file__).parent).encode() not in serialize_model(model), "a path of this machine"
+    assert any(entry.key == SCOPES for node in model.graph.node for entry in node.metadata_props)
+    assert capfd.readouterr() == ("", "")
+    assert [value.name for value in model.graph.input] == ["images"]
+    assert [value.name for value in model.graph.output] == ["logits"]
+    assert model.opset_import[0].version == 20

@@ -1,0 +1,218 @@
+"""The user's own network: any module with RepMLP blocks inside is exported and proved, without configuration."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+from repmlp_deploy import Bundle, Predictor, VerificationError, export
+from repmlp_deploy.convert import pipeline
+from repmlp_deploy.errors import CheckpointError, InputError
+from repmlp_deploy.nets.flat import flatten_outputs
+from support.networks import randomize
+from support.own_networks import Scorer, Segmenter
+
+
+def _make(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(kind())
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> nn.Module:
+    return _make(Segmenter)
+
+
+@pytest.fixture(scope="module")
+def exported(segmenter: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    example = {"images": torch.randn(2, 3, 32, 32), "weight": torch.rand(2, 5)}
+    out = tmp_path_factory.mktemp("own") / "segmenter"
+    return export(segmenter, example_input=example, formats="onnx,checkpoint,trt-rtx", batch="1:2:5", out=out)
+
+
+class Labels(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)).argmax(1)
+
+
+class HalfABlock(nn.Module):
+    """FC3 and its BatchNorm, and nothing that says what they are for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc3, self.fc3_bn = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3_bn(self.fc3(x))
+
+
+class Whole(nn.Sequential):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(part)
+        self.eval()
+
+
+OUTPUTS = ["segmentation", "auxiliary", "maps.0", "maps.1"]
+
+
+def test_inputs_and_outputs_keep_their_names(exported: Bundle) -> None:
+    manifest = exported.manifest
+    assert [spec.name for spec in manifest.inputs] == ["images", "weight"]
+    assert [spec.name for spec in manifest.outputs] == OUTPUTS
+    assert (manifest.input, manifest.output) == (manifest.inputs[0], manifest.outputs[0])
+    assert manifest.output.shape == (None, 5, 32, 32)
+    session = ort.InferenceSession(exported.folder / "model.onnx")
+    assert [value.name for value in session.get_outputs()] == OUTPUTS
+
+
+def test_every_output_is_proved_at_every_batch_size(exported: Bundle) -> None:
+    hops = exported.manifest.certificate
+    assert {hop.name for hop in hops if hop.passed is None} == {f"trained, float32: {name}" for name in OUTPUTS}
+    for step in ("merged", "folded", "exported ONNX", "simplified ONNX"):
+        found = {(hop.name, hop.batch) for hop in hops if hop.passed}
+        assert {(f"{step}: {name}", size) for name in OUTPUTS for size in (1, 2, 3)} <= found
+
+
+def test_the_graph_answers_what_the_network_does(exported: Bundle, segmenter: nn.Module) -> None:
+    session = ort.InferenceSession(exported.folder / "model.onnx")
+    torch.manual_seed(5)
+    inputs = {"images": torch.randn(4, 3, 32, 32), "weight": torch.rand(4, 5)}
+    answers = session.run(OUTPUTS, {key: value.numpy() for key, value in inputs.items()})
+    for answer, expected in zip(answers, flatten_outputs(segmenter(**inputs)).values(), strict=True):
+        np.testing.assert_allclose(answer, expected.numpy(), atol=1e-5)
+
+
+def test_the_merged_checkpoint_has_the_networks_own_names(exported: Bundle, segmenter: nn.Module) -> None:
+    merged = torch.load(exported.folder / "model.pth", weights_only=True)
+    trained = segmenter.state_dict()
+    added = {f"{block}.fc3.bias" for block in ("one", "two", "three")}
+    assert set(merged) - set(trained) == added
+    gone = set(trained) - set(merged)
+    assert all(".repconv" in key or ".fc3_bn." in key or ".avg.bn." in key for key in gone)
+    torch.testing.assert_close(merged["head.weight"], trained["head.weight"], rtol=0, atol=0)
+
+
+def test_predictor_refuses_several_outputs_by_name(exported: Bundle) -> None:
+    with pytest.raises(InputError, match=r"2 inputs \(images, weight\)"):
+        Predictor(exported)
+
+
+def test_a_probe_with_several_inputs_and_outputs_survives_its_file(exported: Bundle) -> None:
+    probe = exported.probe()
+    inputs, references = probe.batches(5)
+    assert [value.shape[1:] for value in inputs] == [(3, 32, 32), (5,)]
+    assert [value.shape for value in references] == [(5, 5, 32, 32), (5, 7), (5, 8, 8, 8), (5, 12, 4, 4)]
+    assert len(np.unique(inputs[1].round(6), axis=0)) == 5  # samples differ in the second input too
+
+
+def test_a_wrong_second_output_fails_the_export(segmenter: nn.Module, tmp_path: Path, monkeypatch: Any) -> None:
+    """Each output has a floor of its own: an error in one cannot hide behind another's size."""
+    merge = pipeline.merge_branches
+
+    def forgetful(network: nn.Module) -> nn.Module:
+        merged = merge(network)
+        merged.module.auxiliary.bias = nn.Parameter(merged.module.auxiliary.bias + 1e-4)
+        return merged
+
+    monkeypatch.setattr(pipeline, "merge_branches", forgetful)
+    example = {"images": torch.randn(1, 3, 32, 32), "weight": torch.rand(1, 5)}
+    with pytest.raises(VerificationError, match="merged: auxiliary at batch"):
+        export(segmenter, example_input=example, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_output_runs_in_predictor_but_images_need_a_card(tmp_path: Path) -> None:
+    network = _make(Scorer)
+    bundle = export(network, example_input=torch.zeros(1, 3, 8, 8), batch=2, out=tmp_path / "scorer")
+    assert (bundle.manifest.inputs, bundle.manifest.outputs) == ((), ())
+    x = torch.randn(2, 3, 8, 8)
+    with Predictor(bundle) as predictor:
+        np.testing.assert_allclose(predictor.logits(x.numpy()), network(x).numpy(), atol=1e-5)
+        predictor.self_check()
+        with pytest.raises(InputError, match="has no card"):
+            predictor(np.zeros((8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_factory_and_a_checkpoint_give_the_same_network(prefix: str, tmp_path: Path, monkeypatch: Any) -> None:
+    network = _make(Scorer)
+    (tmp_path / "own_package_for_tests.py").write_text("from support.own_networks import Scorer as make\n")
+    monkeypatch.chdir(tmp_path)
+    content = {"state_dict": {prefix + key: value for key, value in network.state_dict().items()}, "epoch": 3}
+    torch.save(content, tmp_path / "trained.pth")
+    bundle = export(
+        "trained.pth", module="own_package_for_tests:make", formats="onnx,checkpoint", batch=2, out=tmp_path / "out"
+    )
+    x = torch.randn(2, 3, 8, 8)
+    session = ort.InferenceSession(bundle.folder / "model.onnx")
+    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], network(x).numpy(), atol=1e-5)
+    saved = torch.load(bundle.folder / "model.pth", weights_only=True)["state_dict"]
+    assert f"{prefix}block.fc3.bias" in saved
+    assert f"{prefix}steps" in saved
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    state = _make(Scorer).state_dict()
+    state["fc3.weight"] = torch.zeros(3, 4)
+    torch.save(state, tmp_path / "trained.pth")
+    with pytest.raises(CheckpointError, match=r"fc3.weight has shape \(3, 4\); Scorer expects \(2, 4\)"):
+        export(tmp_path / "trained.pth", module="support.own_networks:Scorer", out=tmp_path / "out")
+    del state["fc3.weight"]
+    torch.save(state, tmp_path / "trained.pth")
+    with pytest.raises(CheckpointError, match=r"lacks fc3.weight"):
+        export(tmp_path / "trained.pth", module="support.own_networks:Scorer", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("nowhere", "expected package.module:factory"),
+        ("nowhere.at_all:make", "No module named 'nowhere'"),
+        ("support.own_networks:absent", "has no absent"),
+        ("types:SimpleNamespace", "expected a torch.nn.Module"),
+    ],
+)
+def test_a_factory_that_is_none_is_refused(module: str, said: str, tmp_path: Path) -> None:
+    assert SimpleNamespace  # what the last case calls
+    torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=said):
+        export(tmp_path / "x.pth", module=module, out=tmp_path / "out")
+
+
+def test_what_cannot_be_proved_here_is_refused(tmp_path: Path) -> None:
+    network, x = _make(Scorer), torch.zeros(1, 3, 8, 8)
+    cases: list[tuple[nn.Module, Any, str]] = [
+        (_make(Scorer).train(), x, "training mode"),
+        (_make(Scorer).half(), x, "call .float()"),
+        (network, torch.zeros(1, 3, 10, 10), "does not run on example_input"),
+        (network, "images", "expected a tensor"),
+        (network, {"x": x, "y": torch.zeros(2, 1)}, "they must be equal"),
+        (nn.Sequential(nn.Flatten()).eval(), x, "no RepMLP block with branches"),
+        (Whole(Labels()), x, "only float32 outputs can be proved"),
+        (Whole(HalfABlock()), x, "has the parts of a RepMLP block, but"),
+        (nn.Sequential(nn.Flatten(0)).eval(), x, "first axis must be the batch"),
+    ]
+    for module, example, said in cases:
+        with pytest.raises(InputError, match=re.escape(said)):
+            export(module, example_input=example, out=tmp_path / "out")
+    with pytest.raises(InputError, match="pass example_input="):
+        export(network, out=tmp_path / "out")
+    with pytest.raises(InputError, match="drop one"):
+        export(network, module="support.own_networks:Scorer", out=tmp_path / "out")
+
+
+def test_outputs_are_flattened_under_dotted_names() -> None:
+    a, b, c = (torch.zeros(i) for i in (1, 2, 3))
+    assert list(flatten_outputs(a)) == ["output"]
+    assert list(flatten_outputs((a, None, b))) == ["output_0", "output_2"]
+    assert flatten_outputs({"x": {"y": a}, "z": [b, c]}) == {"x.y": a, "z.0": b, "z.1": c}
+    with pytest.raises(TypeError, match="output z is a str"):
+        flatten_outputs({"z": "text"})

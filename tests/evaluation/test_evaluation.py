@@ -1,0 +1,374 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from repmlp_deploy import Bundle, Predictor, export
+from repmlp_deploy.card import data_root
+from repmlp_deploy.cli.console import _run, typer
+from repmlp_deploy.cli.eval import eval_command
+from repmlp_deploy.errors import ImageError, InputError, OutputError
+from repmlp_deploy.evaluation.datasets import read_dataset
+from repmlp_deploy.evaluation.loop import evaluate, state_key
+from repmlp_deploy.evaluation.metrics import ClassTally, MaskTally, best_threshold, verification
+from support.task_cases import save_network, small_network
+from train_digits import digit_images, split_indices
+
+DIGITS = data_root() / "weights" / "repmlp-digits.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPMLP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return export(DIGITS, formats="onnx", batch="1:16:64", out=tmp_path_factory.mktemp("eval") / "digits")
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """The held-out quarter as an ImageNet-style folder."""
+    root = tmp_path_factory.mktemp("held-out")
+    images, labels = digit_images()
+    for index in split_indices(labels)[1]:
+        (root / str(labels[index])).mkdir(exist_ok=True)
+        images[index].save(root / str(labels[index]) / f"{index:04d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("segmenter")
+    checkpoint = save_network(small_network("pspnet"), folder / "net.pth")
+    return checkpoint, export(checkpoint, batch="1:2:4", out=folder / "bundle")
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedder")
+    checkpoint = save_network(small_network("mobilefacenet"), folder / "net.pth")
+    return checkpoint, export(checkpoint, batch="1:2:4", out=folder / "bundle")
+
+
+def run(capsys, *arguments):
+    app = typer.Typer()
+    app.command()(eval_command)
+    code = _run(app, [str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def small_folder(root, per_class=2):
+    for digit in range(10):
+        (root / str(digit)).mkdir(parents=True)
+        for i in range(per_class):
+            Image.new("L", (8, 8), 20 * digit + i).save(root / str(digit) / f"{i}.png")
+    return root
+
+
+def scene(root, size=(60, 80), masks=None):
+    """Crops of the two sample photographs, with masks of two halves unless others are given."""
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    halves = np.zeros(size, np.uint8)
+    halves[:, size[1] // 2 :] = 3
+    halves[:3] = 255
+    for i, photograph in enumerate(load_sample_images().images):
+        Image.fromarray(photograph[: size[0], : size[1]]).save(root / "images" / f"{i}.png")
+        Image.fromarray(halves if masks is None else masks[i]).save(root / "masks" / f"{i}.png")
+    return root
+
+
+def test_the_held_out_digits_score_what_training_measured(digits, held_out, capsys):
+    code, out, err = run(capsys, digits.folder, "--data", held_out, "--ckpt", DIGITS, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["count"] == 450
+    assert report["scores"]["onnx"]["right"] == 449
+    assert report["scores"]["onnx"]["top1"] == 449 / 450
+    assert report["scores"]["onnx"]["agreement"] == 1
+    assert report["scores"]["trained"]["right"] == 449
+    assert report["read"] == "folders matched by name"
+    code, out, _ = run(capsys, digits.folder, "--data", held_out)
+    assert code == 0
+    assert "99.78 %" in out
+
+
+def test_wrong_labels_are_counted_wrong(digits, held_out, tmp_path, capsys):
+    images = sorted(held_out.glob("3/*.png"))[:10]
+    lines = [f"{path} {3 if i < 4 else 5}" for i, path in enumerate(images)]
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(lines))
+    code, out, _ = run(capsys, digits.folder, "--data", listed, "--json")
+    assert code == 0
+    assert json.loads(out)["scores"]["onnx"]["top1"] == 0.4
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(digits, held_out, tmp_path):
+    state = tmp_path / "state.json"
+    dataset = read_dataset(held_out, digits.manifest)
+    key = state_key(digits.manifest, ["onnx"], dataset)
+    with Predictor(digits) as predictor:
+        runs = {"onnx": predictor.logits}
+        whole = evaluate(runs, digits.manifest, dataset)
+        seen = []
+
+        def stop_half_way(batch):
+            if sum(seen) >= 220:
+                raise KeyboardInterrupt
+            seen.append(len(batch))
+            return predictor.logits(batch)
+
+        with pytest.raises(KeyboardInterrupt):
+            evaluate({"onnx": stop_half_way}, digits.manifest, dataset, state_file=state, key=key)
+        assert 220 <= json.loads(state.read_text())["done"] < 450
+        rest = []
+
+        def counted(batch):
+            rest.append(len(batch))
+            return predictor.logits(batch)
+
+        resumed = evaluate({"onnx": counted}, digits.manifest, dataset, state_file=state, key=key)
+    assert resumed.scores == whole.scores
+    assert resumed.count == whole.count == 450
+    assert resumed.resumed + sum(rest) == 450
+    assert resumed.resumed >= 220
+    assert not state.exists()
+
+
+def test_a_state_of_other_data_is_not_used(digits, held_out, tmp_path):
+    state = tmp_path / "state.json"
+    dataset = read_dataset(held_out, digits.manifest)
+    tally = {"count": 100, "top1": 0, "top5": 0, "agreed": 0, "compared": 0}
+    state.write_text(json.dumps({"key": "other", "done": 100, "unreadable": [], "tallies": {"onnx": tally}}))
+    with Predictor(digits) as predictor:
+        found = evaluate({"onnx": predictor.logits}, digits.manifest, dataset, state_file=state, key="mine")
+        assert found.resumed == 0
+        assert found.scores["onnx"]["right"] == 449
+        state.write_text("{")
+        with pytest.raises(InputError, match="remove it"):
+            evaluate({"onnx": predictor.logits}, digits.manifest, dataset, state_file=state, key="mine")
+
+
+def test_the_key_follows_data_and_checkpoint(digits, tmp_path):
+    folder = small_folder(tmp_path / "data")
+    keys = [state_key(digits.manifest, ["onnx"], read_dataset(folder, digits.manifest))]
+    keys.append(state_key(digits.manifest, ["onnx"], read_dataset(folder, digits.manifest), ckpt_sha256="a"))
+    Image.new("L", (9, 9)).save(folder / "0" / "0.png")
+    keys.append(state_key(digits.manifest, ["onnx"], read_dataset(folder, digits.manifest)))
+    assert len(set(keys)) == 3
+
+
+def test_a_state_that_cannot_be_kept_is_said(digits, tmp_path):
+    dataset = read_dataset(small_folder(tmp_path / "data"), digits.manifest)
+    (tmp_path / "file").write_text("")
+
+    def stop(batch):
+        if stop.calls:
+            raise KeyboardInterrupt
+        stop.calls += 1
+        return np.zeros((len(batch), 10), np.float32)
+
+    stop.calls = 0
+    with pytest.raises(OutputError, match="--state"):
+        evaluate(
+            {"onnx": stop}, digits.manifest, dataset, state_file=tmp_path / "file" / "state.json", key="k", batch=4
+        )
+
+
+def test_unreadable_images_stop_or_are_counted(digits, tmp_path, capsys):
+    folder = small_folder(tmp_path / "data")
+    (folder / "4" / "1.png").write_bytes(b"no image")
+    code, _, said = run(capsys, digits.folder, "--data", folder)
+    assert code == 2
+    assert said.count("\n") == 1
+    assert "1.png" in said
+    assert "--skip-unreadable" in said
+    code, out, _ = run(capsys, digits.folder, "--data", folder, "--skip-unreadable", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["count"] == 19
+    assert len(report["unreadable"]) == 1
+    for image in folder.rglob("*.png"):
+        image.write_bytes(b"")
+    code, _, said = run(capsys, digits.folder, "--data", folder, "--skip-unreadable")
+    assert code == 2
+    assert "none of 20" in said
+
+
+def test_an_image_error_names_the_file(digits, tmp_path):
+    folder = small_folder(tmp_path / "data")
+    (folder / "0" / "0.png").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"0\.png"):
+        evaluate({"onnx": lambda x: x}, digits.manifest, read_dataset(folder, digits.manifest))
+
+
+def with_labels(bundle, labels):
+    return Bundle(bundle.manifest.model_copy(update={"labels": labels}), bundle.folder).manifest
+
+
+def test_folders_are_matched_by_name_number_or_order(digits, tmp_path):
+    folder = small_folder(tmp_path / "data", per_class=1)
+    names = tuple("abcdefghij")
+    by_number = read_dataset(folder, with_labels(digits, names))
+    assert by_number.remark == "folders matched by number"
+    reversed_labels = with_labels(digits, tuple("9876543210"))
+    by_name = read_dataset(folder, reversed_labels)
+    assert [sample.target for sample in by_name.samples] == list(range(9, -1, -1))
+    for digit in range(10):
+        (folder / str(digit)).rename(folder / f"n{digit}")
+    by_order = read_dataset(folder, with_labels(digits, names))
+    assert by_order.remark == "folders matched by sorted order"
+    assert [sample.target for sample in by_order.samples] == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda _: None, "no such file"),
+        (lambda f: f.mkdir(), "no folders"),
+        (lambda f: (f / "cat").mkdir(parents=True), "1 class folders"),
+        (lambda f: [(f / name).mkdir(parents=True) for name in ("3", "cat")], "'cat' is no label"),
+        (lambda f: (f / "3").mkdir(parents=True), "holds no images"),
+        (lambda f: f.write_text("a.png 12\n"), "classes 0 to 9"),
+        (lambda f: f.write_text("a.png\n"), "no line of 2 fields"),
+        (lambda f: f.write_text("a.png cat\n"), "'cat' is no label"),
+        (lambda f: f.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
+    ],
+)
+def test_bad_class_data_is_refused_in_one_line(digits, tmp_path, prepare, message, capsys):
+    prepare(tmp_path / "data")
+    code, _, said = run(capsys, digits.folder, "--data", tmp_path / "data")
+    assert code == 2
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_bad_options_are_refused(digits, held_out, segmenter, capsys):
+    assert run(capsys, digits.folder, "--data", held_out, "--batch", "0")[0] == 2
+    assert run(capsys, digits.folder, "--data", held_out, "--format", "openvino")[0] == 2
+    assert run(capsys, digits.folder / "none", "--data", held_out)[0] == 2
+    code, _, said = run(capsys, digits.folder, "--data", held_out, "--ckpt", segmenter[0])
+    assert code == 2
+    assert "made of" in said
+
+
+def test_masks_are_scored_by_intersection_over_union(segmenter, tmp_path, capsys):
+    checkpoint, bundle = segmenter
+    with Predictor(bundle) as predictor:
+        own = [predictor(photograph[:60, :80]).mask for photograph in load_sample_images().images]
+    perfect = scene(tmp_path / "perfect", masks=own)
+    code, out, err = run(capsys, bundle.folder, "--data", perfect, "--ckpt", checkpoint, "--json")
+    assert code == 0, err
+    scores = json.loads(out)["scores"]
+    assert scores["onnx"]["mean_iou"] == 1
+    assert scores["onnx"]["pixel_accuracy"] == 1
+    assert scores["onnx"]["agreement"] > 0.999
+    code, out, _ = run(capsys, bundle.folder, "--data", scene(tmp_path / "halves"))
+    assert code == 0
+    assert "mean_iou" in out
+    expected = np.zeros((57, 80), int)
+    expected[:, 40:] = 3
+    counts = [
+        (np.sum((m[3:] == c) & (expected == c)), np.sum((m[3:] == c) | (expected == c))) for c in range(5) for m in own
+    ]
+    iou = [
+        (sum(i for i, _ in counts[2 * c : 2 * c + 2]), sum(u for _, u in counts[2 * c : 2 * c + 2])) for c in range(5)
+    ]
+    mean = np.mean([i / u for i, u in iou if u])
+    assert f"{100 * mean:.2f} %" in out
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.full((60, 80), 9, np.uint8), "holds the id 9"),
+        (np.zeros((60, 79), np.uint8), "is 60x79"),
+        (np.zeros((60, 80, 3), np.uint8), "one channel"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(segmenter, tmp_path, mask, message, capsys):
+    folder = scene(tmp_path / "scene", masks=[mask, mask])
+    code, _, said = run(capsys, segmenter[1].folder, "--data", folder)
+    assert code == 2
+    assert message in said
+
+
+def test_missing_masks_are_refused(segmenter, tmp_path, capsys):
+    folder = scene(tmp_path / "scene")
+    (folder / "masks" / "1.png").unlink()
+    code, _, said = run(capsys, segmenter[1].folder, "--data", folder)
+    assert code == 2
+    assert "such as 1.png" in said
+    assert run(capsys, segmenter[1].folder, "--data", tmp_path)[0] == 2
+
+
+def test_pairs_are_scored_by_verification(embedder, tmp_path, capsys):
+    checkpoint, bundle = embedder
+    first, second = load_sample_images().images
+    for i in range(6):
+        Image.fromarray(first[10 * i : 10 * i + 100, :100]).save(tmp_path / f"a{i}.png")
+        Image.fromarray(second[10 * i : 10 * i + 100, :100]).save(tmp_path / f"b{i}.png")
+    lines = [f"a{i}.png a{i}.png 1" for i in range(6)] + [f"a{i}.png b{i}.png 0" for i in range(6)]
+    lines = [line for pair in zip(lines[:6], lines[6:], strict=True) for line in pair]
+    pairs = tmp_path / "pairs.txt"
+    pairs.write_text("\n".join(lines))
+    code, out, err = run(capsys, bundle.folder, "--data", pairs, "--ckpt", checkpoint, "--json")
+    assert code == 0, err
+    scores = json.loads(out)["scores"]["onnx"]
+    assert scores["count"] == 12
+    assert scores["accuracy"] == 1
+    assert scores["agreement"] == pytest.approx(1, abs=1e-6)
+    pairs.write_text("\n".join(line[:-1] + str(i // 2 % 2) for i, line in enumerate(lines)))
+    code, out, _ = run(capsys, bundle.folder, "--data", pairs, "--json")
+    assert json.loads(out)["scores"]["onnx"]["accuracy"] < 0.8
+    for text, message in (
+        ("a0.png a1.png 1", "both 1 and 0"),
+        ("a0.png a1.png x", "expected 1"),
+        ("a0.png", "3 fields"),
+    ):
+        pairs.write_text(text)
+        code, _, said = run(capsys, bundle.folder, "--data", pairs)
+        assert code == 2
+        assert message in said
+    assert run(capsys, bundle.folder, "--data", tmp_path)[0] == 2
+
+
+def test_top5_and_ties():
+    tally = ClassTally(10)
+    logits = np.tile(np.arange(10, 0, -1, dtype=np.float32), (3, 1))
+    samples = [type("S", (), {"target": t})() for t in (0, 4, 5)]
+    tally.add(logits, samples, [], None)
+    assert tally.scores()["top1"] == pytest.approx(1 / 3)
+    assert tally.scores()["top5"] == pytest.approx(2 / 3)
+
+
+def test_ignored_pixels_do_not_count(tmp_path):
+    Image.fromarray(np.array([[0, 255], [1, 1]], np.uint8)).save(tmp_path / "m.png")
+    sample = type("S", (), {"mask": tmp_path / "m.png", "images": ()})()
+    logits = np.zeros((1, 3, 2, 2), np.float32)
+    logits[0, 1, :, 1] = 1  # called [[0, 1], [0, 1]]
+    tally = MaskTally(3)
+    tally.add(logits, [sample], [(2, 2)], None)
+    scores = tally.scores()
+    assert scores["iou"] == [0.5, 0.5, None]
+    assert scores["mean_iou"] == 0.5
+    assert scores["pixel_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_the_best_threshold_separates_what_can_be_separated():
+    cosines, same = np.array([0.9, 0.8, 0.2, 0.1]), np.array([True, True, False, False])
+    assert 0.2 < best_threshold(cosines, same) < 0.8
+    assert best_threshold(cosines, ~same) != pytest.approx(0.5)
+    rng = np.random.default_rng(0)
+    same = rng.random(400) < 0.5
+    cosines = np.where(same, 0.6, 0.2) + 0.1 * rng.standard_normal(400)
+    found = verification(cosines, same)
+    assert found["accuracy"] > 0.95
+    assert 0.3 < found["threshold"] < 0.5
+    assert verification(rng.standard_normal(400), same)["accuracy"] < 0.6

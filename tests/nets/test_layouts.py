@@ -1,0 +1,168 @@
+from typing import Any
+
+import pytest
+import torch
+
+from repmlp_deploy.card import load_card
+from repmlp_deploy.convert.source.loading import infer_card, load_network
+from repmlp_deploy.errors import CheckpointError
+from repmlp_deploy.nets.layouts import LAYOUTS, find_state_dict, to_layout
+from support.golden_cases import GoldenCase
+
+State = dict[str, torch.Tensor]
+
+
+def wrapped(state: State) -> dict[str, Any]:
+    """Every way in which checkpoints hold a state dict."""
+    return {
+        "raw": state,
+        "state_dict": {"meta": {"epoch": 3}, "state_dict": state},
+        "model": {"model": state, "optimizer": {"state": {}}, "epoch": 299, "lr_scheduler": {"last": 1}},
+        "ema": {"ema": state},
+        "model_ema": {"model_ema": {f"module.{key}": value for key, value in state.items()}},
+        "state_dict_ema": {"state_dict_ema": state},
+        "module": {f"module.{key}": value for key, value in state.items()},
+        "compiled": {"model": {f"_orig_mod.module.{key}": value for key, value in state.items()}},
+        "averaged": {"model": {"n_averaged": torch.tensor(7), **{f"module.{k}": v for k, v in state.items()}}},
+        "nested": {"model": {"state_dict": state}},
+    }
+
+
+KINDS = sorted(wrapped({"x": torch.ones(1)}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_dict_is_found_in_every_layout(kind: str, digits_state: State) -> None:
+    found = find_state_dict(wrapped(digits_state)[kind])
+    assert found.layout.name == "official"
+    assert not found.merged
+    assert list(found.tensors) == list(digits_state)
+    assert all(torch.equal(found.tensors[key], digits_state[key]) for key in digits_state)
+
+
+def test_mmpretrain_names_become_ours_and_theirs_again() -> None:
+    keys = GoldenCase("mmpretrain-repmlp-base-224").about["state_dict"]
+    official = set(GoldenCase("repmlpnet-b224").about["state_dict"])
+    layout = next(layout for layout in LAYOUTS if layout.name == "mmpretrain")
+    assert {layout.ours(key) for key in keys} == official
+    assert [layout.theirs(layout.ours(key)) for key in keys] == list(keys)
+
+
+@pytest.mark.parametrize("kind", ["raw", "state_dict", "compiled", "nested"])
+def test_weights_go_back_under_the_names_they_came_in(kind: str, digits_state: State) -> None:
+    layout = next(layout for layout in LAYOUTS if layout.name == "mmpretrain")
+    for state in (digits_state, {layout.theirs(key): value for key, value in digits_state.items()}):
+        content = wrapped(state)[kind]
+        origin = find_state_dict(content)
+        back = to_layout(origin.tensors, origin)
+        again = find_state_dict(back)
+        assert (again.container, again.prefix, again.layout) == (origin.container, origin.prefix, origin.layout)
+        assert list(again.tensors) == list(digits_state)
+
+
+def test_model_and_ema_in_one_file(digits_state: State) -> None:
+    other = {key: value + 1 if value.is_floating_point() else value for key, value in digits_state.items()}
+    content = {"model": digits_state, "ema": other}
+    key = "head.bias"
+    assert torch.equal(find_state_dict(content).tensors[key], digits_state[key])
+    assert find_state_dict(content).others == ("ema",)
+    assert torch.equal(find_state_dict(content, weights="ema").tensors[key], other[key])
+    with pytest.raises(CheckpointError, match="holds no ema weights, only model"):
+        find_state_dict({"model": digits_state}, weights="ema")
+
+
+def test_half_precision_weights_are_widened(digits_state: State) -> None:
+    half = {key: value.half() if value.is_floating_point() else value for key, value in digits_state.items()}
+    assert find_state_dict(half).tensors["head.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([1, 2], "holds a list"),
+        (torch.ones(3), "holds a Tensor"),
+        ({}, "its keys are nothing"),
+        ({"epoch": 3}, "its keys are epoch"),
+        ({"layer1.weight": torch.ones(2)}, "is no RepMLP"),
+        ({"net.fc3.weight": torch.ones(2)}, "no known network's frame"),
+        ({1: torch.ones(2)}, "has the key 1"),
+    ],
+)
+def test_what_is_no_repmlp_checkpoint(content: object, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        find_state_dict(content)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "said"),
+    [
+        ("head.bias", lambda t: t * float("nan"), "10 values that are NaN"),
+        ("head.bias", lambda t: t / 0.0, "values that are NaN or infinite"),
+        ("head_norm.running_var", lambda t: t * 0, "has a variance of 0"),
+        ("head_norm.running_var", lambda t: -t, "variances must be positive"),
+        ("head.bias", lambda t: t.to(torch.int32), "expected floating-point"),
+        ("head.bias", lambda t: t.to(torch.complex64), "not a dense tensor of real numbers"),
+        ("head.weight", lambda t: t.to_sparse(), "not a dense tensor"),
+        ("head.bias", lambda t: t.to("meta"), "not a dense tensor"),
+        ("head.weight", lambda t: t[:1, :1].clone().expand(t.shape), "more than the file stores"),
+        ("head.bias", lambda _: "text", "is a str; expected a tensor"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_tensors_that_cannot_be_weights_are_named(digits_state: State, key: str, change: Any, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said) as caught:
+        find_state_dict({**digits_state, key: change(digits_state[key])})
+    assert key in str(caught.value)
+
+
+def test_a_half_merged_checkpoint(digits_state: State) -> None:
+    with pytest.raises(CheckpointError, match="is half merged"):
+        find_state_dict({**digits_state, "stages.0.0.repmlp_block.fc3.bias": torch.zeros(64)})
+
+
+def test_loading_is_strict(digits_state: State) -> None:
+    card = load_card("repmlp-digits")
+    missing = {key: value for key, value in digits_state.items() if not key.startswith("stages.1.0.prebn1.w")}
+    with pytest.raises(CheckpointError, match=r"stages.1.0.prebn1.weight is missing"):
+        load_network(missing, card, merged=False)
+    with pytest.raises(CheckpointError, match="extra is unexpected"):
+        load_network({**digits_state, "extra": torch.ones(1)}, card, merged=False)
+    with pytest.raises(CheckpointError, match=r"head.bias has shape \(3,\); expected \(10,\)"):
+        load_network({**digits_state, "head.bias": torch.ones(3)}, card, merged=False)
+    with pytest.raises(CheckpointError, match="and 3 more are unexpected"):
+        load_network({**digits_state, **{f"e{i}": torch.ones(1) for i in range(6)}}, card, merged=False)
+    with pytest.raises(CheckpointError, match="does not fit repmlpnet-t224"):
+        load_network(digits_state, load_card("repmlpnet-t224"), merged=False)
+
+
+def test_counters_may_be_absent(digits_state: State) -> None:
+    bare = {key: value for key, value in digits_state.items() if "num_batches" not in key}
+    load_network(bare, load_card("repmlp-digits"), merged=False)
+
+
+def shapes(state: State) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def test_a_card_is_found_by_architecture_and_layout(digits_state: State) -> None:
+    about = {"family": "repmlpnet", "merged": False}
+    card, remark = infer_card(shapes(digits_state), layout="official", **about)
+    assert (card.name, remark) == ("repmlp-digits", "recognised as repmlp-digits")
+    b224 = {k: tuple(v) for k, v in GoldenCase("repmlpnet-b224").about["state_dict"].items()}
+    assert infer_card(b224, layout="official", **about)[0].name == "repmlpnet-b224"
+    assert infer_card(b224, layout="mmpretrain", **about)[0].name == "repmlp-base_3rdparty_8xb64_in1k"
+
+
+def test_a_fine_tuned_network_keeps_the_preprocessing_and_loses_the_labels(digits_state: State) -> None:
+    tuned = shapes(digits_state) | {"head.weight": (3, 96), "head.bias": (3,)}
+    card, remark = infer_card(tuned, family="repmlpnet", layout="official", merged=False, name="my run 7")
+    assert card.name == "my-run-7"
+    assert card.preprocessing == load_card("repmlp-digits").preprocessing
+    assert card.labels is None
+    assert "with other classes" in remark
+
+
+def test_a_key_that_every_network_has_is_named_when_it_lacks(digits_state: State) -> None:
+    lacking = {key: value for key, value in shapes(digits_state).items() if key != "stages.1.0.repmlp_block.fc3.weight"}
+    with pytest.raises(CheckpointError, match=r"lacks the key stages.1.0.repmlp_block.fc3.weight"):
+        infer_card(lacking, family="repmlpnet", layout="official", merged=False)
