@@ -77,10 +77,10 @@ from repmlp_deploy.convert.provenance import describe_provenance
 from repmlp_deploy.convert.reparam.fold import fold_affine
 from repmlp_deploy.convert.reparam.merge import merge_branches, upstream_form
 from repmlp_deploy.convert.source.own_network import Interface
+from repmlp_deploy.convert.source.state_dict import to_layout
 from repmlp_deploy.convert.source.trained import OwnRequest, Trained, find_interface, load_own, take_trained
 from repmlp_deploy.errors import BundleError, InputError, VerificationError
 from repmlp_deploy.nets.flat import Flat
-from repmlp_deploy.nets.layouts import to_layout
 from repmlp_deploy.runtime.onnx.runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.tasks import find_task

@@ -24,7 +24,7 @@ from repmlp_deploy.convert.proof.probe import run_network
 from repmlp_deploy.convert.reparam.fold import fold_affine
 from repmlp_deploy.convert.reparam.merge import merge_branches
 from repmlp_deploy.convert.source.loading import infer_card, load_network
-from repmlp_deploy.nets.layouts import find_state_dict
+from repmlp_deploy.convert.source.state_dict import find_state_dict
 from repmlp_deploy.runtime.onnx.runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 from support.golden_cases import GoldenCase, assert_matches_golden, names

@@ -16,9 +16,9 @@ from repmlp_deploy.convert.graph.simplify import SimplificationFailed
 from repmlp_deploy.convert.options import parse_batch, parse_formats, parse_size
 from repmlp_deploy.convert.reparam.merge import merge_branches
 from repmlp_deploy.convert.source.checkpoint import read_checkpoint
+from repmlp_deploy.convert.source.state_dict import find_state_dict
 from repmlp_deploy.convert.source.trained import load_trained
 from repmlp_deploy.errors import CheckpointError, InputError, VerificationError
-from repmlp_deploy.nets.layouts import find_state_dict
 
 
 def test_the_manifest_says_what_the_contract_asks(bundle: Bundle) -> None:

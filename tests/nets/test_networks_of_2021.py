@@ -10,8 +10,8 @@ from repmlp_deploy import load_card
 from repmlp_deploy.convert.reparam.fold import fold_affine
 from repmlp_deploy.convert.reparam.merge import merge_branches
 from repmlp_deploy.convert.source.loading import infer_card, load_network
+from repmlp_deploy.convert.source.state_dict import find_state_dict
 from repmlp_deploy.nets.families import FAMILIES, card_spec
-from repmlp_deploy.nets.layouts import find_state_dict
 from repmlp_deploy.nets.networks.pure_mlp import PureMLP, PureMLPSpec
 from repmlp_deploy.nets.networks.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec
 from support.golden_cases import GoldenCase, assert_matches_golden, names

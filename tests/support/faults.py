@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,7 @@ from torch.nn import functional as F
 from repmlp_deploy.convert import pipeline
 from repmlp_deploy.convert.reparam import fold as folding
 from repmlp_deploy.convert.reparam import merge as merging
-from repmlp_deploy.convert.source import trained
-from repmlp_deploy.nets import layouts
+from repmlp_deploy.convert.source import state_dict, trained
 from repmlp_deploy.nets.blocks import repmlp2021 as repmlp
 from repmlp_deploy.nets.blocks import repmlp2022 as blocks
 
@@ -390,13 +390,13 @@ def loaded_in_training_mode(patch: pytest.MonkeyPatch) -> None:
 
 
 def ema_for_model(patch: pytest.MonkeyPatch) -> None:
-    right = layouts.select_weights
+    right = state_dict.select_weights
 
-    def select(content: Any, weights: str | None, name: str) -> Any:
-        _, chosen, others = right(content, weights, name)
-        return dict(content["model_ema"]), chosen, others
+    def select(content: Any, weights: str | None, name: str, state_key: str | None = None) -> Any:
+        selected = right(content, weights, name, state_key)
+        return replace(selected, found=dict(content["model_ema"]))
 
-    patch.setattr(layouts, "select_weights", select)
+    patch.setattr(state_dict, "select_weights", select)
 
 
 def off_by_one(kernel: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,9 @@ from repmlp_deploy.convert.source.own_network import (
     fill_own_network,
     make_own_network,
 )
+from repmlp_deploy.convert.source.state_dict import StateDict, find_state_dict, own_state_dict
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.families import FAMILIES, card_spec
-from repmlp_deploy.nets.layouts import StateDict, find_state_dict, own_state_dict
 from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["OwnRequest", "Trained", "describe_checkpoint", "find_interface", "load_own", "load_trained", "take_trained"]
@@ -115,6 +115,9 @@ def load_trained(
             f"--input-size {input_size[0]}x{input_size[1]} contradicts {given.name}, "
             f"which takes {given.input_size[0]}x{given.input_size[1]}"
         )
+    notes += state.notes
+    if checkpoint.replaced:
+        notes.append(f"objects in the file were not loaded, only its tensors: {', '.join(checkpoint.replaced)}")
     if state.others:
         notes.append(f"the file also holds {', '.join(state.others)}; used: {state.container or 'its top level'}")
     network = load_network(state.tensors, given, merged=state.merged, name=name)

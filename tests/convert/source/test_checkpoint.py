@@ -1,12 +1,17 @@
+import argparse
+import io
+import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from repmlp_deploy.convert.source.checkpoint import read_checkpoint
+from repmlp_deploy.convert.source.checkpoint import OddTensor, Placeholder, read_checkpoint
 from repmlp_deploy.errors import CheckpointError
 from support.configs import Config
 
@@ -91,7 +96,7 @@ def test_an_archive_that_would_unpack_to_far_more_than_its_size(tmp_path: Path) 
     assert "times its size" in refusal(path)
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "run"
 
     class Attack:
@@ -100,24 +105,154 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
 
     torch.save({"model": Attack()}, tmp_path / "a.pth")
     (tmp_path / "b.pth").write_bytes(pickle.dumps(Attack()))
-    refusal(tmp_path / "a.pth")
+    content = read_checkpoint(tmp_path / "a.pth").content
+    assert isinstance(content["model"], Placeholder)
     refusal(tmp_path / "b.pth")
     assert not marker.exists()
 
 
-def test_a_configuration_object_is_named_with_the_way_out(tmp_path: Path) -> None:
-    """The way out is a command that works as it stands."""
-    path = tmp_path / "official.pth"
-    torch.save({"model": {"w": torch.ones(2)}, "optimizer": {}, "config": Config(a=1)}, path)
-    message = refusal(path)
-    assert "support.configs.Config" in message
-    command = message.split('python -c "')[1].rsplit('"', 1)[0]
-    import subprocess
-    import sys
+def test_objects_of_training_code_are_left_out_and_named(tmp_path: Path) -> None:
+    """The official release saves its configuration beside the weights, other code its arguments and whole modules."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Sequential(torch.nn.BatchNorm2d(4)))
+    content = {
+        "model": {"w": torch.ones(2)},
+        "config": Config(a=Config(b=1)),
+        "args": argparse.Namespace(lr=0.1),
+        "best": np.float64(0.5),
+        "whole": network,
+    }
+    for name, zipped in (("new.pth", True), ("old.pth", False)):
+        torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
+        read = read_checkpoint(tmp_path / name)
+        assert read.replaced == ("argparse.Namespace", "support.configs.Config")
+        assert torch.equal(read.content["model"]["w"], torch.ones(2))
+        assert read.content["config"].content["a"].content == {"b": 1}
+        state = network.state_dict()
+        assert read.content["whole"].keys() == state.keys()
+        assert all(torch.equal(read.content["whole"][key], value) for key, value in state.items())
 
-    subprocess.run(
-        [sys.executable, "-c", command], cwd=tmp_path, check=True, env={"PYTHONPATH": str(Path(__file__).parents[2])}
-    )
-    content = read_checkpoint(tmp_path / "official-weights.pth").content
-    assert list(content) == ["model"]
-    assert torch.equal(content["model"]["w"], torch.ones(2))
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_kind_of_tensor_is_read_as_pytorch_reads_it(tmp_path: Path, *, zipped: bool) -> None:
+    base = torch.arange(24.0)
+    content = {
+        "transposed": base.reshape(4, 6).t(),
+        "part": base[3:9],
+        "half": base.half(),
+        "bfloat16": base.bfloat16(),
+        "integer": base.long(),
+        "flag": base > 3,
+        "scalar": torch.tensor(7.0),
+        "empty": torch.empty(0, 3),
+        "parameter": torch.nn.Parameter(base),
+    }
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    read = read_checkpoint(tmp_path / "x.pth").content
+    for key, value in torch.load(tmp_path / "x.pth", weights_only=True).items():
+        assert read[key].dtype == value.dtype, key
+        assert torch.equal(read[key], value), key
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning")
+def test_tensors_that_cannot_be_weights_keep_their_kind(tmp_path: Path) -> None:
+    content = {
+        "sparse": torch.eye(3).to_sparse(),
+        "meta": torch.ones(2, device="meta"),
+        "quantized": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}},
+    }
+    torch.save(content, tmp_path / "x.pth")
+    read = read_checkpoint(tmp_path / "x.pth").content
+    assert read["sparse"] == OddTensor("sparse")
+    assert read["meta"] == OddTensor("without numbers")
+    assert read["quantized"] == OddTensor("quantized")
+    assert read["optimizer"]["state"][0]["exp_avg"] == OddTensor("of an optimizer")
+
+
+def nested_key() -> bytes:
+    """A pickle of {((((…,),),),): 1}: hashing the key overflows the interpreter's stack."""
+    return b"\x80\x02}(" + b")" + b"\x85" * 500_000 + b"K\x01u."
+
+
+def doubled() -> bytes:
+    """A pickle of lists that hold the list before twice, 60 levels deep: 2^60 leaves."""
+    return b"\x80\x02]q\x00" + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(60)) + b"."
+
+
+def packed(data: bytes) -> bytes:
+    """An archive with this pickle, as torch.save writes it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/version", b"3")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("pickled", "said"),
+    [
+        (nested_key(), "needs more than a checkpoint does"),
+        (doubled(), "nested deeper|more than 500000 values"),
+        (b"\x80\x02" + b"(" * 200_000 + b"t" * 200_000 + b".", "nested deeper"),
+        (b"\x80\x02]" + b"(" + b"N" * 1_000_000 + b"e.", "more than 500000 values"),
+        (b"\x80\x02\x8a\x02\x00\x01\x8b\xff\xff\xff\x7f", "cannot be read"),
+        (b"\x80\x02\x8d\xff\xff\xff\xff\xff\xff\xff\x7f.", "cannot be read|more memory"),
+        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x00.", "cannot be read|more memory"),
+        (b"", "cannot be read"),
+    ],
+    ids=["nested key", "doubled", "deep", "million", "long integer", "huge text", "huge frame", "empty"],
+)
+def test_a_pickle_that_would_crash_or_hang_the_reader(tmp_path: Path, pickled: bytes, said: str) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(packed(pickled))
+    assert re.search(said, refusal(path))
+
+
+def test_a_number_of_5000_digits_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(packed(pickle.dumps({"a": 10**5000}, 2)))
+    assert read_checkpoint(tmp_path / "x.pth").content["a"] == Placeholder("a very large integer")
+
+
+def test_kinds_of_files_that_are_no_weights(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    assert "not a regular file" in refusal(tmp_path / "pipe.pth")
+    assert "not a regular file" in refusal(Path("/dev/zero"))
+    (tmp_path / "dangling.pth").symlink_to(tmp_path / "nothing")
+    assert "link to a file that does not exist" in refusal(tmp_path / "dangling.pth")
+    (tmp_path / "loop.pth").symlink_to(tmp_path / "loop.pth")
+    assert "cannot be read" in refusal(tmp_path / "loop.pth")
+    assert "cannot be read" in refusal(tmp_path / ("x" * 300 + ".pth"))
+    with (tmp_path / "holes.pth").open("wb") as file:
+        file.write(b"PK\x03\x04")
+        file.truncate(8 << 30)
+    assert "mostly holes" in refusal(tmp_path / "holes.pth")
+
+
+def test_a_tensor_that_claims_more_than_the_file_holds(tmp_path: Path, saved: Path) -> None:
+    with zipfile.ZipFile(saved) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    root = next(name for name in members if name.endswith("data.pkl"))
+    # BININT2 4096, the shape and the number of elements, becomes 65535
+    members[root] = members[root].replace(b"M\x00\x10", b"M\xff\xff")
+    with zipfile.ZipFile(tmp_path / "claims.pth", "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    assert "ends early" in refusal(tmp_path / "claims.pth")
+
+
+@pytest.mark.parametrize("kind", ["encrypted", "bzip2", "lzma"])
+def test_archives_that_torch_save_never_writes(tmp_path: Path, saved: Path, kind: str) -> None:
+    if kind == "encrypted":
+        data = bytearray(saved.read_bytes())
+        for header, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            place = data.find(header)
+            while place >= 0:
+                data[place + offset] |= 1
+                place = data.find(header, place + 4)
+        (tmp_path / "x.pth").write_bytes(data)
+        assert "is encrypted" in refusal(tmp_path / "x.pth")
+        return
+    method = zipfile.ZIP_BZIP2 if kind == "bzip2" else zipfile.ZIP_LZMA
+    with zipfile.ZipFile(tmp_path / "x.pth", "w", method) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}))
+    assert "compressed in a way" in refusal(tmp_path / "x.pth")

@@ -5,8 +5,9 @@ import torch
 
 from repmlp_deploy.card import load_card
 from repmlp_deploy.convert.source.loading import infer_card, load_network
-from repmlp_deploy.errors import CheckpointError
-from repmlp_deploy.nets.layouts import LAYOUTS, find_state_dict, to_layout
+from repmlp_deploy.convert.source.state_dict import find_state_dict, own_state_dict, to_layout
+from repmlp_deploy.errors import CheckpointError, InputError
+from repmlp_deploy.nets.layouts import LAYOUTS
 from support.golden_cases import GoldenCase
 
 State = dict[str, torch.Tensor]
@@ -98,8 +99,7 @@ def test_what_is_no_repmlp_checkpoint(content: object, said: str) -> None:
     [
         ("head.bias", lambda t: t * float("nan"), "10 values that are NaN"),
         ("head.bias", lambda t: t / 0.0, "values that are NaN or infinite"),
-        ("head_norm.running_var", lambda t: t * 0, "has a variance of 0"),
-        ("head_norm.running_var", lambda t: -t, "variances must be positive"),
+        ("head_norm.running_var", lambda t: -t, "variances cannot be negative"),
         ("head.bias", lambda t: t.to(torch.int32), "expected floating-point"),
         ("head.bias", lambda t: t.to(torch.complex64), "not a dense tensor of real numbers"),
         ("head.weight", lambda t: t.to_sparse(), "not a dense tensor"),
@@ -166,3 +166,103 @@ def test_a_key_that_every_network_has_is_named_when_it_lacks(digits_state: State
     lacking = {key: value for key, value in shapes(digits_state).items() if key != "stages.1.0.repmlp_block.fc3.weight"}
     with pytest.raises(CheckpointError, match=r"lacks the key stages.1.0.repmlp_block.fc3.weight"):
         infer_card(lacking, family="repmlpnet", layout="official", merged=False)
+
+
+def test_a_variance_of_zero_is_a_dead_channel(digits_state: State) -> None:
+    """The trained network is finite: BatchNorm adds its eps."""
+    dead = {**digits_state, "head_norm.running_var": digits_state["head_norm.running_var"] * 0}
+    assert float(find_state_dict(dead).tensors["head_norm.running_var"].max()) == 0
+
+
+def met_in_the_wild(state: State) -> dict[str, Any]:
+    """Files of Lightning, mmengine, mmcv, timm, profilers and hand-written loops."""
+
+    def under(prefix: str) -> State:
+        return {prefix + key: value for key, value in state.items()}
+
+    def wrapped_parts() -> State:
+        return {key.replace("stages.0.0.", "stages.0.0._orig_mod."): value for key, value in state.items()}
+
+    def averaged_by_mmcv() -> State:
+        munged = {"ema_backbone_" + key.replace(".", "_"): value for key, value in state.items()}
+        return {**state, **munged}
+
+    return {
+        "lightning": {"state_dict": {**under("model."), "criterion.weight": torch.ones(3)}, "epoch": 3},
+        "lightning net": {"state_dict": under("net.module.")},
+        "model_state_dict": {"model_state_dict": state, "optimizer_state_dict": {"state": {}}},
+        "net": {"net": state, "acc": 93.1},
+        "model_state": {"model_state": state},
+        "weights": {"weights": state},
+        "two levels": {"checkpoint": {"model": state}},
+        "unknown name": {"student": state},
+        "ema_model": {"ema_model": under("module.")},
+        "compiled part": wrapped_parts(),
+        "mmcv ema": {"state_dict": averaged_by_mmcv()},
+        "profiled": {**state, "total_ops": torch.zeros(1), "stages.0.0.total_params": torch.zeros(1)},
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(met_in_the_wild({"stages.0.0.x": torch.ones(1)})))
+def test_a_state_dict_is_found_in_files_met_in_the_wild(kind: str, digits_state: State) -> None:
+    found = find_state_dict(met_in_the_wild(digits_state)[kind])
+    assert list(found.tensors) == list(digits_state)
+    assert all(torch.equal(found.tensors[key], digits_state[key]) for key in digits_state)
+    back = to_layout(found.tensors, found)
+    again = find_state_dict(back)
+    assert list(again.tensors) == list(digits_state)
+    assert again.keys == found.keys
+
+
+def test_what_is_left_out_is_said(digits_state: State) -> None:
+    found = find_state_dict(met_in_the_wild(digits_state)["lightning"])
+    assert found.notes == ("left out 1 keys that belong to no part of the network: criterion.weight",)
+
+
+def test_weights_that_mmengine_averaged_are_used_and_named(digits_state: State) -> None:
+    other = {f"module.{key}": value + 1 for key, value in digits_state.items()}
+    content = {"meta": {"mmengine_version": "0.10.0"}, "state_dict": digits_state, "ema_state_dict": other}
+    found = find_state_dict(content)
+    assert found.container == "state_dict"
+    assert "averaged" in found.notes[0]
+    raw = find_state_dict(content, weights="model")
+    assert raw.container == "ema_state_dict"
+    assert torch.equal(raw.tensors["head.bias"], digits_state["head.bias"] + 1)
+
+
+def test_the_state_dict_can_be_named(digits_state: State) -> None:
+    other = {key: value + 1 for key, value in digits_state.items()}
+    content = {"teacher": digits_state, "student": {"net": other}}
+    found = find_state_dict(content, state_key="student.net")
+    assert torch.equal(found.tensors["head.bias"], other["head.bias"])
+    with pytest.raises(CheckpointError, match=r"no state dict under student; it has: student\.net, teacher"):
+        find_state_dict(content, state_key="student")
+
+
+def test_keys_can_be_ignored(digits_state: State) -> None:
+    content = {**digits_state, "aux.weight": torch.ones(1), "aux.bias": torch.ones(1)}
+    assert list(find_state_dict(content, ignore=["aux.*"]).tensors) == list(digits_state)
+    with pytest.raises(InputError, match="--ignore nothing matches no key"):
+        find_state_dict(content, ignore=["nothing"])
+
+
+def test_two_keys_for_one_weight_are_refused(digits_state: State) -> None:
+    with pytest.raises(CheckpointError, match=r"two keys for one weight: head\.bias and module\.head\.bias"):
+        find_state_dict({**digits_state, "module.head.bias": digits_state["head.bias"]})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("model.", ""), ("net.model.", ""), ("", "backbone."), ("module.", ""), ("_orig_mod.module.", "")],
+)
+def test_one_prefix_makes_the_keys_of_an_own_network_fit(theirs: str, ours: str) -> None:
+    keys = ["conv.weight", "bn.running_mean", "bn.num_batches_tracked"]
+    content = {theirs + key: torch.ones(1) for key in keys}
+    found = own_state_dict(content, {ours + key for key in keys})
+    assert list(found.tensors) == [ours + key for key in keys]
+    assert to_layout(found.tensors, found).keys() == content.keys()
+
+
+def test_an_own_part_called_module_keeps_its_name() -> None:
+    content = {"module.weight": torch.ones(1), "head.weight": torch.ones(1)}
+    assert own_state_dict(content, content.keys()).tensors.keys() == content.keys()

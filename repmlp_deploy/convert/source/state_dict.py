@@ -1,0 +1,389 @@
+"""Find the state dict in what a checkpoint holds, and bring its keys under our networks' names.
+
+Training code stores weights in many ways: at the top level, under `model` or `state_dict`, beside an exponential moving
+average, behind the prefixes of wrappers (`module.`, `_orig_mod.`, `model.`). Nothing of this is a fixed list here:
+
+- a state dict is any mapping with tensors in it, at most three levels deep;
+- the prefix is what stands before the key that every network of a layout has, its anchor;
+- the wrappers of DataParallel and torch.compile are taken out wherever they stand in a key.
+
+The way back is kept, so that merged weights can be saved under the names they came in.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repmlp_deploy.convert.source.checkpoint import OddTensor, Placeholder
+from repmlp_deploy.errors import CheckpointError, InputError
+from repmlp_deploy.nets.layouts import LAYOUTS, OWN, Layout
+
+__all__ = ["StateDict", "find_state_dict", "own_state_dict", "select_weights", "to_layout"]
+
+_DEEPEST = 3
+_MODEL_NAMES = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "module")
+_EMA = re.compile(r"(^|_)(ema|averaged|swa)(_|$)")
+_WRAPPERS = ("module", "_orig_mod")
+_BOOKKEEPING = ("n_averaged", "total_ops", "total_params")
+"""Last parts of keys that wrappers and profilers write beside the weights."""
+_MMCV_EMA = re.compile(r"ema_(backbone|head|neck)_")
+"""What mmcv's EMA hook calls the second copy of every weight, in the same state dict."""
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """A state dict under our networks' names, and how it was found.
+
+    Attributes:
+        tensors: our key to tensor; float32 except for counters.
+        layout: whose names the file uses.
+        container: the path of keys to it in the file, joined by dots; `""` for the file itself.
+        prefix: what every key began with.
+        merged: whether the branches are merged into FC3 already.
+        others: the paths of further weights in the same file.
+        keys: our key to the file's.
+        notes: what a reader of the report should know.
+    """
+
+    tensors: Mapping[str, Tensor]
+    layout: Layout
+    container: str
+    prefix: str
+    merged: bool
+    others: tuple[str, ...]
+    keys: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return our key to shape."""
+        return {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
+
+    def file_key(self, key: str) -> str:
+        """Return what the file calls our `key`, or would call it."""
+        if key in self.keys:
+            return self.keys[key]
+        parent, _, last = key.rpartition(".")
+        for ours, theirs in self.keys.items():  # a merged weight has no key in the file, but its neighbours do
+            if ours.rpartition(".")[0] == parent and theirs.endswith(ours.rpartition(".")[2]):
+                return theirs[: len(theirs) - len(ours.rpartition(".")[2])] + last
+        return self.prefix + self.layout.theirs(key)
+
+
+def find_state_dict(
+    content: Any,
+    *,
+    weights: str | None = None,
+    state_key: str | None = None,
+    ignore: Sequence[str] = (),
+    name: str = "checkpoint",
+) -> StateDict:
+    """Return the state dict of a known family, under our names, every tensor checked.
+
+    Args:
+        content: as `read_checkpoint` returns it.
+        weights: `model` or `ema`; by default `model`, or the only one there is.
+        state_key: the path of keys to the state dict, joined by dots, instead of `weights`.
+        ignore: patterns, as in a shell, of keys to leave out.
+        name: what messages call the file.
+
+    Raises:
+        CheckpointError: there is none, it is of no network we know, or a tensor cannot be weights.
+        InputError: a pattern of `ignore` matches nothing.
+    """
+    selected = select_weights(content, weights, name, state_key)
+    keys = _plain_keys(selected.found, ignore, name)
+    layout, prefix = _recognise(keys, name)
+    ours: dict[str, str] = {}
+    left_out = []
+    for plain, key in keys.items():
+        if not plain.startswith(prefix):
+            left_out.append(key)
+            continue
+        renamed = layout.ours(plain.removeprefix(prefix))
+        if renamed in ours:
+            raise CheckpointError(f"{name} has two keys for one weight: {ours[renamed]} and {key}")
+        ours[renamed] = key
+    tensors = {renamed: _checked(selected.found[key], key, name) for renamed, key in ours.items()}
+    merged = [ours[key] for key in tensors if key.endswith("fc3.bias")]
+    trained = [ours[key] for key in tensors if key.endswith("fc3_bn.weight")]
+    if merged and trained:
+        raise CheckpointError(f"{name} is half merged: it has {merged[0]} and {trained[0]}")
+    notes = (*selected.notes, *_said_of(left_out))
+    shown = _common_prefix(ours, layout, prefix)
+    return StateDict(tensors, layout, selected.path, shown, bool(merged), selected.others, ours, notes)
+
+
+def own_state_dict(  # noqa: PLR0913 - each says something else about the file
+    content: Any,
+    expected: Collection[str],
+    *,
+    weights: str | None = None,
+    state_key: str | None = None,
+    ignore: Sequence[str] = (),
+    name: str = "checkpoint",
+) -> StateDict:
+    """Return the state dict of a network of the user's own, under its names, every tensor checked.
+
+    Args:
+        content: as `read_checkpoint` returns it.
+        expected: the network's keys. One prefix is taken off, or put on, where that makes more keys fit.
+        weights: see `find_state_dict`.
+        state_key: see `find_state_dict`.
+        ignore: see `find_state_dict`.
+        name: what messages call the file.
+
+    Raises:
+        CheckpointError: there is none, or a tensor cannot be weights.
+        InputError: a pattern of `ignore` matches nothing.
+    """
+    selected = select_weights(content, weights, name, state_key)
+    wrapped = not any(key in expected for key in selected.found)
+    keys = _plain_keys(selected.found, ignore, name, keep=expected, wrapped=wrapped)
+    off, on = _own_prefix(keys, expected)
+    ours: dict[str, str] = {}
+    left_out = []
+    for plain, key in keys.items():
+        renamed = on + plain.removeprefix(off)
+        if off and not plain.startswith(off):
+            left_out.append(key)
+        else:
+            ours[renamed] = key
+    tensors = {renamed: _checked(selected.found[key], key, name, integers=True) for renamed, key in ours.items()}
+    notes = (*selected.notes, *_said_of(left_out))
+    return StateDict(tensors, OWN, selected.path, off, merged=False, others=selected.others, keys=ours, notes=notes)
+
+
+def to_layout(tensors: Mapping[str, Tensor], origin: StateDict) -> dict[str, Any]:
+    """Return weights under the names, prefix and container that `origin` came in."""
+    named: dict[str, Any] = {origin.file_key(key): tensor for key, tensor in tensors.items()}
+    for part in reversed(origin.container.split(".") if origin.container else []):
+        named = {part: named}
+    return named
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The state dict that was chosen among those in a file.
+
+    Attributes:
+        found: the file's key to what it holds.
+        path: the keys that lead to it, joined by dots.
+        others: the paths of the others.
+        notes: what a reader of the report should know.
+    """
+
+    found: Mapping[str, Any]
+    path: str
+    others: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def select_weights(content: Any, weights: str | None, name: str, state_key: str | None = None) -> Selected:
+    """Return the state dict to use among those in `content`.
+
+    Raises:
+        CheckpointError: there is none, or not the one that was asked for.
+    """
+    if isinstance(content, Placeholder):
+        content = content.content
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{name} holds a {type(content).__name__}; expected a state dict or a dictionary of them")
+    places = _places(content)
+    notes: tuple[str, ...] = ()
+    if state_key is not None:
+        if state_key not in {place.path for place in places}:
+            have = ", ".join(place.path or "its top level" for place in places) or "none"
+            raise CheckpointError(f"{name} holds no state dict under {state_key}; it has: {have}")
+        chosen = next(place for place in places if place.path == state_key)
+    else:
+        if not places:
+            keys = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
+            raise CheckpointError(f"{name} holds no state dict; its keys are {keys}")
+        swapped = _swapped_by_mmengine(content)
+        if swapped:
+            places = [place.swapped() if place.path in ("state_dict", "ema_state_dict") else place for place in places]
+        kinds = {place.kind: place for place in reversed(places)}
+        if weights is not None and weights not in kinds:
+            raise CheckpointError(
+                f"{name} holds no {weights} weights, only {', '.join(kinds)}: drop --weights {weights}"
+            )
+        usual = "ema" if swapped or "model" not in kinds else "model"
+        chosen = kinds[weights or usual]
+        if swapped and chosen.kind == "ema":
+            notes = ("mmengine saved the averaged (EMA) weights as state_dict: these are used",)
+    odd = next((key for key in chosen.found if not isinstance(key, str)), None)
+    if odd is not None:
+        raise CheckpointError(f"{name} has the key {odd!r}; expected names")
+    others = tuple(place.path for place in places if place.path != chosen.path)
+    return Selected(chosen.found, chosen.path, others, notes)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A state dict in a file: `model` or `ema`, the path to it, and what it holds."""
+
+    kind: str
+    path: str
+    found: Mapping[str, Any]
+
+    def swapped(self) -> _Place:
+        return _Place("model" if self.kind == "ema" else "ema", self.path, self.found)
+
+
+def _places(content: Mapping[Any, Any]) -> list[_Place]:
+    """Return every state dict in `content`, the likeliest first."""
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return [_Place("model", "", content)]
+    places: list[tuple[tuple[int, int], _Place]] = []
+
+    def visit(value: Any, path: tuple[str, ...]) -> None:
+        inside = value.content if isinstance(value, Placeholder) else value
+        if not isinstance(inside, Mapping):
+            return
+        if any(isinstance(item, Tensor) for item in inside.values()):
+            kind = "ema" if any(_EMA.search(part) for part in path) else "model"
+            known = min((_MODEL_NAMES.index(part) for part in path if part in _MODEL_NAMES), default=len(_MODEL_NAMES))
+            places.append(((known, len(places)), _Place(kind, ".".join(path), inside)))
+        elif len(path) < _DEEPEST:
+            for key, item in inside.items():
+                if isinstance(key, str):
+                    visit(item, (*path, key))
+
+    visit(content, ())
+    return [place for _, place in sorted(places, key=lambda place: place[0])]
+
+
+def _swapped_by_mmengine(content: Mapping[Any, Any]) -> bool:
+    """Return whether mmengine's EMA hook put the averaged weights in the place of the others."""
+    meta = content.get("meta")
+    inside = meta.content if isinstance(meta, Placeholder) else meta
+    return (
+        isinstance(content.get("ema_state_dict"), Mapping)
+        and isinstance(content.get("state_dict"), Mapping)
+        and isinstance(inside, Mapping)
+        and "mmengine_version" in inside
+    )
+
+
+def _plain_keys(
+    found: Mapping[str, Any],
+    ignore: Sequence[str],
+    name: str,
+    *,
+    keep: Collection[str] = (),
+    wrapped: bool = True,
+) -> dict[str, str]:
+    """Return the keys without wrappers' parts and bookkeeping, each with the file's own.
+
+    Raises:
+        InputError: a pattern of `ignore` matches nothing.
+    """
+    for pattern in ignore:
+        if not any(fnmatch.fnmatchcase(key, pattern) for key in found):
+            raise InputError(f"--ignore {pattern} matches no key of {name}")
+    plain: dict[str, str] = {}
+    for key in found:
+        parts = key.split(".")
+        bare = ".".join(part for part in parts if not wrapped or part not in _WRAPPERS)
+        if key not in keep and (parts[-1] in _BOOKKEEPING or _MMCV_EMA.match(bare)):
+            continue
+        if any(fnmatch.fnmatchcase(key, pattern) for pattern in ignore):
+            continue
+        if bare in plain:
+            raise CheckpointError(f"{name} has two keys for one weight: {plain[bare]} and {key}")
+        plain[bare] = key
+    return plain
+
+
+def _recognise(keys: Mapping[str, str], name: str) -> tuple[Layout, str]:
+    """Return the layout whose anchor is among the keys, and what stands before it."""
+    best: tuple[int, Layout, str] | None = None
+    for layout in LAYOUTS:
+        for key in keys:
+            if key != layout.anchor and not key.endswith(f".{layout.anchor}"):
+                continue
+            prefix = key[: len(key) - len(layout.anchor)]
+            if layout.without and any(k.startswith(prefix + layout.without) for k in keys):
+                continue
+            fitting = sum(k.startswith(prefix) for k in keys)
+            if best is None or (fitting, -len(prefix)) > (best[0], -len(best[2])):
+                best = (fitting, layout, prefix)
+    if best is not None:
+        return best[1], best[2]
+    blocks = next((original for key, original in keys.items() if key.endswith("fc3.weight")), None)
+    if blocks is not None:
+        anchors = dict.fromkeys(layout.anchor for layout in LAYOUTS)
+        raise CheckpointError(
+            f"{name} has RepMLP blocks ({blocks}) but no known network's frame: it lacks {' or '.join(anchors)}"
+        )
+    some = ", ".join(list(keys.values())[:3])
+    raise CheckpointError(f"{name} is no RepMLP: no key ends in fc3.weight; it begins with {some}")
+
+
+def _own_prefix(keys: Mapping[str, str], expected: Collection[str]) -> tuple[str, str]:
+    """Return the prefix to take off the file's keys and the one to put on; at most one is not empty."""
+    if any(key in expected for key in keys) or not keys or not expected:
+        return "", ""
+    landmark = max(expected, key=len)
+    for key in sorted(keys, key=len):
+        if key.endswith(f".{landmark}"):
+            return key[: len(key) - len(landmark)], ""
+    first = max(keys, key=len)
+    for key in sorted(expected, key=len):
+        if key.endswith(f".{first}"):
+            return "", key[: len(key) - len(first)]
+    return "", ""
+
+
+def _common_prefix(keys: Mapping[str, str], layout: Layout, prefix: str) -> str:
+    """Return what every key of the file begins with before the layout's own name."""
+    for ours, theirs in keys.items():
+        name = layout.theirs(ours)
+        if theirs.endswith(name):
+            head = theirs[: len(theirs) - len(name)]
+            return head if all(key.startswith(head) for key in keys.values()) else prefix
+    return prefix
+
+
+def _said_of(left_out: Sequence[str]) -> tuple[str, ...]:
+    if not left_out:
+        return ()
+    some = ", ".join(left_out[:3]) + (", …" if len(left_out) > 3 else "")  # noqa: PLR2004
+    return (f"left out {len(left_out)} keys that belong to no part of the network: {some}",)
+
+
+def _checked(value: Any, key: str, name: str, *, integers: bool = False) -> Tensor:
+    """Return `value` as dense float32 weights; counters stay integers, with `integers` others too.
+
+    Raises:
+        CheckpointError: it is not a dense, finite tensor that owns what it claims.
+    """
+    if isinstance(value, OddTensor):
+        raise CheckpointError(f"{name}: {key} is not a dense tensor of real numbers (it is {value.kind})")
+    if not isinstance(value, Tensor):
+        kind = value.name if isinstance(value, Placeholder) else type(value).__name__
+        raise CheckpointError(f"{name}: {key} is a {kind}; expected a tensor")
+    if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+        raise CheckpointError(f"{name}: {key} is not a dense tensor of real numbers ({value.layout}, {value.dtype})")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise CheckpointError(f"{name}: {key} claims {tuple(value.shape)}, more than the file stores for it")
+    if key.endswith("num_batches_tracked"):
+        return value.detach().long()
+    if integers and not value.is_floating_point():
+        return value.detach()
+    if not value.is_floating_point():
+        raise CheckpointError(f"{name}: {key} is {value.dtype}; expected floating-point weights")
+    tensor = value.detach().float().contiguous()
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(f"{name}: {key} has {bad} values that are NaN or infinite: the training diverged")
+    if key.endswith("running_var") and tensor.numel() and float(tensor.min()) < 0:  # 0: a channel that never fired
+        raise CheckpointError(f"{name}: {key} has a variance of {float(tensor.min()):g}; variances cannot be negative")
+    return tensor
