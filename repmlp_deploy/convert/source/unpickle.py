@@ -314,7 +314,7 @@ class _Description:
         return {"odd": value.kind} if isinstance(value, OddTensor) else {"other": type(value).__name__}
 
     @staticmethod
-    def _scalar(value: float | str | None) -> Any:
+    def _scalar(value: int | float | str | None) -> Any:  # noqa: PYI041 - mypy tells int from float here
         if isinstance(value, str):
             return value[:_LONGEST_TEXT]
         if isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER_BITS:
