@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from repmlp_deploy.bundle import Probe
 from repmlp_deploy.card import data_root
+from repmlp_deploy.convert.proof.summation import PlainSums
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.nets.flat import flatten_outputs
 from repmlp_deploy.nets.surgery import in_double
@@ -101,7 +102,9 @@ def run_network(network: nn.Module, *inputs: NDArray[Any]) -> NDArray[Any] | tup
 
 
 def record_probe(trained: nn.Module, *inputs: NDArray[Any]) -> Probe:
-    """The inputs with the trained network's answers; the float64 copy of it is gone afterwards.
+    """Return the inputs with the trained network's outputs, in float64 and in float32.
+
+    Long sums in float32 are added as plain runtimes add them, see `summation`.
 
     Raises:
         InputError: the network does not run in float64.
@@ -112,9 +115,11 @@ def record_probe(trained: nn.Module, *inputs: NDArray[Any]) -> Probe:
     except RuntimeError as error:
         said = (str(error).splitlines() or ["no message"])[0]
         raise InputError(f"the network does not run in float64, which the proof needs: {said}") from None
+    with PlainSums():
+        rounded = _several(run_network(trained, *inputs))
     answers = [
         (reference.astype(np.float64), float32.astype(np.float32))
-        for reference, float32 in zip(references, _several(run_network(trained, *inputs)), strict=True)
+        for reference, float32 in zip(references, rounded, strict=True)
     ]
     return Probe(inputs[0], *answers[0], tuple(inputs[1:]), tuple(answers[1:]))
 
