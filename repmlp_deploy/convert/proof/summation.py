@@ -36,6 +36,9 @@ _ATEN = torch.ops.aten
 class PlainSums(TorchDispatchMode):
     """While active, add sums and means over at least `LONG` elements with `PARTIAL_SUMS` partial sums."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -57,7 +60,7 @@ def _sum(x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, **o
     kept = [axis for axis in range(x.ndim) if axis not in axes]
     rows = x.permute(*kept, *axes).reshape(*(x.shape[axis] for axis in kept), length)
     whole = length - length % PARTIAL_SUMS
-    steps = rows[..., :whole].unflatten(-1, (whole // PARTIAL_SUMS, PARTIAL_SUMS))  # (…, steps, partial sums)
+    steps = rows[..., :whole].reshape(*rows.shape[:-1], -1, PARTIAL_SUMS)  # (…, steps, partial sums)
     total = torch.zeros_like(steps[..., 0, :])
     for step in steps.unbind(-2):
         total = total + step
