@@ -18,10 +18,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from repmlp_deploy.nets.blocks.conv_bn import ConvBN
 from repmlp_deploy.nets.blocks.repmlp2021 import AddedPerceptron, PooledNorm, RepMLP
-from repmlp_deploy.nets.blocks.repmlp2022 import ConvBN, RepMLPBlock
+from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 
-__all__ = ["adopt_blocks"]
+__all__ = ["adopt_blocks", "has_branches"]
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch offers no public name for 1d, 2d and 3d alike
 
@@ -51,6 +52,12 @@ def adopt_blocks(network: nn.Module, *, confirm: bool = True) -> dict[nn.Module,
             if confirm:
                 _confirm(found[module], module, _called(name, module))
     return found
+
+
+def has_branches(network: nn.Module) -> bool:
+    """Return whether `network` has a RepMLP block, ours or foreign, that is not merged yet."""
+    own = (module for module in network.modules() if isinstance(module, RepMLPBlock | RepMLP))
+    return any(not block.deploy for block in own) or bool(adopt_blocks(network, confirm=False))
 
 
 def _called(name: str, module: nn.Module) -> str:

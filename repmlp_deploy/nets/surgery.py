@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["in_double", "keep_weights", "weights_freed", "with_replaced"]
+__all__ = ["in_double", "keep_weights", "switch_blocks", "weights_freed", "with_replaced"]
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -66,3 +66,12 @@ def weights_freed(root: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
                 parameter.data = parameter.data.new_empty(0)  # views of it that `new` holds keep their memory
 
     return free
+
+
+@torch.no_grad()
+def switch_blocks(root: nn.Module) -> None:
+    """Merge what can be merged below `root` in place; what is merged already stays as it is."""
+    for module in list(root.modules()):
+        switch: Callable[[], None] | None = getattr(module, "switch_to_deploy", None)
+        if module is not root and switch is not None:
+            switch()

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from repmlp_deploy.convert.reparam.merge import has_branches, merge_branches
+from repmlp_deploy.convert.reparam.merge import merge_branches
 from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
-from repmlp_deploy.nets.foreign import adopt_blocks
+from repmlp_deploy.nets.foreign import adopt_blocks, has_branches
 from support.foreign_blocks import Block2021, Block2022, MmpretrainBlock, WrongBlock
 from support.golden_cases import GoldenCase, assert_matches_golden
 from support.networks import randomize

@@ -18,6 +18,7 @@ from repmlp_deploy.convert import pipeline
 from repmlp_deploy.convert.reparam import fold as folding
 from repmlp_deploy.convert.reparam import merge as merging
 from repmlp_deploy.convert.source import state_dict, trained
+from repmlp_deploy.nets.blocks import algebra, conv_bn, repmlp_unit
 from repmlp_deploy.nets.blocks import repmlp2021 as repmlp
 from repmlp_deploy.nets.blocks import repmlp2022 as blocks
 
@@ -186,14 +187,14 @@ def kernel_in_merge_of_2021(patch: pytest.MonkeyPatch) -> None:
 
 
 def conv_fused_without_mean(patch: pytest.MonkeyPatch) -> None:
-    right = blocks.fuse_batch_norm
+    right = conv_bn.fuse_batch_norm
 
     def fuse(conv: nn.Conv2d, bn: Any) -> nn.Conv2d:
         fused = right(conv, bn)
         fused.bias = nn.Parameter(bn.bias.detach().clone(), requires_grad=False)
         return fused
 
-    patch.setattr(blocks, "fuse_batch_norm", fuse)
+    patch.setattr(conv_bn, "fuse_batch_norm", fuse)
 
 
 # --- folding
@@ -203,21 +204,23 @@ def norm_in_fold(part: str, change: Callable[[Any, Affine], Affine]) -> Plant:
     """Take `prebn1` or `prebn2` of the second stage for something else while a unit is folded."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        right, fold, current = folding.affine_of_batch_norm, folding.FoldedUnit.__init__, []
+        right, fold, current = repmlp_unit.affine_of_batch_norm, repmlp_unit.FoldedUnit.__init__, []
 
         def remember(self: Any, unit: Any) -> None:
             current[:] = [getattr(unit, part)] if wide(unit.repmlp_block) else []
             fold(self, unit)
 
-        patch.setattr(folding.FoldedUnit, "__init__", remember)
-        patch.setattr(folding, "affine_of_batch_norm", lambda bn: change(bn, right(bn)) if bn in current else right(bn))
+        patch.setattr(repmlp_unit.FoldedUnit, "__init__", remember)
+        patch.setattr(
+            repmlp_unit, "affine_of_batch_norm", lambda bn: change(bn, right(bn)) if bn in current else right(bn)
+        )
 
     return plant
 
 
 def gate_of_the_raw_map(patch: pytest.MonkeyPatch) -> None:
-    right = folding._gate_of_affine
-    patch.setattr(folding, "_gate_of_affine", lambda gp, a, b: gp if len(a) == 16 else right(gp, a, b))
+    right = repmlp_unit._gate_of_affine
+    patch.setattr(repmlp_unit, "_gate_of_affine", lambda gp, a, b: gp if len(a) == 16 else right(gp, a, b))
 
 
 def gate_before_the_shift(patch: pytest.MonkeyPatch) -> None:
@@ -234,21 +237,22 @@ def gate_before_the_shift(patch: pytest.MonkeyPatch) -> None:
         z = x + back(y) * self.gp(x) + back(offset)
         return z + self.ffn(z)
 
-    patch.setattr(folding.FoldedUnit, "forward", forward)
+    patch.setattr(repmlp_unit.FoldedUnit, "forward", forward)
 
 
 def fused_in_fold(is_meant: Callable[[nn.Conv2d], bool], change: Callable[[Any, Affine], Affine]) -> Plant:
     """Take the BatchNorm behind some convolutions for something else while they are folded."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        right = folding.fuse_batch_norm
+        right = algebra.fuse_batch_norm
 
         def fuse(conv: nn.Conv2d, bn: Any) -> nn.Conv2d:
             if not is_meant(conv):
                 return right(conv, bn)
-            a, b = change(bn, folding.affine_of_batch_norm(bn))
-            return folding.convolution_with(conv, conv.weight.detach() * a[:, None, None, None], b)
+            a, b = change(bn, algebra.affine_of_batch_norm(bn))
+            return algebra.convolution_with(conv, conv.weight.detach() * a[:, None, None, None], b)
 
+        patch.setattr(repmlp_unit, "fuse_batch_norm", fuse)
         patch.setattr(folding, "fuse_batch_norm", fuse)
 
     return plant

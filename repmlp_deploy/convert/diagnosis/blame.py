@@ -37,8 +37,10 @@ from repmlp_deploy.convert.diagnosis.suspects import (
 )
 from repmlp_deploy.convert.diagnosis.suspects import parameter_checks as plain_checks
 from repmlp_deploy.errors import VerificationError
+from repmlp_deploy.nets.blocks.conv_bn import MergeableConvBN
 from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
-from repmlp_deploy.nets.blocks.repmlp2022 import MergeableConvBN, RepMLPBlock, RepMLPUnit
+from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
+from repmlp_deploy.nets.blocks.repmlp_unit import RepMLPUnit
 from repmlp_deploy.nets.flat import flatten_outputs
 from repmlp_deploy.nets.foreign import adopt_blocks
 from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet

@@ -23,9 +23,10 @@ from repmlp_deploy.convert.diagnosis.suspects import (
     parameter_checks,
     wrong_affines,
 )
-from repmlp_deploy.convert.reparam.fold import ChannelAffine, FoldedBlock, FoldedConv, FoldedRepMLP, FoldedUnit
-from repmlp_deploy.nets.blocks.repmlp2021 import AddedPerceptron, RepMLP
-from repmlp_deploy.nets.blocks.repmlp2022 import FFN, ConvBN, RepMLPBlock, RepMLPUnit
+from repmlp_deploy.nets.blocks.conv_bn import ChannelAffine, ConvBN, FoldedConv
+from repmlp_deploy.nets.blocks.repmlp2021 import AddedPerceptron, FoldedRepMLP, RepMLP
+from repmlp_deploy.nets.blocks.repmlp2022 import FoldedBlock, RepMLPBlock
+from repmlp_deploy.nets.blocks.repmlp_unit import FFN, FoldedUnit, RepMLPUnit
 
 __all__ = ["added_perceptron_checks", "folded_checks", "head_checks", "unit_forward"]
 

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
+from repmlp_deploy.nets.blocks.conv_bn import ConvBN, MergeableConvBN
 from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
-from repmlp_deploy.nets.blocks.repmlp2022 import ConvBN, MergeableConvBN, RepMLPBlock
+from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 
 __all__ = [
     "BatchNorm",

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from repmlp_deploy.bundle import Hop
-from repmlp_deploy.convert.reparam.fold import FoldedRepMLP
 from repmlp_deploy.errors import MissingDependency, VerificationError
-from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
+from repmlp_deploy.nets.blocks.repmlp2021 import FoldedRepMLP, RepMLP
 from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.numerics import allowed_error
 

@@ -16,12 +16,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from repmlp_deploy.nets.blocks.conv_bn import MergeableConvBN
 from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
-from repmlp_deploy.nets.blocks.repmlp2022 import MergeableConvBN, RepMLPBlock
+from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.nets.foreign import adopt_blocks
 from repmlp_deploy.nets.surgery import keep_weights, weights_freed, with_replaced
 
-__all__ = ["has_branches", "merge_branches", "upstream_form"]
+__all__ = ["merge_branches", "upstream_form"]
 
 
 @torch.no_grad()
@@ -58,12 +59,6 @@ def merge_branches(trained: nn.Module, *, use_up: bool = False) -> nn.Module:
             replacements[module] = rule(own).eval()
             free(module, replacements[module])
     return with_replaced(trained, replacements)
-
-
-def has_branches(network: nn.Module) -> bool:
-    """Whether a RepMLP block in `network`, ours or foreign, is still to be merged."""
-    own = (module for module in network.modules() if isinstance(module, RepMLPBlock | RepMLP))
-    return any(not block.deploy for block in own) or bool(adopt_blocks(network, confirm=False))
 
 
 def upstream_form(merged: nn.Module) -> nn.Module:

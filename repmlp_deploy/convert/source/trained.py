@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from repmlp_deploy.card import ModelCard, load_card
-from repmlp_deploy.convert.reparam.merge import has_branches
 from repmlp_deploy.convert.source.checkpoint import Checkpoint, read_checkpoint
 from repmlp_deploy.convert.source.loading import infer_card, load_network
 from repmlp_deploy.convert.source.own_network import (
@@ -23,6 +22,7 @@ from repmlp_deploy.convert.source.own_network import (
 from repmlp_deploy.convert.source.state_dict import StateDict, find_state_dict, own_state_dict
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.families import FAMILIES, card_spec
+from repmlp_deploy.nets.foreign import has_branches
 from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["OwnRequest", "Trained", "describe_checkpoint", "find_interface", "load_own", "load_trained", "take_trained"]

@@ -29,8 +29,11 @@ from torch import Tensor, nn
 __all__ = [
     "affine_of_batch_norm",
     "check_kernel",
+    "constant",
+    "conv_of_affine",
     "convolution_with",
     "fuse_batch_norm",
+    "grouped_product",
     "scale_rows",
     "set_convolution",
     "sum_kernels",
@@ -78,6 +81,13 @@ def fuse_batch_norm(conv: nn.Conv2d, bn: BatchNorm) -> nn.Conv2d:
     a, b = affine_of_batch_norm(bn)
     bias = b if conv.bias is None else a * conv.bias.detach().double() + b
     return convolution_with(conv, conv.weight.detach() * a[:, None, None, None], bias)
+
+
+def conv_of_affine(conv: nn.Conv2d, a: Tensor, b: Tensor) -> nn.Conv2d:
+    """conv(a·x + b) as one convolution, for a 1×1 kernel without padding or groups."""
+    weight = conv.weight.detach().double()
+    bias = weight[:, :, 0, 0] @ b
+    return convolution_with(conv, weight * a[:, None, None], bias if conv.bias is None else bias + conv.bias.detach())
 
 
 def check_kernel(k_h: int, k_w: int) -> None:
@@ -152,3 +162,17 @@ def _diagonal(matrix: Tensor, dy: int, dx: int) -> Tensor:
         (*lead, out_y + in_y, out_x + in_x),
         matrix.storage_offset() + y * out_y + x * out_x + (y + dy) * in_y + (x + dx) * in_x,
     )
+
+
+def grouped_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """Every group's part of every row times the group's matrix: (M, g·K), (g, K, R) -> (M, g·R)."""
+    groups, K, R = weight.shape
+    if groups == 1:
+        return rows @ weight[0]
+    y = rows.reshape(-1, groups, K).transpose(0, 1) @ weight  # (g, M, K) × (g, K, R)
+    return y.transpose(0, 1).contiguous().view(-1, groups * R)
+
+
+def constant(value: Tensor) -> nn.Parameter:
+    """Return `value` as a parameter that is never trained."""
+    return nn.Parameter(value, requires_grad=False)

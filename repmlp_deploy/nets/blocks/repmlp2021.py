@@ -19,10 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
-from repmlp_deploy.nets.blocks.algebra import affine_of_batch_norm, scale_rows, set_convolution, sum_kernels
-from repmlp_deploy.nets.blocks.repmlp2022 import ConvBN
+from repmlp_deploy.nets.blocks.algebra import (
+    affine_of_batch_norm,
+    constant,
+    grouped_product,
+    scale_rows,
+    set_convolution,
+    sum_kernels,
+)
+from repmlp_deploy.nets.blocks.conv_bn import ConvBN
 
-__all__ = ["AddedPerceptron", "PooledNorm", "RepMLP"]
+__all__ = ["AddedPerceptron", "FoldedRepMLP", "PooledNorm", "RepMLP"]
 
 
 class AddedPerceptron(nn.Module):
@@ -196,10 +203,33 @@ class RepMLP(nn.Module):
         self.kernels = ()
 
 
-def grouped_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """Every group's part of every row times the group's matrix: (M, g·K), (g, K, R) -> (M, g·R)."""
-    groups, K, R = weight.shape
-    if groups == 1:
-        return rows @ weight[0]
-    y = rows.reshape(-1, groups, K).transpose(0, 1) @ weight  # (g, M, K) × (g, K, R)
-    return y.transpose(0, 1).contiguous().view(-1, groups * R)
+class FoldedRepMLP(nn.Module):
+    """A merged RepMLP block of 2021: (N, C, H, W) -> (N, O, H, W); letters as in `nets.repmlp`.
+
+    Cutting into partitions and sharing channels out to groups are one permutation here, and so are their inverses.
+    Holds `fc3`, every group's matrix transposed, (g, C/g·h·w, O/g·h·w), and `bias`, (g, 1, O/g·h·w).
+    """
+
+    def __init__(self, block: RepMLP) -> None:
+        super().__init__()
+        if block.fc3.bias is None:
+            raise ValueError("a RepMLP block still has its branches: merge before folding")
+        self.C, self.O, self.g = block.C, block.O, block.groups
+        self.H, self.W, self.h, self.w = block.H, block.W, block.h, block.w
+        matrix = block.fc3.weight.detach().view(self.g, -1, block.fc3.in_channels // self.g)
+        self.fc1_fc2 = block.fc1_fc2
+        self.fc3 = constant(matrix.transpose(1, 2).contiguous())
+        self.bias = constant(block.fc3.bias.detach().view(self.g, 1, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        g, C, O, h, w = self.g, self.C, self.O, self.h, self.w
+        rows, columns = self.H // h, self.W // w
+        cut = x.reshape(-1, g, C // g, rows, h, columns, w)
+        if self.fc1_fc2 is not None:
+            pooled = F.avg_pool2d(x, (h, w))  # (N, C, H, W) -> (N, C, rows, columns)
+            added = self.fc1_fc2(pooled.reshape(-1, C * rows * columns))
+            cut = cut + added.reshape(-1, g, C // g, rows, 1, columns, 1)
+        cut = cut.permute(1, 0, 3, 5, 2, 4, 6).contiguous()  # (g, N, rows, columns, C/g, h, w)
+        y = cut.reshape(g, -1, C // g * h * w) @ self.fc3 + self.bias  # (g, N·partitions, O/g·h·w)
+        y = y.reshape(g, -1, rows, columns, O // g, h, w)
+        return y.permute(1, 0, 4, 2, 5, 3, 6).contiguous().view(-1, O, self.H, self.W)

@@ -1,11 +1,11 @@
-"""Blocks of RepMLPNet (CVPR 2022), parametrised and named as the paper and its checkpoints do.
+"""The RepMLP block of 2022 (RepMLPNet, CVPR 2022), parametrised and named as the paper and its checkpoints do.
 
 Shapes use the papers' letters: N batch, C channels, (H, W) the map, (h, w) a partition, S sharesets, k branch kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,100 +13,15 @@ from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
 from repmlp_deploy.nets.blocks.algebra import (
     affine_of_batch_norm,
-    fuse_batch_norm,
+    constant,
+    grouped_product,
     scale_rows,
     set_convolution,
     sum_kernels,
 )
+from repmlp_deploy.nets.blocks.conv_bn import ConvBN
 
-__all__ = [
-    "FFN",
-    "ConvBN",
-    "GlobalPerceptron",
-    "MergeableConvBN",
-    "RepMLPBlock",
-    "RepMLPUnit",
-    "switch_blocks",
-]
-
-
-class ConvBN(nn.Module):
-    """A convolution without bias, its BatchNorm, and optionally a ReLU: (N, C, H, W) -> (N, O, H', W')."""
-
-    def __init__(  # noqa: PLR0913 - a convolution has that many numbers
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        *,
-        stride: int = 1,
-        padding: int = 0,
-        groups: int = 1,
-        relu: bool = False,
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride=stride, padding=padding, groups=groups, bias=False
-        )
-        self.bn = nn.BatchNorm2d(out_channels)
-        self.relu = relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.bn(self.conv(x))
-        return F.relu(y) if self.relu else y
-
-
-class MergeableConvBN(nn.Module):
-    """A ConvBN that merging fuses, as the networks of 2021 do and RepMLPNet does not: (N, C, H, W) -> (N, O, H', W').
-
-    Args:
-        in_channels: C.
-        out_channels: O.
-        kernel_size: k; padding is k//2.
-        stride: of the convolution.
-        relu: whether a ReLU follows.
-        deploy: build the merged form, a convolution with a bias and no BatchNorm.
-    """
-
-    def __init__(  # noqa: PLR0913 - a convolution has that many numbers
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        stride: int = 1,
-        relu: bool = False,
-        deploy: bool = False,
-    ) -> None:
-        super().__init__()
-        padding = kernel_size // 2
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=deploy)
-        self.bn = None if deploy else nn.BatchNorm2d(out_channels)
-        self.relu = relu
-
-    @property
-    def deploy(self) -> bool:
-        """Whether the BatchNorm is merged into the convolution."""
-        return self.bn is None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv(x)
-        if self.bn is not None:
-            y = self.bn(y)
-        return F.relu(y) if self.relu else y
-
-    def merged_conv(self) -> nn.Conv2d:
-        """The convolution with its BatchNorm absorbed."""
-        if self.bn is None:
-            raise ValueError("this convolution is merged already")
-        return fuse_batch_norm(self.conv, self.bn)
-
-    @torch.no_grad()
-    def switch_to_deploy(self) -> None:
-        """Merge in place; merging twice changes nothing."""
-        if self.bn is not None:
-            self.conv = self.merged_conv()
-            self.bn = None
+__all__ = ["FoldedBlock", "GlobalPerceptron", "RepMLPBlock"]
 
 
 class GlobalPerceptron(nn.Module):
@@ -246,39 +161,18 @@ class RepMLPBlock(nn.Module):
         self.kernels = ()
 
 
-class FFN(nn.Module):
-    """Two 1×1 convolutions with BatchNorm, GELU between: (N, C, H, W) -> (N, C, H, W)."""
+class FoldedBlock(RepMLPBlock):
+    """A merged RepMLP block of 2022 outside a unit of ours, FC3 transposed once: `weight` is (S, h·w, h·w)."""
 
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.ffn_fc1 = ConvBN(channels, hidden, 1)
-        self.ffn_fc2 = ConvBN(hidden, channels, 1)
+    def __init__(self, block: RepMLPBlock) -> None:
+        nn.Module.__init__(self)
+        if block.fc3.bias is None:
+            raise ValueError("a RepMLP block still has its branches: merge before folding")
+        self.C, self.S, self.h, self.w, self.kernels = block.C, block.S, block.h, block.w, ()
+        self.gp, self.fc3_bn = block.gp, None
+        area = block.h * block.w
+        self.weight = constant(block.fc3.weight.detach().view(self.S, area, area).transpose(1, 2).contiguous())
+        self.bias = constant(block.fc3.bias.detach().view(self.S, area))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.ffn_fc2(F.gelu(self.ffn_fc1(x)))
-        return y
-
-
-class RepMLPUnit(nn.Module):
-    """One residual unit of RepMLPNet: y = x + RepMLP(BN(x)), then z = y + FFN(BN(y))."""
-
-    def __init__(self, block: RepMLPBlock, ffn_hidden: int) -> None:
-        super().__init__()
-        self.repmlp_block = block
-        self.ffn_block = FFN(block.C, ffn_hidden)
-        self.prebn1 = nn.BatchNorm2d(block.C)
-        self.prebn2 = nn.BatchNorm2d(block.C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x + self.repmlp_block(self.prebn1(x))
-        z: Tensor = y + self.ffn_block(self.prebn2(y))
-        return z
-
-
-@torch.no_grad()
-def switch_blocks(root: nn.Module) -> None:
-    """Merge what can be merged below `root` in place; what is merged already stays as it is."""
-    for module in list(root.modules()):
-        switch: Callable[[], None] | None = getattr(module, "switch_to_deploy", None)
-        if module is not root and switch is not None:
-            switch()
+    def _apply_fc3(self, rows: Tensor) -> Tensor:
+        return grouped_product(rows.flatten(1), self.weight).view(-1, *rows.shape[1:]) + self.bias

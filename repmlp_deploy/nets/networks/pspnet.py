@@ -17,8 +17,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
-from repmlp_deploy.nets.blocks.repmlp2022 import ConvBN, switch_blocks
+from repmlp_deploy.nets.blocks.conv_bn import ConvBN
 from repmlp_deploy.nets.networks.repmlpnet import RepMLPTrunk, RepMLPTrunkSpec, infer_trunk
+from repmlp_deploy.nets.surgery import switch_blocks
 
 __all__ = ["PSPHead", "PSPNet", "PSPNetSpec", "build_pspnet", "infer_pspnet"]
 

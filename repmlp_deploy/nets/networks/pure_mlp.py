@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
+from repmlp_deploy.nets.blocks.conv_bn import MergeableConvBN
 from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
-from repmlp_deploy.nets.blocks.repmlp2022 import MergeableConvBN, switch_blocks
 from repmlp_deploy.nets.networks.shapes import partition_of, read_block, square_input
+from repmlp_deploy.nets.surgery import switch_blocks
 
 __all__ = ["PureMLP", "PureMLPSpec", "PureUnit", "infer_pure_mlp"]
 

@@ -12,7 +12,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from repmlp_deploy.nets.blocks.repmlp2022 import ConvBN, RepMLPBlock, RepMLPUnit, switch_blocks
+from repmlp_deploy.nets.blocks.conv_bn import ConvBN
+from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
+from repmlp_deploy.nets.blocks.repmlp_unit import RepMLPUnit
+from repmlp_deploy.nets.surgery import switch_blocks
 
 __all__ = [
     "RepMLPBackbone",

@@ -5,9 +5,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from repmlp_deploy import get_model
-from repmlp_deploy.convert.reparam.fold import FoldedUnit, fold_affine
+from repmlp_deploy.convert.reparam.fold import fold_affine
 from repmlp_deploy.convert.reparam.merge import merge_branches, upstream_form
-from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock, RepMLPUnit
+from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
+from repmlp_deploy.nets.blocks.repmlp_unit import FoldedUnit, RepMLPUnit
 from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet
 from support.networks import randomize
 
