@@ -1,6 +1,6 @@
 """Export a trained RepMLP checkpoint: `python export.py --ckpt x.pth --format onnx,trt-rtx`."""
 
-from repmlp_deploy.cli.export import main
+from repmlp_deploy.cli.entry import export
 
 if __name__ == "__main__":
-    main()
+    export()

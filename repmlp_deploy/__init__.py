@@ -65,7 +65,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    from repmlp_deploy.errors import optional_imports  # noqa: PLC0415 - importing the package loads nothing
+
+    with optional_imports():
+        value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

@@ -18,7 +18,13 @@ Every message is one line: what, got, expected, remedy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+
 __all__ = [
+    "EXTRAS",
     "BuildError",
     "BundleError",
     "CardError",
@@ -31,6 +37,8 @@ __all__ = [
     "OutputError",
     "RepMLPError",
     "VerificationError",
+    "missing_dependency",
+    "optional_imports",
 ]
 
 
@@ -68,20 +76,90 @@ class VerificationError(RepMLPError):
     exit_code = 3
 
 
+EXTRAS: Mapping[str, str] = MappingProxyType(
+    {
+        "cuda": "rtx",
+        "jinja2": "bench",
+        "markupsafe": "bench",
+        "matplotlib": "bench",
+        "nncf": "export",
+        "onnx": "export",
+        "onnxruntime": "cpu",
+        "onnxruntime_ep_nv_tensorrt_rtx": "ort-rtx",
+        "onnxscript": "export",
+        "onnxsim": "export",
+        "openvino": "openvino",
+        "psutil": "bench",
+        "pycuda": "pycuda",
+        "rich": "cli",
+        "safetensors": "export",
+        "tensorrt": "trt",
+        "tensorrt_rtx": "rtx",
+        "torch": "export",
+        "typer": "cli",
+    }
+)
+"""Optional package, by the name that is imported, to the extra that brings it."""
+
+
 class MissingDependency(RepMLPError, ImportError):  # noqa: N818 - the contract's name
     """A package that is not installed.
 
     Args:
         package: what could not be imported.
-        extra: the extra of this project that brings it.
+        extra: the extra of this project that brings it; None for a package that another package needs.
+        reason: why an installed package could not be imported.
     """
 
     exit_code = 4
 
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f'{package} is not installed: pip install "repmlp-deploy[{extra}]"')
+    def __init__(self, package: str, extra: str | None, reason: str = "") -> None:
+        what = f"{package} cannot be imported ({reason})" if reason else f"{package} is not installed"
+        super().__init__(f"{what}: {_remedy(extra)}")
         self.package = package
         self.extra = extra
+
+
+def _remedy(extra: str | None) -> str:
+    """Return the command that installs an extra, whether this copy is installed or lies in a checkout."""
+    if extra is None:
+        return "an installed package needs it, and `python -m pip check` says which"
+    from importlib.metadata import PackageNotFoundError, distribution  # noqa: PLC0415 - 30 ms that only a failure needs
+
+    checkout = Path(__file__).resolve().parents[1]
+    try:
+        distribution("repmlp-deploy")  # pip completes what is installed, and looks for no other copy of it
+    except PackageNotFoundError:
+        if (checkout / "pyproject.toml").is_file():
+            return f'pip install -e "{checkout}[{extra}]"'
+    return f'pip install "repmlp-deploy[{extra}]"'
+
+
+def missing_dependency(error: ImportError) -> RepMLPError | None:
+    """Return what a failed import means to a user, or None if the fault is in this package.
+
+    Args:
+        error: what `import` raised, in this package or in one that it uses.
+    """
+    if isinstance(error, RepMLPError):
+        return error
+    package = (error.name or "").partition(".")[0]
+    if not package or package == __name__.partition(".")[0]:
+        return None
+    reason = "" if isinstance(error, ModuleNotFoundError) else str(error)
+    return MissingDependency(package, EXTRAS.get(package), reason)
+
+
+@contextmanager
+def optional_imports() -> Iterator[None]:
+    """Turn a failed import of an optional package into `MissingDependency`, which names the remedy."""
+    try:
+        yield
+    except ImportError as error:
+        found = None if isinstance(error, RepMLPError) else missing_dependency(error)
+        if found is None:
+            raise
+        raise found from error
 
 
 class MissingDevice(RepMLPError):  # noqa: N818 - reads as what it says

@@ -6,14 +6,21 @@ Exit codes beyond the common ones: 3 when `--compare` finds a row slower than be
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from repmlp_deploy.cli.console import INTERRUPTED, print_json, print_table, progress, run_command, typer
+from repmlp_deploy.cli.shared.console import (
+    INTERRUPTED,
+    print_json,
+    print_line,
+    print_table,
+    progress,
+    run_command,
+    typer,
+)
 from repmlp_deploy.errors import InputError, OutputError, VerificationError
 
 if TYPE_CHECKING:
@@ -23,12 +30,11 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Entry point."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that children and folders are removed
+    """Run the command of this process."""
     run_command(bench_command)
 
 
-def bench_command(  # noqa: PLR0913 - one an option
+def bench_command(  # noqa: PLR0913 - one per option
     models: Annotated[str | None, typer.Option(help="Cards, comma-separated; default repmlpnet-b224, seeded.")] = None,
     formats: Annotated[
         str | None, typer.Option(help="Formats, comma-separated; default: all but torch-folded, torch-compile.")
@@ -115,7 +121,7 @@ def _print_report(report: Report, outputs: dict[str, Path | None]) -> None:
         for table in tables(report):
             print_table(table.title, table.columns, table.rows, left=table.left)
         for line in (*facts(report), *conventions(report)):
-            sys.stdout.write(f"{line}\n")
+            print_line(f"{line}")
     for name, path in outputs.items():
         if path is not None and not (name == "json" and on_stdout):
             _write(path, writers[name]())
@@ -139,7 +145,7 @@ def _compare(old: Report, new: Report, name: str, threshold: float) -> None:
     table = comparison_table(found)
     print_table(table.title, table.columns, table.rows, left=table.left)
     for note in found.notes:
-        sys.stdout.write(f"note: {note}\n")
+        print_line(f"note: {note}")
     slower = [f"{c.row.name} at batch {c.row.batch} ({100 * (c.ratio - 1):+.0f} %)" for c in found.slower]
     slower += [f"all rows ({100 * (found.drift - 1):+.0f} %)"] if found.drifted else []
     if slower:

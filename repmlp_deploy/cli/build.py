@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from repmlp_deploy.bundle import Bundle
-from repmlp_deploy.cli import engine_words as words
-from repmlp_deploy.cli.console import interrupt, print_json, progress, run_command, typer
-from repmlp_deploy.cli.engine_report import print_engines
+from repmlp_deploy.cli.shared import engine_options as words
+from repmlp_deploy.cli.shared.console import print_json, print_line, progress, run_command, typer
+from repmlp_deploy.cli.shared.engine_report import print_engines
 from repmlp_deploy.convert.options import parse_formats, parse_profiles
-from repmlp_deploy.convert.rework.add_engine import add_engines
 from repmlp_deploy.errors import InputError
 
 __all__ = ["main"]
 
 
 def main() -> None:
-    """Entry point."""
-    signal.signal(signal.SIGINT, interrupt)
+    """Run the command of this process."""
     run_command(build_command)
 
 
-def build_command(  # noqa: PLR0913 - one an option
+def build_command(  # noqa: PLR0913 - one per option
     bundle: Annotated[Path, typer.Argument(help="The folder that repmlp-export wrote, with an ONNX graph.")],
     formats: Annotated[str | None, typer.Option("--format", help="Comma-separated: trt, trt-rtx (default).")] = None,
     batch: Annotated[
@@ -71,6 +67,8 @@ def build_command(  # noqa: PLR0913 - one an option
         raise InputError("--weights is about the checkpoint of --refit-from, and there is none")
     with progress() as show:
         if refit_from is None:
+            from repmlp_deploy.convert.rework.add_engine import add_engines  # noqa: PLC0415 - onnx, which may be missing
+
             built = add_engines(bundle, wanted, engine, out=out, progress=show)
         else:
             show("loading PyTorch")
@@ -86,5 +84,5 @@ def _report(bundle: Bundle, *, json: bool) -> None:
     else:
         print_engines(bundle)
         for note in bundle.manifest.notes:
-            sys.stdout.write(f"note: {note}\n")
-        sys.stdout.write(f"{bundle.folder}: complete\n")
+            print_line(f"note: {note}")
+        print_line(f"{bundle.folder}: complete")

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from repmlp_deploy.bundle import Bundle, hash_file
-from repmlp_deploy.cli.console import INTERRUPTED, print_json, print_table, run_command, typer
+from repmlp_deploy.cli.shared.console import INTERRUPTED, print_json, print_line, print_table, run_command, typer
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.evaluation.datasets import read_dataset
 from repmlp_deploy.evaluation.loop import TRAINED, Evaluation, Progress, Run, evaluate, state_folder, state_key
@@ -28,11 +28,11 @@ _SHARES = ("top1", "top5", "mean_iou", "pixel_accuracy", "accuracy", "deviation"
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command of this process."""
     run_command(eval_command)
 
 
-def eval_command(  # noqa: PLR0913 - one an option
+def eval_command(  # noqa: PLR0913 - one per option
     bundle: Annotated[Path, typer.Argument(help="The folder that repmlp-export wrote.")],
     data: Annotated[Path, typer.Option(help="Class folders, images/ and masks/, or a list file.")],
     formats: Annotated[
@@ -95,7 +95,7 @@ def eval_command(  # noqa: PLR0913 - one an option
         print_json({**about, **counts, "seconds": round(found.seconds, 3), "scores": dict(found.scores)})
     else:
         _print_scores(loaded.manifest.name, found, loaded.manifest.labels)
-        sys.stdout.write(f"{data}: {dataset.remark}\n")
+        print_line(f"{data}: {dataset.remark}")
 
 
 def _trained_run(ckpt: Path, bundle: Bundle) -> Run:
@@ -158,9 +158,9 @@ def _print_scores(title: str, found: Evaluation, labels: tuple[str, ...] | None)
         names = labels or tuple(map(str, range(len(first["iou"]))))
         shown = [(name, *(_cell("iou", s["iou"][i]) for s in found.scores.values())) for i, name in enumerate(names)]
         print_table("IoU", ("class", *found.scores), shown)
-    sys.stdout.write(f"{found.count} samples, {found.resumed} of them from an earlier run, {found.seconds:.1f} s\n")
+    print_line(f"{found.count} samples, {found.resumed} of them from an earlier run, {found.seconds:.1f} s")
     if found.unreadable:
-        sys.stdout.write(f"note: {len(found.unreadable)} unreadable, such as {found.unreadable[0]}\n")
+        print_line(f"note: {len(found.unreadable)} unreadable, such as {found.unreadable[0]}")
 
 
 def _cell(column: str, value: float | None) -> str:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import gc
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from repmlp_deploy.bundle import Bundle, Hop, Manifest, Verdict
-from repmlp_deploy.cli import engine_words as words
-from repmlp_deploy.cli.console import interrupt, print_json, print_table, progress, run_command, typer
-from repmlp_deploy.cli.engine_report import print_engines
+from repmlp_deploy.cli.shared import engine_options as words
+from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, progress, run_command, typer
+from repmlp_deploy.cli.shared.engine_report import print_engines
 from repmlp_deploy.convert.options import (
     GRAPHS,
     PRECISIONS,
@@ -30,13 +28,11 @@ _ROUND = 100.0  # margins from here on are whole numbers
 
 
 def main() -> None:
-    """Entry point."""
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary folders are removed
+    """Run the command of this process."""
     run_command(export_command)
 
 
-def export_command(  # noqa: PLR0913 - one an option
+def export_command(  # noqa: PLR0913 - one per option
     ckpt: Annotated[Path, typer.Option(help="Training-time checkpoint: .pth, .pt or .safetensors.")],
     module: Annotated[
         str | None,
@@ -174,7 +170,7 @@ def print_verdict(verdict: Verdict | None) -> None:
     """A line under the table: whether every tolerance was met, and by what margin."""
     if verdict is not None and verdict.margin is not None:
         met = "every tolerance is met" if verdict.passed else "not every tolerance is met"
-        sys.stdout.write(f"{met}; the closest is {verdict.closest}, with a margin of {verdict.margin:.3g}\n")
+        print_line(f"{met}; the closest is {verdict.closest}, with a margin of {verdict.margin:.3g}")
 
 
 def _verdict(hop: Hop) -> str:
@@ -204,11 +200,11 @@ def print_report(bundle: Bundle) -> None:
     )
     print_engines(bundle)
     for line in _precision_lines(manifest):
-        sys.stdout.write(f"{line}\n")
+        print_line(f"{line}")
     for note in manifest.notes:
-        sys.stdout.write(f"note: {note}\n")
+        print_line(f"note: {note}")
     seconds = sum(manifest.provenance["seconds"].values())
-    sys.stdout.write(f"{bundle.folder}: complete after {seconds:.1f} s\n")
+    print_line(f"{bundle.folder}: complete after {seconds:.1f} s")
 
 
 def _precision_lines(manifest: Manifest) -> list[str]:

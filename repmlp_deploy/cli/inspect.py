@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from repmlp_deploy.bundle import Bundle
-from repmlp_deploy.cli.console import print_json, print_table, run_command, typer
 from repmlp_deploy.cli.export import print_report
+from repmlp_deploy.cli.shared.console import print_json, print_table, run_command, typer
 from repmlp_deploy.convert.options import parse_size
 
 __all__ = ["main"]
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command of this process."""
     run_command(inspect_command)
 
 

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from repmlp_deploy.cli.console import one_line, print_json, print_table, run_command, typer
+from repmlp_deploy.cli.shared.console import print_json, print_table, run_command, typer
 from repmlp_deploy.errors import InputError, OutputError
 from repmlp_deploy.runtime.predictor import Predictor
+from repmlp_deploy.text import printable
 
 __all__ = ["main"]
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command of this process."""
     run_command(predict_command)
 
 
-def predict_command(  # noqa: PLR0913 - one an option
+def predict_command(  # noqa: PLR0913 - one per option
     bundle: Annotated[Path, typer.Argument(help="The folder that repmlp-export wrote.")],
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     artifact: Annotated[str | None, typer.Option("--format", help="Artifact; default: the best here.")] = None,
@@ -40,7 +41,7 @@ def predict_command(  # noqa: PLR0913 - one an option
         raise InputError(f"--top is {top}; it must be at least 1")
     with Predictor(bundle, format=artifact, device=device, threads=threads, cache=cache) as predictor:
         for name, why in predictor.details.get("passed_over", {}).items():
-            sys.stderr.write(f"note: the {name} artifact was passed over: {one_line(why)}\n")
+            sys.stderr.write(f"note: the {name} artifact was passed over: {printable(why)}\n")
         if check:
             predictor.self_check()
         show = _SHOWN[predictor.manifest.task]

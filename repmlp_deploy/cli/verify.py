@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from repmlp_deploy.bundle import Bundle, Hop
-from repmlp_deploy.cli.console import print_json, progress, run_command, typer
 from repmlp_deploy.cli.export import print_hops, print_verdict
+from repmlp_deploy.cli.shared.console import print_json, print_line, progress, run_command, typer
 from repmlp_deploy.convert.proof.certificate import recertify
 from repmlp_deploy.errors import InputError, VerificationError
 from repmlp_deploy.runtime.runner import RunnerOptions
@@ -18,11 +17,11 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command of this process."""
     run_command(verify_command)
 
 
-def verify_command(  # noqa: PLR0913 - one an option
+def verify_command(  # noqa: PLR0913 - one per option
     bundle: Annotated[Path, typer.Argument(help="The folder that repmlp-export wrote.")],
     artifact: Annotated[str | None, typer.Option("--format", help="One artifact; default: all that run here.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; default: the best here.")] = None,
@@ -59,7 +58,7 @@ def verify_command(  # noqa: PLR0913 - one an option
         if ckpt is not None:
             print_hops(f"derived again from {ckpt}", derived)
         for note in notes:
-            sys.stdout.write(f"note: {note}\n")
+            print_line(f"note: {note}")
     if failed:
         raise VerificationError(
             f"{failed[0].name} at batch {failed[0].batch} differs from the trained network by {failed[0].max_abs:.2e}; "
@@ -80,4 +79,4 @@ def _bisect(bundle: Bundle, checkpoint: Path | None, card: str | None, *, as_jso
     if blame is not None:
         raise VerificationError(f"{bundle.folder} strays from {checkpoint}, {blame}")
     if not as_json:
-        sys.stdout.write(f"{bundle.folder} computes what {checkpoint} does, value by value\n")
+        print_line(f"{bundle.folder} computes what {checkpoint} does, value by value")

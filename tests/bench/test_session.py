@@ -15,7 +15,7 @@ from repmlp_deploy.bench.subjects import targets
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.card import data_root
 from repmlp_deploy.cli.bench import bench_command
-from repmlp_deploy.cli.console import _run, typer
+from repmlp_deploy.cli.shared.console import _run, typer
 from repmlp_deploy.convert.pipeline import export
 from support.bench_reports import make_report
 

@@ -106,7 +106,7 @@ def test_unusable_files_exit_2_and_leave_the_earlier_bundle(
         "list.pth": [1, 2],
         "other.pth": {"layer.weight": torch.ones(2)},
         "nan.pth": {**digits_state, "head.bias": digits_state["head.bias"] * float("nan")},
-        "variance.pth": {**digits_state, "head_norm.running_var": digits_state["head_norm.running_var"] * 0},
+        "variance.pth": {**digits_state, "head_norm.running_var": -digits_state["head_norm.running_var"]},
         "missing.pth": {k: v for k, v in digits_state.items() if k != "head_norm.bias"},
         "shape.pth": {**digits_state, "head.bias": torch.ones(3)},
     }

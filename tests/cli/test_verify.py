@@ -15,7 +15,7 @@ import pytest
 from repmlp_deploy import Bundle
 from repmlp_deploy.bundle import MANIFEST, hash_file
 from repmlp_deploy.cli import verify as verify_cli
-from repmlp_deploy.cli.console import run_command
+from repmlp_deploy.cli.shared.console import run_command
 
 BLOCKED = ("torch", "onnx", "onnxscript", "onnxsim", "safetensors", "tensorrt_rtx", "openvino")
 

@@ -7,8 +7,8 @@ from sklearn.datasets import load_sample_images
 
 from repmlp_deploy import Bundle, Predictor, export
 from repmlp_deploy.card import data_root
-from repmlp_deploy.cli.console import _run, typer
 from repmlp_deploy.cli.eval import eval_command
+from repmlp_deploy.cli.shared.console import _run, typer
 from repmlp_deploy.errors import ImageError, InputError, OutputError
 from repmlp_deploy.evaluation.datasets import read_dataset
 from repmlp_deploy.evaluation.loop import evaluate, state_key

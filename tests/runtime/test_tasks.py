@@ -8,8 +8,8 @@ from sklearn.datasets import load_sample_image
 
 from repmlp_deploy import Embedding, Predictor, Segmentation, export
 from repmlp_deploy.card import ModelCard, load_card
-from repmlp_deploy.cli.console import _run
 from repmlp_deploy.cli.predict import predict_command
+from repmlp_deploy.cli.shared.console import _run
 from repmlp_deploy.errors import BundleError, CardError, InputError, VerificationError
 from repmlp_deploy.nets.families import build_network
 from repmlp_deploy.numerics import compare, require_close

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from repmlp_deploy.card import data_root
-from repmlp_deploy.cli.console import run_command
+from repmlp_deploy.cli.shared.console import run_command
 
 SAMPLES = sorted((data_root() / "samples" / "digits").glob("*.png"))
 

@@ -15,7 +15,7 @@ import torch
 from repmlp_deploy import Bundle
 from repmlp_deploy.bundle import MANIFEST, BatchRange, hash_file
 from repmlp_deploy.cli import verify as verify_cli
-from repmlp_deploy.cli.console import run_command
+from repmlp_deploy.cli.shared.console import run_command
 from repmlp_deploy.convert.diagnosis.bisect import blame_graph, said_by_runtime
 from repmlp_deploy.convert.graph.calibrate import measure_ranges, take_calibration
 from repmlp_deploy.convert.graph.export import TRACED, Traced, export_graph, trace_network, with_symbolic_batch

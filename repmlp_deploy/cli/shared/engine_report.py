@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from repmlp_deploy.bundle import Bundle
-from repmlp_deploy.cli.console import print_table
+from repmlp_deploy.cli.shared.console import print_line, print_table
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
 
 __all__ = ["print_engines"]
@@ -22,7 +21,7 @@ def print_engines(bundle: Bundle) -> None:
     print_table("engines", columns, [_row(name, details) for name, details in described.items()], left=4)
     for name, details in described.items():
         for warning in details["warnings"]:
-            sys.stdout.write(f"{name} warned: {warning}\n")
+            print_line(f"{name} warned: {warning}")
 
 
 def _row(name: str, details: dict[str, Any]) -> tuple[str, ...]:

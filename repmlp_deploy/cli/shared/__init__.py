@@ -1,0 +1,1 @@
+"""What the commands share: running, reporting, and the options of engines."""

@@ -1,0 +1,148 @@
+"""Find out what this machine can run and build, and what would have to be installed for the rest."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
+from repmlp_deploy.errors import RepMLPError, optional_imports
+
+__all__ = ["Capability", "describe_cpu", "find_capabilities"]
+
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "sve")
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One thing that this project can do on some machines.
+
+    Attributes:
+        name: what is done, such as `run onnx`.
+        works: whether this machine can do it.
+        details: versions and devices, or what is missing and the remedy.
+    """
+
+    name: str
+    works: bool
+    details: str
+
+
+def find_capabilities() -> list[Capability]:
+    """Return what can be run and built here; every package is really imported."""
+    return [_try(name, check) for name, check in _CHECKS.items()]
+
+
+def describe_cpu() -> dict[str, Any]:
+    """Return the processor, the cores this process may use, and the instruction sets that runtimes profit from."""
+    first = _read(Path("/proc/cpuinfo")).split("\n\n", 1)[0]
+    lines = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
+    known = {key.strip(): value.strip() for key, value in lines.items()}
+    flags = (known.get("flags") or known.get("Features", "")).split()
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": known.get("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "cores_allowed": allowed,
+        "cpu_quota": _cpu_quota(),
+        "instructions": [name for name in _INSTRUCTIONS if name in flags],
+    }
+
+
+def _try(name: str, check: Callable[[], str]) -> Capability:
+    try:
+        with optional_imports():
+            return Capability(name, works=True, details=check())
+    except RepMLPError as error:
+        return Capability(name, works=False, details=str(error))
+    except Exception as error:  # noqa: BLE001 - a broken library must not hide the rest of the report
+        return Capability(name, works=False, details=f"{type(error).__name__}: {error}")
+
+
+def _onnx_runtime() -> str:
+    ort = import_module("onnxruntime")
+    return f"onnxruntime {ort.__version__}: {', '.join(ort.get_available_providers())}"
+
+
+def _openvino() -> str:
+    ov = import_module("openvino")
+    return f"openvino {ov.__version__.split('-')[0]}: {', '.join(ov.Core().available_devices)}"
+
+
+def _run_engine(module: str) -> Callable[[], str]:
+    def check() -> str:
+        gpus = find_gpus()
+        if not gpus:
+            raise RepMLPError("no NVIDIA GPU with a driver: engines run where there is one")
+        return f"{module} {import_module(module).__version__} on {', '.join(gpu.name for gpu in gpus)}"
+
+    return check
+
+
+def _convert() -> str:
+    return _imported("torch", "onnx", "onnxscript", "onnxsim", "safetensors")
+
+
+def _quantize_openvino() -> str:
+    """Return NNCF's version without importing it: that takes seconds and reports usage."""
+    import_module("openvino")
+    try:
+        return f"nncf {version('nncf')}"
+    except PackageNotFoundError:
+        raise ModuleNotFoundError("no nncf", name="nncf") from None
+
+
+def _build_rtx() -> str:
+    return f"{_imported('tensorrt_rtx')}, for RTX GPUs"
+
+
+def _build_trt() -> str:
+    gpus = find_gpus()
+    if not gpus:
+        raise RepMLPError("trt builds on the GPU it is for: run on the target, or use --format trt-rtx")
+    return f"{_imported('tensorrt')}, for {', '.join(f'{gpu.name} ({gpu.capability})' for gpu in gpus)}"
+
+
+def _report() -> str:
+    return _imported("psutil", "matplotlib", "jinja2")
+
+
+def _imported(*modules: str) -> str:
+    """Return names and versions of modules, each imported."""
+    return ", ".join(f"{name} {getattr(import_module(name), '__version__', '')}".strip() for name in modules)
+
+
+_CHECKS: dict[str, Callable[[], str]] = {
+    "run onnx": _onnx_runtime,
+    "run openvino": _openvino,
+    "run trt-rtx": _run_engine("tensorrt_rtx"),
+    "run trt": _run_engine("tensorrt"),
+    "export onnx": _convert,
+    "export openvino": _openvino,
+    "export openvino int8": _quantize_openvino,
+    "build trt-rtx": _build_rtx,
+    "build trt": _build_trt,
+    "benchmark": _report,
+}
+"""What may be done, to a function that returns how, or raises why not."""
+
+
+def _cpu_quota() -> float | None:
+    """Return the processors that a container may use, or None without a limit."""
+    words = _read(Path("/sys/fs/cgroup/cpu.max")).split()
+    if len(words) == 2 and words[0].isdigit():  # noqa: PLR2004 - quota and period
+        return round(int(words[0]) / int(words[1]), 2)
+    return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

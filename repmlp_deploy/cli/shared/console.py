@@ -1,0 +1,137 @@
+"""Run a command: exit codes, one-line errors, tables, and a progress display.
+
+Exit codes: 0 done; 2 unusable arguments or input; 3 verification failed; 4 a dependency or device is missing;
+5 output could not be written; 130 interrupted, 143 terminated. Reports go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from repmlp_deploy.errors import OutputError, RepMLPError, missing_dependency
+from repmlp_deploy.text import escape_unsafe, printable
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+except ImportError as error:
+    missing = missing_dependency(error)
+    sys.stderr.write(f"error: {missing or error}\n")
+    raise SystemExit(4) from None
+
+from repmlp_deploy.cli.shared.process import end_interrupted, prepare_process, raise_if_stopped, signal_number
+
+__all__ = ["INTERRUPTED", "print_json", "print_line", "print_table", "progress", "run_command", "typer"]
+
+INTERRUPTED = 130
+USAGE = 2
+
+
+def run_command(command: Callable[..., None], arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a typer command and end the process: 0, or the error's exit code after one line on stderr."""
+    if arguments is None:
+        prepare_process()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(context_settings={"help_option_names": ["-h", "--help"]})(command)
+    code = _run(app, given)
+    gc.freeze()  # what PyTorch leaves behind goes with the process: looking for cycles in it takes a second
+    raise SystemExit(code)
+
+
+def _run(app: typer.Typer, arguments: list[str]) -> int:
+    try:
+        outcome = typer.main.get_command(app).main(arguments, standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our report went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - the last line of defence: a traceback is no message
+        return _failed(error)
+    if outcome == INTERRUPTED:  # what typer makes of an interrupt
+        return end_interrupted()
+    return outcome if isinstance(outcome, int) else 0
+
+
+def _failed(error: BaseException) -> int:
+    """Return the exit code of an error, after its one line on stderr."""
+    if isinstance(error, KeyboardInterrupt) or signal_number() is not None:  # libraries turn an interrupt into anything
+        return end_interrupted()
+    if type(error).__name__ == "Abort":  # what older versions of typer make of an interrupt
+        return end_interrupted()
+    format_message = getattr(error, "format_message", None)
+    if format_message is not None:  # typer's own errors, whichever copy of click they come from
+        code, message = USAGE, format_message()
+    else:
+        code, message = _meaning(error)
+        if "--debug" in sys.argv:
+            traceback.print_exception(error)
+    sys.stderr.write(f"error: {printable(message)}\n")
+    return code
+
+
+def _meaning(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the message of an error that is not the command line's."""
+    found = missing_dependency(error) if isinstance(error, ImportError) else error
+    if isinstance(found, RepMLPError):
+        return found.exit_code, str(found)
+    if isinstance(error, MemoryError):
+        return USAGE, "out of memory: use a smaller batch, image or network"
+    if isinstance(error, OSError):
+        return OutputError.exit_code, f"{error.filename or 'output'}: {error.strerror or error}"
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return 1, f"{said} (this is a defect: run again with --debug and report it)"
+
+
+def _stoppable(show: Callable[[str], None]) -> Callable[[str], None]:
+    def step(name: str) -> None:
+        raise_if_stopped()
+        show(printable(name))
+
+    return step
+
+
+@contextmanager
+def progress(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Show the current step on stderr: a spinner on a terminal, one line per step otherwise."""
+    console = Console(file=sys.stderr)  # bound now: steps may redirect sys.stderr while they run
+    if quiet:
+        yield _stoppable(lambda _step: None)
+    elif console.is_terminal:
+        with console.status("starting") as status:
+            yield _stoppable(lambda step: status.update(Text(step)))
+    else:
+        stream = sys.stderr
+        yield _stoppable(lambda step: print(f"... {step}", file=stream, flush=True))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+    """Print a table; the first `left` columns are text, the others figures."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(160, console.width)
+    table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(Text(printable(column)), justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(table, markup=False, highlight=False)
+
+
+def print_line(text: str, *, limit: int | None = None) -> None:
+    """Print one line of a report, safe to show whatever it quotes."""
+    sys.stdout.write(f"{printable(text) if limit is None else printable(text, limit)}\n")
+
+
+def print_json(report: Any) -> None:
+    """Print one JSON object; it may quote text from files, so characters that a terminal obeys are escaped."""
+    sys.stdout.write(escape_unsafe(json.dumps(report, ensure_ascii=False)) + "\n")

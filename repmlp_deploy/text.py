@@ -1,0 +1,42 @@
+"""Make text from files, libraries and users safe to print.
+
+A name, a label, a path or an exception text may hold escape sequences, characters that reverse the writing direction,
+or a megabyte. `printable` shows such characters as escapes and shortens the rest; every way out uses it.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["LONGEST", "escape_unsafe", "printable"]
+
+LONGEST = 2_000
+"""Characters of one piece of text that are shown; a full path and a reason fit."""
+
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f"  # C0, DEL and C1 control characters
+    "\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # invisible and bidirectional
+    "\U000e0000-\U000e0fff"  # tags and variation selectors
+    "\ud800-\udfff]"  # lone surrogates, which no encoding can write
+)
+
+
+def printable(text: object, limit: int = LONGEST) -> str:
+    """Return the text as one line of at most `limit` characters, without control or direction characters."""
+    said = str(text)
+    if len(said) > limit:
+        said = f"{said[:limit]}… ({len(said):,} characters)"
+    return escape_unsafe(" ".join(said.split()))
+
+
+def escape_unsafe(text: str) -> str:
+    r"""Return the text with every unsafe character as `\uNNNN`, the escapes of JSON."""
+    return _UNSAFE.sub(lambda found: _escaped(found.group()), text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if code <= 0xFFFF:  # noqa: PLR2004 - the end of the basic plane
+        return f"\\u{code:04x}"
+    code -= 0x10000
+    return f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
