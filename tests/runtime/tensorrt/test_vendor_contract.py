@@ -1,130 +1,32 @@
-"""What our code asks of NVIDIA's bindings is there, and the stand-ins of these tests have nothing that is not.
-
-Names and calls are read from our sources, so that nothing new goes unchecked; signatures from the bindings' docstrings.
-"""
+"""What our code asks of TensorRT-RTX is there, and the stand-ins of these tests have nothing that is not."""
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tensorrt_rtx
 
-import repmlp_deploy
 from support.fakes.cuda_runtime import make_runtime
 from support.fakes.gpu import Gpu
 from support.fakes.tensorrt import make_tensorrt
-
-PACKAGE = Path(repmlp_deploy.__file__).parent
-
-RUNTIME = [PACKAGE / "runtime" / "tensorrt" / f"{name}.py" for name in ("engine", "worker", "runner")]
-BUILDERS = [
-    f
-    for f in sorted((PACKAGE / "convert" / "formats" / "tensorrt").glob("*.py"))
-    if re.search(r"\btrt[.:]", f.read_text("utf-8"))
-]
-
-CLASSES = {
-    "trt": "",
-    "runtime": "Runtime",
-    "engine": "ICudaEngine",
-    "context": "IExecutionContext",
-    "_context": "IExecutionContext",
-    "config": "IRuntimeConfig",
-    "_cache": "IRuntimeCache",
-    "strategies": "CudaGraphStrategy",
-}
-"""What a variable of this name holds in the runtime's sources."""
-
-BUILDER_CLASSES = {
-    "trt": "",
-    "builder": "Builder",
-    "network": "INetworkDefinition",
-    "parser": "OnnxParser",
-    "config": "IBuilderConfig",
-    "profile": "IOptimizationProfile",
-    "layer": "ILayer",
-    "refitter": "Refitter",
-}
-"""The same in the builders' sources."""
-
-ABSENT_IN_RTX = {"NetworkDefinitionCreationFlag.EXPLICIT_BATCH"}
-"""What our code asks for with a default, because only some versions have it."""
-
-
-@dataclass(frozen=True)
-class Use:
-    """An attribute of one of NVIDIA's objects in our source; a call where `call` is set."""
-
-    where: str
-    owner: str
-    names: tuple[str, ...]
-    call: ast.Call | None
-
-    def __str__(self) -> str:
-        return f"{'.'.join((self.owner or 'module', *self.names))} at {self.where}"
-
-
-def uses(files: list[Path], classes: dict[str, str]) -> Iterator[Use]:
-    for file in files:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and id(node) not in inner:
-                chain = _chain(node)
-                owners = [i for i, name in enumerate(chain[:-1]) if name in classes]
-                if owners and not chain[-1].startswith("__"):
-                    names = tuple(chain[owners[-1] + 1 :])
-                    yield Use(f"{file.name}:{node.lineno}", classes[chain[owners[-1]]], names, calls.get(id(node)))
-
-
-def _chain(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.Attribute):
-        return [*_chain(node.value), node.attr]
-    return [node.id] if isinstance(node, ast.Name) else [""]
-
-
-RUNTIME_USES = list(uses(RUNTIME, CLASSES))
-BUILDER_USES = [
-    use
-    for use in uses(BUILDERS, BUILDER_CLASSES)
-    if use.owner != "IOptimizationProfile" or use.names[0] not in {"min", "opt", "max"}  # our own BatchRange
-]
-
-
-def find(module: Any, use: Use) -> Any:
-    """What is used; behind a property the bindings tell nothing, so the search ends there."""
-    value = module
-    for name in ([use.owner] if use.owner else []) + list(use.names):
-        value = getattr(value, name)
-        if isinstance(value, property):
-            return None
-    return value
-
-
-def signatures(function: Any) -> list[tuple[list[str], int]]:
-    """(parameters without self, how many have no default) of every overload in a docstring of pybind11's."""
-    found = []
-    for line in (function.__doc__ or "").splitlines():
-        match = re.match(r"(?:\d+\. )?\w+\((self: [\w.]+(?:, )?)?(.*)\) -> ", line)
-        if match and "*args" not in match[2]:
-            parts = [p for p in re.split(r", (?=\w+: )", match[2]) if p]
-            found.append(([p.split(":")[0] for p in parts], sum(" = " not in p for p in parts)))
-    return found
-
-
-def accepts(overload: tuple[list[str], int], positional: int, keywords: set[str]) -> bool:
-    names, required = overload
-    given = set(names[:positional]) | keywords
-    return positional <= len(names) and keywords <= set(names) and len(given) >= required
+from support.vendors.uses import (
+    BUILDER_USES,
+    CLASSES,
+    PACKAGE,
+    RUNTIME,
+    RUNTIME_USES,
+    Use,
+    accepts,
+    find,
+    fits,
+    signatures,
+    uses,
+    uses_in,
+)
 
 
 def test_our_sources_use_what_is_known() -> None:
@@ -151,26 +53,22 @@ def test_our_sources_use_what_is_known() -> None:
 
 @pytest.mark.parametrize("use", RUNTIME_USES + BUILDER_USES, ids=str)
 def test_what_our_code_uses_exists(use: Use) -> None:
-    if ".".join(use.names[:2]) in ABSENT_IN_RTX:
-        return
     value = find(tensorrt_rtx, use)
     if use.call is not None and callable(value) and signatures(value):
-        keywords = {keyword.arg for keyword in use.call.keywords if keyword.arg}
-        starred = any(isinstance(argument, ast.Starred) for argument in use.call.args)
-        assert starred or any(accepts(s, len(use.call.args), keywords) for s in signatures(value)), signatures(value)
+        assert fits(value, use.call), signatures(value)
 
 
 def test_what_does_not_exist_is_noticed() -> None:
-    (use,) = uses_in("context.execute_async_v4(stream)")
+    (use,) = uses_in("context.execute_async_v4(stream)", CLASSES)
     with pytest.raises(AttributeError):
         find(tensorrt_rtx, use)
-    (use,) = uses_in("trt.TensorIOMode.INPUTS")
+    (use,) = uses_in("trt.TensorIOMode.INPUTS", CLASSES)
     with pytest.raises(AttributeError):
         find(tensorrt_rtx, use)
 
 
 @pytest.mark.parametrize(
-    ("method", "positional", "keywords", "fits"),
+    ("method", "positional", "keywords", "fit"),
     [
         ("IExecutionContext.set_input_shape", 2, set(), True),
         ("IExecutionContext.set_input_shape", 1, set(), False),
@@ -181,21 +79,10 @@ def test_what_does_not_exist_is_noticed() -> None:
         ("ICudaEngine.create_execution_context", 0, set(), True),
     ],
 )
-def test_a_call_with_other_parameters_is_noticed(method: str, positional: int, keywords: set[str], fits: bool) -> None:
+def test_a_call_with_other_parameters_is_noticed(method: str, positional: int, keywords: set[str], fit: bool) -> None:
     overloads = signatures(reduce(getattr, method.split("."), tensorrt_rtx))
     assert overloads
-    assert any(accepts(overload, positional, keywords) for overload in overloads) == fits
-
-
-def uses_in(source: str) -> list[Use]:
-    class Text:
-        name = "source"
-
-        def read_text(self, encoding: str) -> str:
-            assert encoding
-            return source
-
-    return list(uses([Text()], CLASSES))  # type: ignore[list-item]
+    assert any(accepts(overload, positional, keywords) for overload in overloads) == fit
 
 
 def members(stand_in: type) -> list[str]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 from importlib import import_module
 from typing import Any
 
 from repmlp_deploy.convert.formats.tensorrt.driver import LIBRARY, find_gpus
 from repmlp_deploy.convert.formats.tensorrt.options import FLAGS, EngineOptions
+from repmlp_deploy.convert.formats.tensorrt.versions import find_name, has_name
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency, MissingDevice
 
 __all__ = [
@@ -132,10 +132,10 @@ def check_options(name: str, options: EngineOptions) -> Any:
             raise InputError(f"{name} has no {FLAGS[option]}: {flavour.lacks[option]}")
     trt = check_flavour(name)
     for option in asked:
-        if option in _NEEDS and not _has(trt, _NEEDS[option]):
+        if option in _NEEDS and not has_name(trt, _NEEDS[option]):
             raise InputError(f"{flavour.module} {trt.__version__} has no {FLAGS[option]}: it lacks {_NEEDS[option]}")
     for capability in options.compute_capabilities:
-        if not _has(trt, f"ComputeCapability.{capability_name(capability)}"):
+        if not has_name(trt, f"ComputeCapability.{capability_name(capability)}"):
             known = ", ".join(_capabilities(trt))
             raise InputError(f"{flavour.module} {trt.__version__} cannot build for {capability}; it can for {known}")
     needy = [option for option in asked if option in flavour.needs_gpu_for]
@@ -148,12 +148,10 @@ def check_options(name: str, options: EngineOptions) -> Any:
 
 
 def creation_flags(trt: Any) -> int:
-    """Strongly typed where that is still a choice (TensorRT 10), explicit batch where that still has a name."""
-    flags = 0
-    for name in ("STRONGLY_TYPED", "EXPLICIT_BATCH"):
-        flag = getattr(trt.NetworkDefinitionCreationFlag, name, None)
-        flags |= 0 if flag is None else 1 << int(flag)
-    return flags
+    """Return the flags of a strongly typed network with an explicit batch, as far as the version has flags for them."""
+    names = ("NetworkDefinitionCreationFlag.STRONGLY_TYPED", "NetworkDefinitionCreationFlag.EXPLICIT_BATCH")
+    flags = [find_name(trt, name) for name in names]
+    return sum(1 << int(flag) for flag in flags if flag is not None)
 
 
 def capability_name(capability: str) -> str:
@@ -166,11 +164,6 @@ def target_capabilities(name: str, options: EngineOptions) -> list[str] | None:
     if FLAVOURS[name].needs_gpu:
         return [find_gpus()[0].capability]
     return list(options.compute_capabilities) or None
-
-
-def _has(trt: Any, path: str) -> bool:
-    missing = object()
-    return reduce(lambda value, part: getattr(value, part, missing), path.split("."), trt) is not missing
 
 
 def _capabilities(trt: Any) -> list[str]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS, check_flavour
+from repmlp_deploy.convert.formats.tensorrt.versions import DIFFERENCES, has_name
 from repmlp_deploy.errors import BuildError, MissingDevice
 from repmlp_deploy.runtime.tensorrt.log import Recording, recording, shared_logger
 
@@ -22,6 +23,7 @@ def check_refit(name: str) -> Any:
     """The flavour's module, when engines can be refitted here.
 
     Raises:
+        BuildError: the installed version leaves an engine that could not be refitted again.
         MissingDependency: its package is not installed.
         MissingDevice: there is no GPU.
     """
@@ -30,7 +32,16 @@ def check_refit(name: str) -> Any:
             f"refitting the {name} engine needs the GPU it is for, and this machine has no NVIDIA driver with one: run "
             "on the target, or refit the bundle without the engine"
         )
-    return check_flavour(name)
+    trt = check_flavour(name)
+    flag = "SerializationFlag.INCLUDE_REFIT"
+    if not has_name(trt, flag):
+        flavour = FLAVOURS[name]
+        raise BuildError(
+            f"{flavour.module} {trt.__version__} lacks {flag}, so a refitted engine could not be refitted again; "
+            f"{flavour.module} {DIFFERENCES[flag].since} has it: "
+            f'pip install --upgrade "repmlp-deploy[{flavour.extra}]"'
+        )
+    return trt
 
 
 def refit_engine(name: str, plan: bytes, weights: Mapping[str, NDArray[Any]]) -> bytes:
