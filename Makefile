@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := export,cpu,openvino,rtx,bench,dev
 
-.PHONY: venv demo test test-gpu check clean
+.PHONY: venv demo test test-fast test-gpu check budgets clean
 
 venv: $(VENV)/.installed
 
@@ -19,6 +19,9 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest
 
+test-fast: venv
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
 test-gpu: venv
 	$(BIN)/python -m pytest -m gpu
 
@@ -29,6 +32,9 @@ check: venv
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/models_table.py --check
 	$(BIN)/python tools/gpu_roofline.py --check
+
+budgets: venv
+	$(BIN)/python benchmarks/budgets.py
 
 clean:
 	rm -rf $(VENV) artifacts dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

