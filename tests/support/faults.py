@@ -15,12 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from repmlp_deploy.convert import pipeline
-from repmlp_deploy.convert.reparam import fold as folding
-from repmlp_deploy.convert.reparam import merge as merging
 from repmlp_deploy.convert.source import state_dict, trained
 from repmlp_deploy.nets.blocks import algebra, conv_bn, repmlp_unit
 from repmlp_deploy.nets.blocks import repmlp2021 as repmlp
 from repmlp_deploy.nets.blocks import repmlp2022 as blocks
+from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 Affine = tuple[torch.Tensor, torch.Tensor]
@@ -139,7 +138,7 @@ def kernel_in_merge(change: Callable[[torch.Tensor], torch.Tensor]) -> Plant:
 
 
 def partition_swapped(patch: pytest.MonkeyPatch) -> None:
-    right = merging._merge_block
+    right = blocks.RepMLPBlock.merged
 
     def swapped(block: Any) -> Any:
         merged = right(block)
@@ -147,7 +146,7 @@ def partition_swapped(patch: pytest.MonkeyPatch) -> None:
             merged.h, merged.w = merged.w, merged.h
         return merged
 
-    patch.setitem(merging.MERGES, blocks.RepMLPBlock, swapped)
+    patch.setattr(blocks.RepMLPBlock, "merged", swapped)
 
 
 def left_training(patch: pytest.MonkeyPatch) -> None:
@@ -253,24 +252,20 @@ def fused_in_fold(is_meant: Callable[[nn.Conv2d], bool], change: Callable[[Any, 
             return algebra.convolution_with(conv, conv.weight.detach() * a[:, None, None, None], b)
 
         patch.setattr(repmlp_unit, "fuse_batch_norm", fuse)
-        patch.setattr(folding, "fuse_batch_norm", fuse)
+        patch.setattr(conv_bn, "fuse_batch_norm", fuse)
 
     return plant
 
 
 def head_without_shift(patch: pytest.MonkeyPatch) -> None:
-    right = folding._fold_head
+    right = RepMLPNet.folded
 
     def fold(module: Any) -> Any:
         replaced = right(module)
         replaced[module.head].bias = module.head.bias
         return replaced
 
-    patch.setitem(folding.RULES, type_of_network(), fold)
-
-
-def type_of_network() -> type[nn.Module]:
-    return next(kind for kind in folding.RULES if kind.__name__ == "RepMLPNet")
+    patch.setattr(RepMLPNet, "folded", fold)
 
 
 # --- export

@@ -24,10 +24,10 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from repmlp_deploy.convert.diagnosis.blame import Blame, place_of
-from repmlp_deploy.convert.diagnosis.suspects import Check, Element
 from repmlp_deploy.convert.graph.pointwise import channels_last_values, with_bias_added
 from repmlp_deploy.convert.graph.proto import SCOPES, serialize_model
 from repmlp_deploy.errors import MissingDevice, VerificationError
+from repmlp_deploy.nets.blocks.checks import Check, Element
 from repmlp_deploy.numerics import compare, is_close, noise_floor
 from repmlp_deploy.runtime.onnx.runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions

@@ -20,30 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from repmlp_deploy.convert.diagnosis.folded_suspects import (
-    added_perceptron_checks,
-    folded_checks,
-    head_checks,
-    unit_forward,
-)
-from repmlp_deploy.convert.diagnosis.suspects import (
-    BatchNorm,
-    Check,
-    Element,
-    Finding,
-    conv_checks,
-    first_finding,
-    merged_checks,
-)
-from repmlp_deploy.convert.diagnosis.suspects import parameter_checks as plain_checks
 from repmlp_deploy.errors import VerificationError
-from repmlp_deploy.nets.blocks.conv_bn import MergeableConvBN
-from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
-from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
-from repmlp_deploy.nets.blocks.repmlp_unit import RepMLPUnit
+from repmlp_deploy.nets.block_types import block_of
+from repmlp_deploy.nets.blocks.algebra import BatchNorm
+from repmlp_deploy.nets.blocks.checks import Check, Element, Finding, first_finding, parameter_checks
+from repmlp_deploy.nets.blocks.conv_bn import ChannelAffine
 from repmlp_deploy.nets.flat import flatten_outputs
 from repmlp_deploy.nets.foreign import adopt_blocks
-from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet
 from repmlp_deploy.numerics import allowed_error, compare, noise_floor
 
 __all__ = ["Blame", "blame_network", "blamed", "describe_blame", "place_of"]
@@ -210,17 +193,19 @@ class _Walk:
             return False
         pieces = name.split(".") if name else []
         owners = [".".join(pieces[:i]) for i in range(len(pieces))]
-        if name and pieces[-1] in ("head_norm", "head"):
-            owner = owners[-1]
-            if _folds_its_head(self._trained[owner], self._stored.get(owner)):
-                return False  # judged together, by what the network answers
+        if name:
+            owner, made = block_of(self._trained.get(owners[-1])), self._stored.get(owners[-1])
+            if owner is not None and made is not None and pieces[-1] in owner.judged_together(made):
+                return False
         return not any(self._is_whole(owner) for owner in owners)
 
     def _is_whole(self, name: str) -> bool:
+        """Return whether a module can only be judged as a whole, as its children have no counterparts."""
         trained, other = self._trained.get(name), self._stored.get(name)
         if trained is None or other is None:
             return True
-        return type(other) is not type(trained) or isinstance(trained, RepMLPBlock | RepMLP | MergeableConvBN)
+        block = block_of(trained)
+        return type(other) is not type(trained) or (block is not None and block.mergeable)
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._given.append((_cloned(args), {key: _cloned(value) for key, value in kwargs.items()}))
@@ -263,7 +248,8 @@ class _Walk:
         stored, trained = self._stored[name], self._trained[name]
         if trained in self._adopted:
             trained = self._adopted[trained]
-        geometry = _geometry(trained, stored)
+        block = block_of(trained)
+        geometry = None if block is None else block.wrong_geometry(stored)
         if geometry is not None:
             return geometry
         found = first_finding(_checks(trained, stored))
@@ -271,60 +257,22 @@ class _Walk:
             return found
         if outcome.error is None:
             return Finding("", outcome.said)
-        if isinstance(trained, RepMLPUnit) and type(stored) is not RepMLPUnit:
-            return unit_forward(copy.deepcopy(trained).double(), args[0], outcome.got)
+        known = None if block is None or not args else block.wrong_forward(stored, args[0], outcome.got)
+        if known is not None:
+            return known
         inner = "its parts are right, what it does with them is not" if list(stored.children()) else ""
         return Finding("forward" if inner else "", inner or "computes something else")
 
 
-def _folds_its_head(trained: nn.Module, stored: nn.Module | None) -> bool:
-    """Whether the BatchNorm in front of the head left its place for the head behind the mean."""
-    return (
-        isinstance(trained, RepMLPNet)
-        and isinstance(stored, RepMLPNet)
-        and isinstance(stored.get_submodule("head_norm"), nn.Identity)
-    )
-
-
 def _checks(trained: nn.Module, stored: nn.Module) -> Iterator[Check]:
-    """The checks of a module that was merged or folded, or of one that was not to be changed."""
-    folded = folded_checks(trained, stored)
-    if folded is not None:
-        yield from folded
-        return
-    match trained, stored:
-        case RepMLPNet(), RepMLPNet() if _folds_its_head(trained, stored):
-            yield from head_checks(trained.head_norm, trained.head, stored.head)
-        case RepMLPBlock(deploy=False), RepMLPBlock():
-            yield from plain_checks(trained.gp, stored.gp, "global perceptron")
-            yield from _merged(trained, stored)
-        case RepMLP(deploy=False), RepMLP():
-            if stored.fc1_fc2 is not None:
-                yield from added_perceptron_checks(trained, stored.fc1_fc2)
-            yield from _merged(trained, stored)
-        case MergeableConvBN(deploy=False), MergeableConvBN():
-            yield from conv_checks(trained, stored.conv)
-        case _:
-            yield from plain_checks(trained, stored, "")
-
-
-def _merged(trained: RepMLPBlock | RepMLP, stored: RepMLPBlock | RepMLP) -> Iterator[Check]:
-    fc3 = stored.fc3
-    if fc3.bias is not None and fc3.groups == trained.fc3.groups:
-        rows = fc3.out_channels // fc3.groups
-        weight = fc3.weight.detach().view(fc3.groups, rows, -1)
-        yield from merged_checks(trained, weight, fc3.bias.detach().view(fc3.groups, rows))
-
-
-def _geometry(trained: nn.Module, stored: nn.Module) -> Finding | None:
-    """What is wrong with the partition of a block, whose edges are no tensors."""
-    block = trained.repmlp_block if isinstance(trained, RepMLPUnit) else trained
-    edges = [tuple(getattr(m, edge, None) for edge in ("h", "w")) for m in (block, stored)]
-    if not isinstance(block, RepMLPBlock | RepMLP) or None in edges[1] or edges[0] == edges[1]:
-        return None
-    (h, w), (h_got, w_got) = edges
-    fault = "h and w swapped" if (h, w) == (w_got, h_got) else "another partition"
-    return Finding("fc3 · partition", f"{fault}: {h_got}x{w_got}, expected {h}x{w}")
+    """Yield the checks of a module that was merged or folded, or of one that should be unchanged."""
+    block = block_of(trained)
+    if block is not None:
+        yield from block.checks(stored)
+    elif isinstance(stored, ChannelAffine) and isinstance(trained, BatchNorm):
+        yield from stored.checks(trained)
+    else:
+        yield from parameter_checks(trained, stored, "")
 
 
 def _cloned(value: Any) -> Any:

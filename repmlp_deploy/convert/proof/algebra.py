@@ -32,12 +32,10 @@ except ImportError:
 
 from repmlp_deploy.convert.proof.certificate import Certifier
 from repmlp_deploy.convert.proof.probe import SEED, run_network
-from repmlp_deploy.nets.blocks.algebra import CHUNK
+from repmlp_deploy.nets.blocks.algebra import CHUNK, BatchNorm
 from repmlp_deploy.nets.surgery import in_double
 
 __all__ = ["Step", "compare_weights", "prove_algebra", "redraw_statistics"]
-
-BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch offers no public name for 1d, 2d and 3d alike
 
 _ROUNDING = 2.0**-24  # relative error of one rounding to float32
 _SMALL_ROW = 2.0**-10  # of the tensor's largest weight: sums that cancel down to less round like this

@@ -20,8 +20,8 @@ from torch import nn
 
 from repmlp_deploy.bundle import Hop
 from repmlp_deploy.errors import MissingDependency, VerificationError
-from repmlp_deploy.nets.blocks.repmlp2021 import FoldedRepMLP, RepMLP
-from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
+from repmlp_deploy.nets.blocks.algebra import BatchNorm
+from repmlp_deploy.nets.blocks.protocol import Reparameterizable
 from repmlp_deploy.numerics import allowed_error
 
 try:
@@ -30,8 +30,6 @@ except ImportError:
     raise MissingDependency("onnx", "export") from None
 
 __all__ = ["match_weights"]
-
-BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch offers no public name for 1d, 2d and 3d alike
 
 _ROUNDING = 2.0**-24  # relative error of one rounding to float32
 
@@ -125,11 +123,14 @@ def _values(tensor: onnx.TensorProto) -> NDArray[Any]:
 
 
 def _changeable(network: nn.Module) -> set[str]:
-    """The weights outside RepMLP blocks, and those of their gates, which may be anybody's."""
-    blocks = [name for name, m in network.named_modules() if isinstance(m, RepMLPBlock | RepMLP | FoldedRepMLP)]
-    inside = tuple(f"{name}." if name else "" for name in blocks)
-    gates = tuple(f"{prefix}gp." for prefix in inside)
-    return {key for key in _weights(network) if not key.startswith(inside) or key.startswith(gates)}
+    """Return the weights outside RepMLP blocks, and those of their gates, which may be any module."""
+    exact, free = [], []
+    for name, module in network.named_modules():
+        if isinstance(module, Reparameterizable) and module.exported_whole:
+            prefix = f"{name}." if name else ""
+            exact.append(prefix)
+            free += [f"{prefix}{part}." for part in module.foreign_parts]
+    return {key for key in _weights(network) if not key.startswith(tuple(exact)) or key.startswith(tuple(free))}
 
 
 def _same_values(weight: NDArray[Any], constant: NDArray[Any]) -> bool:

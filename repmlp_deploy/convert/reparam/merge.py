@@ -1,24 +1,20 @@
-"""Merging: every RepMLP block's branches and BatchNorms become one FC3 with a bias.
+"""Merging: the branches and BatchNorms of every block become one linear map with a bias.
 
-With a·y + b the evaluation-mode form of each BatchNorm and T(K) the Toeplitz matrix of a kernel,
+With a·y + b the evaluation-mode form of each BatchNorm and T(K) the Toeplitz matrix of a kernel, a RepMLP block becomes
 
     FC3'(x) = (a₃ W₃ + Σ_k T(a_k K_k)) x + (b₃ + Σ_k b_k),
 
 exactly; `nets.blocks.algebra` derives and computes it. A block of 2021 also absorbs the BatchNorm after its average
-pool into FC1 (`nets.blocks.repmlp2021`), and the networks of that release fuse their convolutions with the BatchNorms
-after them. Any other BatchNorm stays, as in upstream's own merge.
+pool into FC1, and the networks of that release fuse their convolutions with the BatchNorms after them. Any other
+BatchNorm stays, as in upstream's own merge. Every block type of `nets.block_types` merges itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
-from repmlp_deploy.nets.blocks.conv_bn import MergeableConvBN
-from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
-from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
+from repmlp_deploy.nets.block_types import block_of
 from repmlp_deploy.nets.foreign import adopt_blocks
 from repmlp_deploy.nets.surgery import keep_weights, weights_freed, with_replaced
 
@@ -27,82 +23,43 @@ __all__ = ["merge_branches", "upstream_form"]
 
 @torch.no_grad()
 def merge_branches(trained: nn.Module, *, use_up: bool = False) -> nn.Module:
-    """A copy of `trained` whose RepMLP blocks are merged; `trained` is left alone unless it is to be used up.
+    """Return a copy of `trained` with every block merged; `trained` is unchanged unless `use_up` is set.
 
-    Blocks are ours, or of the official releases or mmpretrain, recognised by their structure and confirmed by their
-    outputs (`nets.foreign`); those become ours. Blocks that are merged already stay as they are, and so does whatever
-    else `trained` contains. Weights that merging does not change share their memory with `trained`: copy.deepcopy the
-    result before training either further.
+    Blocks are ours, or those of the official releases or mmpretrain. Foreign blocks are recognised by their structure,
+    confirmed by their outputs and become ours (`nets.foreign`). Blocks that are merged already stay as they are, and so
+    does everything else in `trained`. Weights that merging does not change share their memory with `trained`: call
+    copy.deepcopy on the result before you train either of them further.
 
     Args:
-        trained: any module with RepMLP blocks inside, in evaluation mode.
-        use_up: free every block of `trained` as soon as it is merged, so that there is never more than one network in
-            memory; `trained` is of no use afterwards.
+        trained: any module with blocks inside, in evaluation mode.
+        use_up: free every block of `trained` as soon as it is merged, so that memory never holds two networks;
+            `trained` is unusable afterwards.
 
     Raises:
-        ValueError: there is no RepMLP block, a BatchNorm is in training mode, or a foreign block computes something
-            else than its structure says.
+        ValueError: there is no block, a BatchNorm is in training mode, or a foreign block does not compute what its
+            structure says.
     """
     training = [name for name, module in trained.named_modules() if module.training]
     if training:
         raise ValueError(f"{training[0] or 'the module'} is in training mode: call .eval() before merging")
     adopted = adopt_blocks(trained)
-    blocks = [module for module in trained.modules() if isinstance(module, RepMLPBlock | RepMLP)]
-    if not blocks and not adopted:
+    own = (block_of(module) for module in trained.modules())
+    if not adopted and not any(block.branched for block in own if block is not None):
         raise ValueError(f"{type(trained).__name__} contains no RepMLP block: there is nothing to merge")
     replacements: dict[nn.Module, nn.Module] = {}
     free = weights_freed(trained) if use_up else keep_weights
     for module in trained.modules():
-        own = adopted.get(module, module)
-        rule = next((MERGES[kind] for kind in type(own).__mro__ if kind in MERGES), None)
-        if rule is not None and not own.deploy:
-            replacements[module] = rule(own).eval()
+        block = adopted.get(module) or block_of(module)
+        if block is not None and not block.deploy:
+            replacements[module] = block.merged().eval()
             free(module, replacements[module])
     return with_replaced(trained, replacements)
 
 
 def upstream_form(merged: nn.Module) -> nn.Module:
-    """A copy of `merged` that computes FC3 as upstream's deploy mode does, a grouped 1×1 convolution: the baseline."""
+    """Return a copy of `merged` that computes FC3 as upstream's deploy mode does, by a grouped 1×1 convolution."""
     copy = with_replaced(merged, {})
     for module in copy.modules():
-        if isinstance(module, RepMLPBlock | RepMLP):
-            module.as_convolution = True
+        if (block := block_of(module)) is not None and block.branched:
+            block.as_convolution = True
     return copy
-
-
-def _merge_block(block: RepMLPBlock) -> RepMLPBlock:
-    merged = RepMLPBlock.__new__(RepMLPBlock)
-    nn.Module.__init__(merged)
-    merged.C, merged.S, merged.h, merged.w, merged.kernels = block.C, block.S, block.h, block.w, ()
-    merged.as_convolution = block.as_convolution
-    merged.gp = block.gp
-    merged.fc3 = block.merged_fc3()
-    merged.fc3_bn = None
-    return merged
-
-
-def _merge_repmlp(block: RepMLP) -> RepMLP:
-    merged = RepMLP.__new__(RepMLP)
-    nn.Module.__init__(merged)
-    merged.C, merged.O, merged.groups, merged.kernels = block.C, block.O, block.groups, ()
-    merged.H, merged.W, merged.h, merged.w = block.H, block.W, block.h, block.w
-    merged.as_convolution = block.as_convolution
-    merged.fc1_fc2 = block.merged_perceptron()
-    merged.fc3 = block.merged_fc3()
-    merged.avg = merged.fc3_bn = None
-    return merged
-
-
-def _merge_conv_bn(module: MergeableConvBN) -> MergeableConvBN:
-    merged = MergeableConvBN.__new__(MergeableConvBN)
-    nn.Module.__init__(merged)
-    merged.conv, merged.bn, merged.relu = module.merged_conv(), None, module.relu
-    return merged
-
-
-MERGES: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    RepMLPBlock: _merge_block,
-    RepMLP: _merge_repmlp,
-    MergeableConvBN: _merge_conv_bn,
-}
-"""Module type to its merged form."""

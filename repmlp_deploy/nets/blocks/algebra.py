@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "BatchNorm",
     "affine_of_batch_norm",
     "check_kernel",
     "constant",

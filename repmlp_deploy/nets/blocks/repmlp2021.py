@@ -13,7 +13,8 @@ channel, into FC1, whose columns are (channel, partition): FC1(a p + b) = (FC1·
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,18 @@ from repmlp_deploy.nets.blocks.algebra import (
     set_convolution,
     sum_kernels,
 )
+from repmlp_deploy.nets.blocks.checks import Check, Finding, absorbed_checks, parameter_checks
 from repmlp_deploy.nets.blocks.conv_bn import ConvBN
+from repmlp_deploy.nets.blocks.fc3 import (
+    branches_of,
+    fc3_terms,
+    has_trained_fc3,
+    partition_edges,
+    stored_fc3,
+    wrong_partition,
+)
+from repmlp_deploy.nets.blocks.protocol import Reparameterizable
+from repmlp_deploy.nets.blocks.terms import MergedSum, Term, merged_checks
 
 __all__ = ["AddedPerceptron", "FoldedRepMLP", "PooledNorm", "RepMLP"]
 
@@ -39,6 +51,14 @@ class AddedPerceptron(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(features, hidden)
         self.fc2 = nn.Linear(hidden, features)
+
+    @classmethod
+    def from_parts(cls, fc1: nn.Linear, fc2: nn.Linear) -> Self:
+        """Return one that holds these very modules."""
+        with torch.device("meta"):  # the parts bring the memory
+            made = cls(1, 1)
+        made.fc1, made.fc2 = fc1, fc2
+        return made
 
     def forward(self, v: Tensor) -> Tensor:
         added: Tensor = self.fc2(F.relu(self.fc1(v)))
@@ -52,12 +72,20 @@ class PooledNorm(nn.Module):
         super().__init__()
         self.bn = nn.BatchNorm2d(channels)
 
+    @classmethod
+    def from_parts(cls, bn: nn.BatchNorm2d) -> Self:
+        """Return one that holds this very module."""
+        with torch.device("meta"):  # the part brings the memory
+            made = cls(1)
+        made.bn = bn
+        return made
+
     def forward(self, pooled: Tensor) -> Tensor:
         normal: Tensor = self.bn(pooled)
         return normal
 
 
-class RepMLP(nn.Module):
+class RepMLP(Reparameterizable):
     """The RepMLP block of 2021: (N, C, H, W) -> (N, O, H, W).
 
     FC3 is stored as the grouped 1×1 convolution of the release, but computed as the batched product it is; with
@@ -76,6 +104,8 @@ class RepMLP(nn.Module):
     Raises:
         ValueError: sizes that do not divide.
     """
+
+    branched = mergeable = exported_whole = True
 
     def __init__(  # noqa: PLR0913 - the paper's hyper-parameters
         self,
@@ -108,6 +138,64 @@ class RepMLP(nn.Module):
         for k in self.kernels:
             branch = ConvBN(in_channels, out_channels, k, padding=k // 2, groups=groups)
             self.add_module(f"repconv{k}", branch)
+
+    @classmethod
+    def from_parts(  # noqa: PLR0913 - what a block is made of
+        cls,
+        map_size: tuple[int, int],
+        partition: tuple[int, int],
+        *,
+        fc1_fc2: AddedPerceptron | None,
+        fc3: nn.Conv2d,
+        avg: PooledNorm | None = None,
+        fc3_bn: nn.BatchNorm1d | None = None,
+        branches: Mapping[int, ConvBN] | None = None,
+    ) -> RepMLP:
+        """Return a block that holds these very modules.
+
+        Args:
+            map_size: (H, W).
+            partition: (h, w).
+            fc1_fc2: the global perceptron; None where there is one partition.
+            fc3: of `groups` groups.
+            avg: None for the merged form, and where there is one partition.
+            fc3_bn: None for the merged form.
+            branches: kernel k to branch; none for the merged form.
+        """
+        area = partition[0] * partition[1]
+        C, O = fc3.in_channels // area, fc3.out_channels // area
+        with torch.device("meta"):  # the parts bring the memory
+            made = RepMLP(C, O, map_size, partition, groups=fc3.groups, kernels=(), deploy=fc3_bn is None)
+        made.fc1_fc2, made.avg, made.fc3, made.fc3_bn = fc1_fc2, avg, fc3, fc3_bn
+        for k, branch in (branches or {}).items():
+            made.add_module(f"repconv{k}", branch)
+        made.kernels = tuple(branches or ())
+        return made
+
+    @classmethod
+    def adopted(cls, foreign: nn.Module) -> RepMLP | None:
+        """Return the block of ours that shares the tensors of one of another package."""
+        if not has_trained_fc3(foreign) or hasattr(foreign, "gp"):
+            return None
+        parts: Any = foreign
+        partition, map_size = partition_edges(foreign), (int(parts.H), int(parts.W))
+        perceptron = pooled = None
+        if partition != map_size:
+            perceptron = AddedPerceptron.from_parts(parts.fc1_fc2.fc1, parts.fc1_fc2.fc2)
+            pooled = PooledNorm.from_parts(parts.avg.bn)
+        return RepMLP.from_parts(
+            map_size,
+            partition,
+            fc1_fc2=perceptron,
+            avg=pooled,
+            fc3=parts.fc3,
+            fc3_bn=parts.fc3_bn,
+            branches=branches_of(foreign),
+        )
+
+    def example_shapes(self) -> list[tuple[int, ...]]:
+        """Return the only shape that the block takes."""
+        return [(2, self.C, self.H, self.W)]
 
     @property
     def deploy(self) -> bool:
@@ -150,6 +238,64 @@ class RepMLP(nn.Module):
         y = grouped_product(rows, weight)
         return y if self.fc3.bias is None else y + self.fc3.bias
 
+    def merged(self) -> RepMLP:
+        """Return the block with its branches and its BatchNorms absorbed into FC3 and FC1."""
+        made = RepMLP.from_parts(
+            (self.H, self.W), (self.h, self.w), fc1_fc2=self.merged_perceptron(), fc3=self.merged_fc3()
+        )
+        made.as_convolution = self.as_convolution
+        return made
+
+    def folded(self) -> dict[nn.Module, nn.Module]:
+        """Return the block whose FC3 is a batched product."""
+        return {self: FoldedRepMLP(self)}
+
+    def terms(self, group: int, columns: Tensor | None = None) -> list[Term]:
+        """Return FC3 and the branches, for one group and some columns of it."""
+        if self.fc3_bn is None:
+            raise ValueError("the block is merged already: its terms are gone")
+        return fc3_terms(self.fc3, self.fc3_bn, self.branches(), (self.h, self.w), group, columns)
+
+    def merged_sum(self, made: nn.Module) -> MergedSum | None:
+        """Return the matrices of a merged or folded FC3."""
+        if isinstance(made, FoldedRepMLP):
+            weight, bias = made.fc3.detach().transpose(1, 2), made.bias.detach()[:, 0]
+            return MergedSum(weight, bias, name="fc3 transposed", partition=(self.h, self.w))
+        return stored_fc3(self.fc3, made.fc3, (self.h, self.w)) if isinstance(made, RepMLP) else None
+
+    def checks(self, made: nn.Module) -> Iterator[Check]:
+        """Yield the checks of the global perceptron and of FC3."""
+        if self.deploy or not isinstance(made, RepMLP | FoldedRepMLP):
+            yield from parameter_checks(self, made, "")
+            return
+        if made.fc1_fc2 is not None:
+            yield from self._perceptron_checks(made.fc1_fc2)
+        stored = self.merged_sum(made)
+        if stored is not None:
+            yield from merged_checks(self, stored)
+
+    def _perceptron_checks(self, made: AddedPerceptron) -> Iterator[Check]:
+        """Yield the checks of the global perceptron, which absorbed the BatchNorm after its pool."""
+        if self.fc1_fc2 is None:
+            return
+        fc1, part = self.fc1_fc2.fc1, "global perceptron"
+        if self.avg is not None:
+
+            def values(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+                weight = fc1.weight.detach().double()
+                a, b = (each.repeat_interleave(fc1.in_features // self.C) for each in (a, b))
+                return weight * a, fc1.bias.detach().double() + weight @ b
+
+            stored = [("fc1_fc2.fc1.weight", made.fc1.weight), ("fc1_fc2.fc1.bias", made.fc1.bias)]
+            yield from absorbed_checks(part, self.avg.bn, values, stored)
+        else:
+            yield from parameter_checks(fc1, made.fc1, part)
+        yield from parameter_checks(self.fc1_fc2.fc2, made.fc2, part)
+
+    def wrong_geometry(self, made: nn.Module) -> Finding | None:
+        """Return what is wrong with the partition, whose edges no tensor shows."""
+        return wrong_partition((self.h, self.w), made)
+
     def merged_fc3(self) -> nn.Conv2d:
         """FC3 with its BatchNorm and every branch absorbed, in FC3's dtype; see `nets.blocks.algebra`."""
         if self.fc3_bn is None:
@@ -183,13 +329,10 @@ class RepMLP(nn.Module):
         fc1 = self.fc1_fc2.fc1
         a, b = (each.repeat_interleave(fc1.in_features // self.C) for each in affine_of_batch_norm(self.avg.bn))
         weight = fc1.weight.detach().double()
-        merged = AddedPerceptron.__new__(AddedPerceptron)
-        nn.Module.__init__(merged)
-        merged.fc1 = nn.Linear(fc1.in_features, fc1.out_features, device="meta")
-        merged.fc1.weight = nn.Parameter((weight * a).to(fc1.weight.dtype), requires_grad=False)
-        merged.fc1.bias = nn.Parameter((fc1.bias.detach() + weight @ b).to(fc1.weight.dtype), requires_grad=False)
-        merged.fc2 = self.fc1_fc2.fc2
-        return merged
+        first = nn.Linear(fc1.in_features, fc1.out_features, device="meta")
+        first.weight = constant((weight * a).to(fc1.weight.dtype))
+        first.bias = constant((fc1.bias.detach() + weight @ b).to(fc1.weight.dtype))
+        return AddedPerceptron.from_parts(first, self.fc1_fc2.fc2)
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
@@ -203,12 +346,14 @@ class RepMLP(nn.Module):
         self.kernels = ()
 
 
-class FoldedRepMLP(nn.Module):
-    """A merged RepMLP block of 2021: (N, C, H, W) -> (N, O, H, W); letters as in `nets.repmlp`.
+class FoldedRepMLP(Reparameterizable):
+    """A merged RepMLP block of 2021: (N, C, H, W) -> (N, O, H, W); letters as in the module's text.
 
     Cutting into partitions and sharing channels out to groups are one permutation here, and so are their inverses.
     Holds `fc3`, every group's matrix transposed, (g, C/g·h·w, O/g·h·w), and `bias`, (g, 1, O/g·h·w).
     """
+
+    exported_whole = True
 
     def __init__(self, block: RepMLP) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from repmlp_deploy.nets.blocks.conv_bn import ConvBN
 from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.nets.blocks.repmlp_unit import RepMLPUnit
+from repmlp_deploy.nets.networks.input_size import require_input
 from repmlp_deploy.nets.surgery import switch_blocks
 
 __all__ = ["UNITS", "Bottleneck", "ConvPReLU", "FaceStage", "MobileFaceNet", "MobileFaceNetSpec", "infer_mobilefacenet"]
@@ -183,10 +184,7 @@ class MobileFaceNet(nn.Module):
         self.embed = ConvBN(spec.final, spec.embedding, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        expected = (self.spec.in_channels, *self.spec.input_size)
-        if tuple(x.shape[1:]) != expected:
-            takes = ", ".join(str(edge) for edge in expected)
-            raise ValueError(f"input is {tuple(x.shape)}; this network takes (N, {takes})")
+        require_input(x, self.spec.in_channels, self.spec.input_size)
         x = self.stem_depthwise(self.stem(x))
         for stage in self.stages:
             x = stage(x)

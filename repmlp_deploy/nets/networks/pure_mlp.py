@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
 from repmlp_deploy.nets.blocks.conv_bn import MergeableConvBN
 from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
+from repmlp_deploy.nets.networks.input_size import require_input
 from repmlp_deploy.nets.networks.shapes import partition_of, read_block, square_input
 from repmlp_deploy.nets.surgery import switch_blocks
 
@@ -115,10 +116,7 @@ class PureMLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        expected = (self.spec.in_channels, *self.spec.input_size)
-        if tuple(x.shape[1:]) != expected:
-            takes = ", ".join(str(edge) for edge in expected)
-            raise ValueError(f"input is {tuple(x.shape)}; this network takes (N, {takes})")
+        require_input(x, self.spec.in_channels, self.spec.input_size)
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
             for unit in stage:  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
 from repmlp_deploy.nets.blocks.conv_bn import MergeableConvBN
 from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
+from repmlp_deploy.nets.networks.input_size import require_input
 from repmlp_deploy.nets.networks.shapes import partition_of, read_block, square_input
 from repmlp_deploy.nets.surgery import switch_blocks
 
@@ -140,10 +141,7 @@ class RepMLPResNet(nn.Module):
         self.linear = nn.Linear(before, spec.classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        expected = (self.spec.in_channels, *self.spec.input_size)
-        if tuple(x.shape[1:]) != expected:
-            takes = ", ".join(str(edge) for edge in expected)
-            raise ValueError(f"input is {tuple(x.shape)}; this network takes (N, {takes})")
+        require_input(x, self.spec.in_channels, self.spec.input_size)
         x = self.stage0(x)  # (N, in_channels, H, W) -> (N, stem, H/4, W/4)
         for i in range(len(self.spec.depths)):
             x = self.get_submodule(f"stage{i + 1}")(x)

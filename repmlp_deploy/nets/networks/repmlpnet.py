@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from repmlp_deploy.nets.blocks.conv_bn import ConvBN
+from repmlp_deploy.nets.blocks.algebra import affine_of_batch_norm, constant
+from repmlp_deploy.nets.blocks.checks import Check, absorbed_checks, parameter_checks
+from repmlp_deploy.nets.blocks.conv_bn import ChannelAffine, ConvBN
+from repmlp_deploy.nets.blocks.protocol import Reparameterizable
 from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.nets.blocks.repmlp_unit import RepMLPUnit
+from repmlp_deploy.nets.networks.input_size import require_input
 from repmlp_deploy.nets.surgery import switch_blocks
 
 __all__ = [
@@ -102,7 +106,7 @@ class RepMLPBackboneSpec(RepMLPTrunkSpec):
         return tuple(f"stage{i}" for i in self.taken())
 
 
-class RepMLPTrunk(nn.Module):
+class RepMLPTrunk(Reparameterizable):
     """A RepMLPNet without its head: (N, in_channels, H, W) float -> (N, C, h, w), the last stage's map, normalised.
 
     The state dict has the keys of the official release.
@@ -143,10 +147,7 @@ class RepMLPTrunk(nn.Module):
 
         These are the places where mmpretrain's `out_indices` taps.
         """
-        expected = (self.spec.in_channels, *self.spec.input_size)
-        if tuple(x.shape[1:]) != expected:
-            takes = ", ".join(str(edge) for edge in expected)
-            raise ValueError(f"input is {tuple(x.shape)}; this network takes (N, {takes})")
+        require_input(x, self.spec.in_channels, self.spec.input_size)
         x = self.conv_embedding(x)
         handed = []
         for i, stage in enumerate(self.stages):
@@ -163,6 +164,10 @@ class RepMLPTrunk(nn.Module):
         """Merge every block in place, as mmpretrain's users expect; `merge_branches` leaves its input untouched."""
         switch_blocks(self)
 
+    def folded(self) -> dict[nn.Module, nn.Module]:
+        """Return the a·x + b that replaces the final norm, which has nothing linear after it."""
+        return {self.head_norm: ChannelAffine(self.head_norm)}
+
 
 class RepMLPNet(RepMLPTrunk):
     """RepMLPNet: (N, in_channels, H, W) float -> (N, classes) logits; see `RepMLPTrunk`."""
@@ -175,6 +180,33 @@ class RepMLPNet(RepMLPTrunk):
         pooled = self.feature_maps(x)[-1].mean(dim=(2, 3))  # (N, C, H, W) -> (N, C)
         logits: Tensor = self.head(pooled)
         return logits
+
+    def folded(self) -> dict[nn.Module, nn.Module]:
+        """Return the head that absorbed the final norm through the mean."""
+        a, b = affine_of_batch_norm(self.head_norm)
+        weight = self.head.weight.detach().double()
+        head = nn.Linear(self.head.in_features, self.head.out_features, device="meta")
+        head.weight = constant((weight * a).to(self.head.weight.dtype))
+        head.bias = constant((self.head.bias.detach() + weight @ b).to(self.head.weight.dtype))
+        return {self.head_norm: nn.Identity(), self.head: head}
+
+    def judged_together(self, made: nn.Module) -> tuple[str, ...]:
+        """Return the final norm and the head, once the head absorbed the norm."""
+        folded = isinstance(made, RepMLPNet) and isinstance(made.get_submodule("head_norm"), nn.Identity)
+        return ("head_norm", "head") if folded else ()
+
+    def checks(self, made: nn.Module) -> Iterator[Check]:
+        """Yield the checks of the head that absorbed the final norm, or of an unchanged network."""
+        if not isinstance(made, RepMLPNet) or not self.judged_together(made):
+            yield from parameter_checks(self, made, "")
+            return
+        weight, bias = self.head.weight.detach().double(), self.head.bias.detach().double()
+
+        def values(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            return weight * a, bias + weight @ b
+
+        stored = [("head.weight", made.head.weight), ("head.bias", made.head.bias)]
+        yield from absorbed_checks("head · head_norm fold", self.head_norm, values, stored)
 
     @property
     def backbone(self) -> RepMLPNet:

@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 from repmlp_deploy.convert.diagnosis.blame import Blame, blame_network, blamed, describe_blame, place_of
-from repmlp_deploy.convert.diagnosis.suspects import Check, Element, affine_by_running, merged_matrix, wrong_affines
 from repmlp_deploy.convert.proof.probe import probe_inputs
 from repmlp_deploy.convert.reparam.fold import fold_affine
 from repmlp_deploy.convert.reparam.merge import merge_branches
 from repmlp_deploy.convert.source.own_network import describe_interface
 from repmlp_deploy.errors import VerificationError
 from repmlp_deploy.nets.blocks.algebra import affine_of_batch_norm
+from repmlp_deploy.nets.blocks.checks import Check, Element, affine_by_running, wrong_affines
 from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
 from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
+from repmlp_deploy.nets.blocks.terms import merged_matrix
 from repmlp_deploy.nets.networks.pure_mlp import PureMLP, PureMLPSpec
 from repmlp_deploy.nets.networks.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec
 from support.networks import randomize
