@@ -1,4 +1,4 @@
-"""How far one output is from another, and how far it may be.
+"""Distances between outputs, and how large they may be.
 
 The reference is always the trained network in float64. Its own float32 run differs from that by rounding alone:
 the *noise floor*. An exact transformation run in float32 can only be expected to stay near that floor, and has
@@ -9,6 +9,7 @@ Every sample has a floor of its own: an error on a quiet one cannot hide behind 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmlp_deploy.errors import VerificationError
+from repmlp_deploy.precision import PRECISIONS, Tolerance
 
 __all__ = [
     "TOLERANCES",
@@ -35,46 +37,7 @@ __all__ = [
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """What a precision may cost.
-
-    Attributes:
-        floor_ratio: allowed absolute error over the noise floor.
-        reason: why this much and no more.
-        between: allowed error of the differences between samples, `Comparison.between`; None where the noise floor is
-            strict enough alone. What ignores its input scores 1.
-    """
-
-    floor_ratio: float
-    reason: str
-    between: float | None = None
-
-
-TOLERANCES = {
-    "fp32": Tolerance(
-        floor_ratio=8.0,
-        reason="the same arithmetic in another order: every step of every network measured stays below 2.5 floors, "
-        "while one FC3 scaled by a thousandth is beyond 40 and a forgotten branch or bias beyond 10,000",
-    ),
-    "fp16": Tolerance(
-        floor_ratio=2.0**15,
-        between=0.05,
-        reason="the unit roundoff is 2^-11 and not 2^-24, each rounding 2^13 times larger; four times that, because a "
-        "sample's floor is one run's luck: measured networks stay below a sixth of it, rounded as a GPU does",
-    ),
-    "bf16": Tolerance(
-        floor_ratio=2.0**18,
-        between=0.5,
-        reason="the unit roundoff is 2^-8, each rounding 2^16 times float32's; four times that for the same reason: "
-        "measured networks stay below a third of it, in OpenVINO as well as emulated",
-    ),
-    "int8": Tolerance(
-        floor_ratio=2.0**19,
-        between=0.75,
-        reason="a step is 1/127 of a tensor's largest value, 2^-7 of it even where values are small, which costs "
-        "several times what 2^-8 of each value would; measured networks stay below a third",
-    ),
+_EXACT = {
     "fp64": Tolerance(
         floor_ratio=1024 * 2.0**-29,
         reason="merging and folding computed in float64, whose unit of rounding is 2⁻²⁹ of float32's: what the algebra "
@@ -88,7 +51,24 @@ TOLERANCES = {
         "its row's largest is beyond 10,000",
     ),
 }
-"""One row a kind of arithmetic. A comparison that no row fails would prove nothing: each has a test that it fails."""
+"""Arithmetics that are no precision of an artifact."""
+
+
+class _Tolerances(Mapping[str, Tolerance]):
+    """The rows of the precisions, read from their table, and those of the other arithmetics."""
+
+    def __getitem__(self, kind: str) -> Tolerance:
+        return PRECISIONS[kind].tolerance if kind in PRECISIONS else _EXACT[kind]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*PRECISIONS, *_EXACT))
+
+    def __len__(self) -> int:
+        return len(PRECISIONS) + len(_EXACT)
+
+
+TOLERANCES: Mapping[str, Tolerance] = _Tolerances()
+"""One row per kind of arithmetic. A comparison that cannot fail proves nothing: every row has a test that fails it."""
 
 _FLOOR_EPS = 4.0  # a floor below 4 units in the last place of the largest output was luck, not precision
 
@@ -116,12 +96,12 @@ class Comparison:
     top1: float | None
 
     def as_dict(self) -> dict[str, float | None]:
-        """The figures under their names, with None for what is not defined."""
+        """Return the figures under their names, with None for an undefined one."""
         return {k: None if v is None or np.isnan(v) else float(v) for k, v in asdict(self).items()}
 
 
 def compare(output: Array, reference: Array, *, classes: bool = True) -> Comparison:
-    """The distance of `output` from `reference`, both (N, …), measured in float64.
+    """Return the distance of `output` from `reference`, both (N, …), measured in float64.
 
     Args:
         output: what is to be judged.
@@ -150,12 +130,12 @@ def compare(output: Array, reference: Array, *, classes: bool = True) -> Compari
 
 
 def noise_floor(float32_output: Array, reference: Array) -> float:
-    """The largest absolute error that float32 alone gives the trained network, never below a few units in the last place."""  # noqa: E501
+    """Return the largest absolute error of the trained network in float32, at least a few units in the last place."""
     return float(np.maximum(sample_errors(float32_output, reference), _least_floors(reference)).max())
 
 
 def noise_floors(float32_output: Array, reference: Array) -> NDArray[np.float64]:
-    """The noise floor of every sample: (N, …) twice -> (N,).
+    """Return the noise floor of every sample: (N, …) twice -> (N,).
 
     One float32 run is one draw of the rounding: a sample it happened to be lucky with has the floor of the median
     sample, in proportion to its largest output.
@@ -169,7 +149,7 @@ def noise_floors(float32_output: Array, reference: Array) -> NDArray[np.float64]
 
 
 def sample_errors(output: Array, reference: Array) -> NDArray[np.float64]:
-    """The largest absolute error of every sample, in float64: (N, …) twice -> (N,).
+    """Return the largest absolute error of every sample, in float64: (N, …) twice -> (N,).
 
     Raises:
         VerificationError: the shapes differ, or the output is not finite.
@@ -180,19 +160,19 @@ def sample_errors(output: Array, reference: Array) -> NDArray[np.float64]:
 
 
 def allowed_error(precision: str, floor: float) -> float:
-    """The largest absolute error that `precision` may have over a noise floor of `floor`."""
+    """Return the largest absolute error that `precision` may have over a noise floor of `floor`."""
     return TOLERANCES[precision].floor_ratio * floor
 
 
 def is_close(result: Comparison, *, floor: float, precision: str) -> bool:
-    """Whether an output is as close to its reference as its precision must bring it."""
+    """Return whether an output is as close to its reference as its precision must bring it."""
     between = TOLERANCES[precision].between
     keeps_samples_apart = between is None or np.isnan(result.between) or result.between <= between
     return result.max_abs <= allowed_error(precision, floor) and bool(keeps_samples_apart)
 
 
 def margin_of(result: Comparison, *, floor: float, precision: str) -> float | None:
-    """How often the error fits into what is allowed, by the stricter of the row's limits; None where it is nothing."""
+    """Return the allowed error over the error, by the stricter limit of the row; None if there is no error."""
     limits = [(result.max_abs, allowed_error(precision, floor)), (result.between, TOLERANCES[precision].between)]
     return min((limit / error for error, limit in limits if limit is not None and error > 0), default=None)
 
@@ -200,10 +180,10 @@ def margin_of(result: Comparison, *, floor: float, precision: str) -> float | No
 def require_close(  # noqa: PLR0913 - what is compared, and how it is judged
     what: str, output: Array, reference: Array, *, floor: float, precision: str = "fp32", classes: bool = True
 ) -> Comparison:
-    """The comparison of two outputs that are close enough; `classes` as in `compare`.
+    """Compare two outputs and raise unless they are close enough; `classes` as in `compare`.
 
     Raises:
-        VerificationError: they are not; the message names `what`.
+        VerificationError: they are too far apart; the message names `what`.
     """
     try:
         result = compare(output, reference, classes=classes)
@@ -216,7 +196,7 @@ def require_close(  # noqa: PLR0913 - what is compared, and how it is judged
 
 
 def describe_distance(max_abs: float, between: float | None, *, floor: float, precision: str) -> str:
-    """How far an output is and how far it may be, for a message that begins with its name."""
+    """Return how far an output is from its reference and how far it may be, for a message that begins with its name."""
     tolerance, allowed = TOLERANCES[precision], allowed_error(precision, floor)
     if not max_abs <= allowed:
         return (
@@ -230,14 +210,14 @@ def describe_distance(max_abs: float, between: float | None, *, floor: float, pr
 
 
 def _least_floors(reference: Array) -> NDArray[np.float64]:
-    """A few units in the last place of every sample's largest output: (N, …) -> (N,)."""
+    """Return a few units in the last place of every sample's largest output: (N, …) -> (N,)."""
     sizes = np.abs(reference).reshape(len(reference), -1).max(axis=1)
     least: NDArray[np.float64] = np.maximum(_FLOOR_EPS * np.finfo(np.float32).eps * sizes, np.finfo(np.float64).tiny)
     return least
 
 
 def _checked(output: Array, reference: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Both in float64, if they can be compared."""
+    """Return both arrays in float64; raise unless they can be compared."""
     if output.shape != reference.shape:
         raise VerificationError(f"output has shape {output.shape}; the reference has {reference.shape}")
     y, r = output.astype(np.float64), reference.astype(np.float64)

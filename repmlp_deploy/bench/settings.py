@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from repmlp_deploy.bench.subjects.table import BASELINE
 from repmlp_deploy.errors import InputError
+from repmlp_deploy.precision import PRECISIONS
 
 __all__ = ["DEFAULT_MODEL", "Settings", "read_settings"]
 
@@ -86,7 +87,8 @@ def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
         raise InputError("--ckpt and --bundle were both given; one of them says what is measured")
     if settings.calibration is not None and not settings.calibration.exists():
         raise InputError(f"--calibration {settings.calibration}: no such folder or file")
-    if settings.calibration is not None and "int8" not in settings.precision:
+    calibrated = any(name in PRECISIONS and PRECISIONS[name].needs_calibration for name in settings.precision)
+    if settings.calibration is not None and not calibrated:
         raise InputError("--calibration is for int8: add it to --precision, or drop --calibration")
     if (settings.ckpt or settings.bundle) and "models" in named:
         raise InputError("--models is for seeded networks; with --ckpt or --bundle leave it out")

@@ -22,6 +22,7 @@ from repmlp_deploy.cli.shared.console import (
     typer,
 )
 from repmlp_deploy.errors import InputError, OutputError, VerificationError
+from repmlp_deploy.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from repmlp_deploy.bench.report.results import Report
@@ -39,7 +40,7 @@ def bench_command(  # noqa: PLR0913 - one per option
     formats: Annotated[
         str | None, typer.Option(help="Formats, comma-separated; default: all but torch-folded, torch-compile.")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="Of fp32, fp16, bf16, int8; default fp32,bf16.")] = None,
+    precision: Annotated[str | None, typer.Option(help=f"Of {', '.join(PRECISIONS)}; default fp32,bf16.")] = None,
     batch: Annotated[str | None, typer.Option(help="Images a call, comma-separated; default 1.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference; default: all cores.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Of timing a row; default 8.")] = None,

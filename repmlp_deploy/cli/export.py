@@ -13,7 +13,6 @@ from repmlp_deploy.cli.shared.console import print_json, print_line, print_table
 from repmlp_deploy.cli.shared.engine_report import print_engines
 from repmlp_deploy.convert.options import (
     GRAPHS,
-    PRECISIONS,
     parse_formats,
     parse_profiles,
     parse_size,
@@ -21,6 +20,7 @@ from repmlp_deploy.convert.options import (
     whole_range,
 )
 from repmlp_deploy.numerics import TOLERANCES
+from repmlp_deploy.precision import PRECISIONS
 
 __all__ = ["main", "print_hops", "print_report", "print_verdict"]
 
@@ -46,7 +46,7 @@ def export_command(  # noqa: PLR0913 - one per option
         str, typer.Option("--format", help="Comma-separated: onnx, openvino, trt, trt-rtx, torch, checkpoint.")
     ] = "onnx",
     graph: Annotated[str, typer.Option(help="folded, or merged for what upstream's own merge leaves.")] = "folded",
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16 or int8.")] = "fp32",
+    precision: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "fp32",
     batch: Annotated[
         str, typer.Option(metavar="MIN:OPT:MAX[,…]", help="Batch sizes to serve, or one; several: engine profiles.")
     ] = "1:8:64",
@@ -96,7 +96,7 @@ def export_command(  # noqa: PLR0913 - one per option
     )
     size = None if input_size is None else parse_size(input_size)
     require_choice("--graph", graph, GRAPHS)
-    require_choice("--precision", precision, PRECISIONS)
+    require_choice("--precision", precision, tuple(PRECISIONS))
     with progress() as show:
         show("loading PyTorch")
         from repmlp_deploy.convert.pipeline import export  # noqa: PLC0415 - seconds: not for --help or a bad option

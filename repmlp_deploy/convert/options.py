@@ -13,7 +13,6 @@ __all__ = [
     "CALIBRATION_METHODS",
     "FORMATS",
     "GRAPHS",
-    "PRECISIONS",
     "parse_batch",
     "parse_formats",
     "parse_profiles",
@@ -25,7 +24,6 @@ __all__ = [
 FORMATS = ("onnx", "openvino", "trt", "trt-rtx", "torch", "checkpoint")
 ALIASES = {"tensorrt": "trt", "engine": "trt"}
 GRAPHS = ("folded", "merged")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
 
 

@@ -46,7 +46,7 @@ from repmlp_deploy.convert.formats.tensorrt.build import GraphSpec, build_engine
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS, check_options
 from repmlp_deploy.convert.formats.tensorrt.options import EngineOptions, with_profiles
 from repmlp_deploy.convert.graph.calibrate import Calibration, measure_ranges, read_calibration, take_calibration
-from repmlp_deploy.convert.graph.emulate import EMULATORS
+from repmlp_deploy.convert.graph.emulate import runnable_graphs
 from repmlp_deploy.convert.graph.export import (
     OPSET,
     TRACED,
@@ -63,7 +63,6 @@ from repmlp_deploy.convert.memory import release_memory
 from repmlp_deploy.convert.options import (
     CALIBRATION_METHODS,
     GRAPHS,
-    PRECISIONS,
     parse_formats,
     parse_profiles,
     require_choice,
@@ -81,6 +80,7 @@ from repmlp_deploy.convert.source.state_dict import to_layout
 from repmlp_deploy.convert.source.trained import OwnRequest, Trained, find_interface, load_own, take_trained
 from repmlp_deploy.errors import BundleError, InputError, VerificationError
 from repmlp_deploy.nets.flat import Flat
+from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.onnx.runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.tasks import find_task
@@ -265,11 +265,12 @@ class _Request:
     def check(self) -> None:
         """Raise, before minutes are spent, if it cannot be had here."""
         require_choice("--graph", self.graph, GRAPHS)
-        require_choice("--precision", self.precision, PRECISIONS)
+        require_choice("--precision", self.precision, tuple(PRECISIONS))
         require_choice("--calibration-method", self.calibration_method, CALIBRATION_METHODS)
-        if self.precision == "int8" and self.calibration is None:
-            raise InputError("int8 needs calibration images: pass --calibration DIR|FILE.npz")
-        if self.precision != "int8" and self.calibration is not None:
+        calibrated = PRECISIONS[self.precision].needs_calibration
+        if calibrated and self.calibration is None:
+            raise InputError(f"{self.precision} needs calibration images: pass --calibration DIR|FILE.npz")
+        if not calibrated and self.calibration is not None:
             raise InputError(f"--calibration is for int8, and --precision is {self.precision}: drop one of them")
         if self.precision == "fp32" and (self.keep_fp32 or self.sensitivity):
             option = "--keep-fp32" if self.keep_fp32 else "--sensitivity"
@@ -485,10 +486,8 @@ def _lowered(job: _Job, data: bytes, find: Find) -> tuple[bytes, dict[str, Any]]
 
 def _ways_to_run(model: onnx.ModelProto, data: bytes, precision: str) -> Iterator[tuple[str, bytes]]:
     """Step and graph of every way to run a precision on a CPU, see `emulating`: as it is, and as a GPU would round."""
-    if precision != "bf16":
-        yield f"{precision} ONNX", data
-    if precision in EMULATORS:
-        yield f"{precision} ONNX, emulated", serialize_model(EMULATORS[precision](model))
+    for name, runnable in runnable_graphs(model, precision):
+        yield name, data if runnable is model else serialize_model(runnable)
 
 
 def _sensitivity(job: _Job, model: onnx.ModelProto, ranges: Mapping[str, float] | None) -> list[dict[str, Any]]:

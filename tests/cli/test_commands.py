@@ -17,6 +17,7 @@ from repmlp_deploy.cli import inspect as inspect_cli
 from repmlp_deploy.cli import predict as predict_cli
 from repmlp_deploy.cli import verify as verify_cli
 from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
+from repmlp_deploy.precision import PRECISIONS, Tolerance
 from support.commands import SAMPLES, ends_with
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,10 +146,8 @@ def test_a_missing_package_exits_4_with_the_remedy(
 def test_a_failed_verification_exits_3_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, digits_checkpoint: Path, tmp_path: Path
 ) -> None:
-    from repmlp_deploy import numerics
-
-    strict = numerics.Tolerance(floor_ratio=1e-9, reason="nothing passes this")
-    monkeypatch.setitem(numerics.TOLERANCES, "fp32", strict)
+    strict = Tolerance(floor_ratio=1e-9, reason="nothing passes this")
+    monkeypatch.setitem(PRECISIONS, "fp32", replace(PRECISIONS["fp32"], tolerance=strict))
     code, message = export_fails(capsys, "--ckpt", digits_checkpoint, "--out", tmp_path / "out")
     assert code == 3
     assert "nothing was written" in message

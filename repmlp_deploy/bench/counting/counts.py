@@ -27,9 +27,11 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
+from repmlp_deploy.precision import PRECISIONS
+
 __all__ = ["WIDTHS", "Counts", "OpCount", "stage_of"]
 
-WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+WIDTHS = {name: entry.bytes_per_weight for name, entry in PRECISIONS.items()}
 """Bytes of one element of a weight or an activation."""
 
 _STAGES = (

@@ -18,6 +18,7 @@ from repmlp_deploy.card import ModelCard
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
 from repmlp_deploy.convert.options import require_choice
 from repmlp_deploy.errors import InputError
+from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.runner import RUNNERS
 
 __all__ = ["BASELINE", "SUBJECTS", "Job", "OpenedSubject", "Subject", "chosen_rows", "open_subject", "why_not"]
@@ -97,6 +98,10 @@ _TORCH = "repmlp_deploy.bench.subjects.pytorch:open_network"
 _BUNDLE = "repmlp_deploy.bench.subjects.bundle:open_bundle"
 _OPENVINO = "repmlp_deploy.bench.subjects.openvino:open_ir"
 
+_ON_CPU = tuple(name for name, entry in PRECISIONS.items() if entry.runs_on_cpu)
+_IN_OPENVINO = tuple(name for name, entry in PRECISIONS.items() if entry.openvino is not None)
+_IN_TENSORRT = tuple(name for name, entry in PRECISIONS.items() if entry.tensorrt_type is not None)
+
 SUBJECTS: dict[str, Subject] = {
     "torch-trained": Subject(
         "trained network, PyTorch eager, FC3 as upstream's grouped convolution",
@@ -123,21 +128,21 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "onnx": Subject(
         "folded ONNX graph, ONNX Runtime",
-        *("folded", "onnx", ("fp32", "fp16", "int8"), _BUNDLE, "onnxruntime", "cpu"),
+        *("folded", "onnx", _ON_CPU, _BUNDLE, "onnxruntime", "cpu"),
         profiles=True,
     ),
     "openvino": Subject(
         "folded graph as OpenVINO IR, OpenVINO",
-        *("folded", "openvino", ("fp32", "fp16", "bf16", "int8"), _OPENVINO, "openvino", "openvino"),
+        *("folded", "openvino", _IN_OPENVINO, _OPENVINO, "openvino", "openvino"),
         profiles=True,
     ),
     "trt": Subject(
         "folded graph, TensorRT engine",
-        *("folded", "trt", ("fp32", "fp16", "bf16", "int8"), _BUNDLE, FLAVOURS["trt"].module, "trt"),
+        *("folded", "trt", _IN_TENSORRT, _BUNDLE, FLAVOURS["trt"].module, "trt"),
     ),
     "trt-rtx": Subject(
         "folded graph, TensorRT-RTX engine",
-        *("folded", "trt-rtx", ("fp32", "fp16", "bf16", "int8"), _BUNDLE, FLAVOURS["trt-rtx"].module, "rtx"),
+        *("folded", "trt-rtx", _IN_TENSORRT, _BUNDLE, FLAVOURS["trt-rtx"].module, "rtx"),
     ),
 }
 """Format to what it is, in the order of reports."""
@@ -160,7 +165,7 @@ def chosen_rows(formats: Sequence[str] | None, precisions: Sequence[str]) -> lis
     for precision in precisions:
         require_choice("--precision", precision, tuple(known))
     if not precisions:
-        raise InputError("--precision is empty; name one of fp32, fp16, bf16, int8")
+        raise InputError("--precision is empty; name one of " + ", ".join(known))
     rows = []
     for name in dict.fromkeys(names):
         fitting = [p for p in dict.fromkeys(precisions) if p in SUBJECTS[name].precisions]

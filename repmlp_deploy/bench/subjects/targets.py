@@ -27,14 +27,13 @@ from repmlp_deploy.convert.reparam.merge import merge_branches
 from repmlp_deploy.convert.source.trained import load_trained
 from repmlp_deploy.errors import InputError, RepMLPError
 from repmlp_deploy.nets.families import card_spec
+from repmlp_deploy.precision import PRECISIONS
 
 __all__ = ["Target", "Unavailable", "counts_key", "find_targets"]
 
 Show = Callable[[str], None]
 
 CALIBRATION_SAMPLES, CALIBRATION_SEED = 32, 7
-
-_STORED_ONLY = ("fp16", "bf16")  # in OpenVINO: what is stored and asked for, the graph is float32's
 
 
 class Unavailable(Exception):  # noqa: N818 - an outcome that becomes a row's reason
@@ -178,15 +177,15 @@ class Target:
             raise Unavailable(f"this version exports no {artifacts[0]}")
         if self.checkpoint is None:
             raise AssertionError("a target has a checkpoint or a bundle")
-        if artifacts == ("openvino",) and precision in _STORED_ONLY:
+        if artifacts == ("openvino",) and PRECISIONS[precision].lowering == "cast":
             return self._stored_in(precision, show)
         calibration: Path | dict[str, NDArray[np.float32]] | None = None
-        if precision == "int8" and self.calibration is not None:
+        if PRECISIONS[precision].needs_calibration and self.calibration is not None:
             calibration = self.calibration
-        elif precision == "int8":
+        elif PRECISIONS[precision].needs_calibration:
             calibration = {"images": probe_inputs(self.shape, CALIBRATION_SAMPLES, CALIBRATION_SEED)}
             with_what = f"{CALIBRATION_SAMPLES} seeded inputs, not with images: see --calibration"
-            note = f"{self.name}: int8 is calibrated with {with_what}"
+            note = f"{self.name}: {precision} is calibrated with {with_what}"
             self.notes += [] if note in self.notes else [note]
         return export(
             self.checkpoint,

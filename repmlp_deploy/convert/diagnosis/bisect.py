@@ -8,7 +8,6 @@ further outputs: first those at the ends of blocks, then those inside the first 
 
 from __future__ import annotations
 
-import ast
 import copy
 import re
 import warnings
@@ -24,20 +23,21 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from repmlp_deploy.convert.diagnosis.blame import Blame, place_of
+from repmlp_deploy.convert.graph.nodes import modules_around
 from repmlp_deploy.convert.graph.pointwise import channels_last_values, with_bias_added
-from repmlp_deploy.convert.graph.proto import SCOPES, serialize_model
+from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.errors import MissingDevice, VerificationError
 from repmlp_deploy.nets.blocks.checks import Check, Element
 from repmlp_deploy.numerics import compare, is_close, noise_floor
+from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.onnx.runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 
 __all__ = ["blame_graph", "said_by_runtime"]
 
 _PASSED_ON = ("Cast", "DequantizeLinear", "Identity")  # a weight behind these is the weight still
-_SUFFIXES = re.compile("_(float16|bfloat16|int8)$")  # of weights in a lower precision
-_EPS = {"fp32": 0.0, "fp16": 2.0**-10, "bf16": 2.0**-7}
-"""Between one and the next number that a precision stores weights in; int8's steps are every weight's own."""
+_TYPES = "|".join(entry.onnx_type.lower() for entry in PRECISIONS.values())
+_SUFFIXES = re.compile(f"_({_TYPES})$")  # of weights in a lower precision
 _AT_ONCE = 48  # further outputs of one run
 
 Arrays = Sequence[NDArray[Any]]
@@ -195,7 +195,8 @@ class _Graph:
         self._weights = {_SUFFIXES.sub("", tensor.name): tensor for tensor in self.model.graph.initializer}
         self._outputs = [value.name for value in self.model.graph.output]
         self._read: dict[int, list[str]] = {}
-        self._channels_last = channels_last_values(self.model.graph) if precision == "int8" else set()
+        quantized = PRECISIONS[precision].lowering == "quantize"
+        self._channels_last = channels_last_values(self.model.graph) if quantized else set()
         self.anchors = self._find_anchors()
 
     def _find_anchors(self) -> list[_Anchor]:
@@ -211,7 +212,7 @@ class _Graph:
             self._read[i] = weights
             for weight in weights:
                 found.setdefault(weight, _Anchor(weight, biased.get(node.output[0], node).output[0], i))
-            for module in _scopes(node):
+            for module in modules_around(node):
                 found[module] = _Anchor(module, node.output[0], i)
         return sorted(found.values(), key=lambda anchor: anchor.index)
 
@@ -246,7 +247,7 @@ class _Graph:
         return None
 
     def _module_of(self, node: onnx.NodeProto) -> str:
-        scopes = _scopes(node)
+        scopes = modules_around(node)
         return scopes[-1] if scopes else ""
 
     def blame(self, found: _Straying, trace: _Trace) -> Blame:
@@ -271,13 +272,14 @@ class _Graph:
 
     def _wrong_element(self, name: str, trace: _Trace) -> Element | None:
         """The worst entry of a weight that is not the trace's."""
+        rounding = PRECISIONS[self.precision].rounding
         tensor, expected = self._weights.get(name), trace.weights.get(name)
-        if tensor is None or expected is None or self.precision not in _EPS:
+        if tensor is None or expected is None or rounding is None:
             return None
         got = torch.from_numpy(numpy_helper.to_array(tensor).copy())
         if got.shape != expected.shape or not got.is_floating_point():
             return None
-        found = Check("", name, got, expected.detach().double(), eps=_EPS[self.precision]).finding()
+        found = Check("", name, got, expected.detach().double(), eps=2 * rounding).finding()
         return None if found is None else found.element
 
 
@@ -287,16 +289,6 @@ def said_by_runtime(error: Exception) -> str:
     for before in (r"^.*\[ONNXRuntimeError\] : \d+ : \w+ : ", r"^.* Status Message: ", r"^.* was false\. "):
         said = re.sub(before, "", said)
     return said[:200]
-
-
-def _scopes(node: onnx.NodeProto) -> list[str]:
-    """The modules that a node came from, the outermost first, the network itself left out."""
-    said = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
-    try:
-        names = ast.literal_eval(said)
-    except (ValueError, SyntaxError):
-        return []
-    return [name for name in names[:-1] if name]
 
 
 def _place(key: str) -> tuple[str, str]:

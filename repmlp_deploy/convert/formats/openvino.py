@@ -22,16 +22,11 @@ rows there is nothing to gain (1.02 at batch 1, 1.04 at 4), nor in float32 and i
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -41,7 +36,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import BatchRange
+from repmlp_deploy.convert.capture import captured_output
+from repmlp_deploy.convert.graph.patterns import match_patterns, module_and_parents
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency
+from repmlp_deploy.precision import PRECISIONS, OpenVinoNames
 
 try:
     import openvino as ov
@@ -51,9 +49,6 @@ except ImportError:
 
 __all__ = ["IR", "build_ir", "check_precision"]
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-
-_STORED = {"fp16": ov.Type.f16, "bf16": ov.Type.bf16}
 _PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 _LARGE_MATRIX, _COLUMNS_OF_A_TILE = 5_000_000, 16  # bytes; bfloat16 numbers
 _ROWS_ENOUGH = 8  # images a call from which cutting large products pays
@@ -83,12 +78,26 @@ def check_precision(precision: str, keep_fp32: Sequence[str] = ()) -> None:
         InputError: there is no such precision, or nothing can be kept out of it.
         MissingDependency: int8 needs nncf.
     """
-    if precision not in PRECISIONS:
-        raise InputError(f"openvino has no precision {precision}; it has {', '.join(PRECISIONS)}")
-    if precision == "bf16" and keep_fp32:
-        raise InputError("openvino computes a whole model in bf16 or none of it: use --keep-fp32 with fp16 or int8")
-    if precision == "int8":
+    names = _names_of(precision)
+    if names.computes != "f32" and keep_fp32:
+        raise InputError(
+            f"openvino computes a whole model in {precision} or none of it: use --keep-fp32 with fp16 or int8"
+        )
+    if PRECISIONS[precision].lowering == "quantize":
         _import_nncf()
+
+
+def _names_of(precision: str) -> OpenVinoNames:
+    """Return what OpenVINO calls a precision.
+
+    Raises:
+        InputError: OpenVINO has no such precision.
+    """
+    names = PRECISIONS[precision].openvino if precision in PRECISIONS else None
+    if names is None:
+        known = ", ".join(name for name, entry in PRECISIONS.items() if entry.openvino)
+        raise InputError(f"openvino has no precision {precision}; it has {known}")
+    return names
 
 
 def build_ir(  # noqa: PLR0913 - the graph, and all that decides what becomes of it
@@ -123,15 +132,16 @@ def build_ir(  # noqa: PLR0913 - the graph, and all that decides what becomes of
         _turn_point_convolutions(model)
     kept = _kept_nodes(model, keep_fp32)
     details: dict[str, Any] = {"version": ov.__version__}
-    if precision == "int8":
+    names = _names_of(precision)
+    if PRECISIONS[precision].lowering == "quantize":
         if not calibration:
-            raise InputError("int8 needs calibration inputs: pass --calibration DIR or FILE.npz")
+            raise InputError(f"{precision} needs calibration inputs: pass --calibration DIR or FILE.npz")
         model = _quantized(model, calibration, kept)
         details |= {"nncf": _import_nncf().__version__, "calibration_samples": len(calibration)}
-    elif precision in _STORED:
-        if precision == "bf16" and batch.opt >= _ROWS_ENOUGH:
+    elif names.stored is not None:
+        if names.computes == "bf16" and batch.opt >= _ROWS_ENOUGH:
             _cut_large_products(model)
-        kept |= _store_weights(model, _STORED[precision], kept)
+        kept |= _store_weights(model, getattr(ov.Type, names.stored), kept)
     return IR(*_serialized(model), details | _report(model, kept))
 
 
@@ -243,20 +253,11 @@ def _kept_nodes(model: Any, patterns: Sequence[str]) -> dict[str, str]:
     Raises:
         InputError: a pattern matches nothing.
     """
-    kept: dict[str, str] = {}
-    for pattern in patterns:
-        found = [op for op in model.get_ordered_ops() if any(fnmatchcase(name, pattern) for name in _known_as(op))]
-        if not found:
-            modules = sorted({module for op in _products(model) if (module := _module(op))})
-            raise InputError(f"--keep-fp32 {pattern} matches no node; modules are {', '.join(modules[:4])}, …")
-        kept |= {_name(op): f"--keep-fp32 {pattern}" for op in found}
-    return kept
-
-
-def _known_as(op: Any) -> list[str]:
-    """What a pattern may mean: the node, and its module with everything it is inside of."""
-    parts = _module(op).split(".")
-    return [_name(op), *(".".join(parts[:end]) for end in range(1, len(parts) + 1) if parts[0])]
+    ordered = model.get_ordered_ops() if patterns else []
+    kept = match_patterns(
+        patterns, ((_name(op), (_name(op), *module_and_parents(_module(op)))) for op in ordered), map(_module, ordered)
+    )
+    return {name: f"--keep-fp32 {pattern}" for name, pattern in kept.items()}
 
 
 def _module(op: Any) -> str:
@@ -323,7 +324,7 @@ def _quantized(model: Any, calibration: Sequence[Mapping[str, NDArray[Any]]], ke
     nncf = _import_nncf()
     ranges = import_module("nncf.quantization.range_estimator").RangeEstimatorParametersSet.MINMAX
     names = [op.get_friendly_name() for op in model.get_ordered_ops() if _name(op) in kept]
-    with _captured():
+    with captured_output("nncf"):
         try:
             return nncf.quantize(
                 model,
@@ -344,7 +345,7 @@ def _import_nncf() -> Any:
     before = os.environ.get("NNCF_CI")
     os.environ["NNCF_CI"] = "1"  # read once, at import
     try:
-        with _captured():
+        with captured_output("nncf"):
             import nncf  # noqa: PLC0415 - int8 alone needs it
     except ImportError:
         raise MissingDependency("nncf", "openvino") from None
@@ -362,18 +363,3 @@ def _serialized(model: Any) -> tuple[bytes, bytes]:
         path = Path(folder, "model.xml")
         ov.save_model(model, path, compress_to_fp16=False)
         return path.read_bytes(), path.with_suffix(".bin").read_bytes()
-
-
-@contextlib.contextmanager
-def _captured() -> Iterator[None]:
-    """What NNCF prints, warns and logs inside is kept from the terminal."""
-    text = io.StringIO()
-    logger = logging.getLogger("nncf")
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = before

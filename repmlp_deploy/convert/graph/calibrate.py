@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +14,7 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import hash_file
 from repmlp_deploy.card import Preprocessing
+from repmlp_deploy.convert.capture import captured_output
 from repmlp_deploy.errors import InputError, MissingDependency
 from repmlp_deploy.runtime.images import IMAGE_SUFFIXES, open_image, preprocess
 
@@ -124,7 +122,7 @@ def measure_ranges(graph: bytes, calibration: Calibration, tensors: Sequence[str
     Raises:
         InputError: the calibrator cannot find a range.
     """
-    with tempfile.TemporaryDirectory(prefix="repmlp-calibrate-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="repmlp-calibrate-") as folder, captured_output():
         source = Path(folder, "source.onnx")
         source.write_bytes(graph)
         calibrator = create_calibrator(
@@ -216,15 +214,3 @@ def _spaced(available: int, count: int) -> list[int]:
     """At most `count` indices, evenly over `available`."""
     count = min(available, count)
     return [i * available // count for i in range(count)]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What the quantizer prints and logs, kept from the terminal."""
-    level = logging.root.level
-    logging.root.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.root.setLevel(level)

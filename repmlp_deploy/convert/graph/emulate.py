@@ -1,4 +1,4 @@
-"""Emulation of fp16 and bf16 where nothing can run them: every value is rounded, every operation is float32's.
+"""Emulation of casts on a CPU that cannot run them: every value is rounded, every operation is float32's.
 
 That is what a runtime does that multiplies low precisions and accumulates in float32, so such a graph can be verified
 by ONNX Runtime's CPU provider. It has no bf16 convolution; and fp16 it computes in float32 without rounding between
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from repmlp_deploy.errors import MissingDependency
+from repmlp_deploy.precision import PRECISIONS, Precision
 
 try:
     import onnx
@@ -19,31 +20,38 @@ try:
 except ImportError:
     raise MissingDependency("onnx", "export") from None
 
-__all__ = ["EMULATORS", "emulate_bf16", "emulate_fp16"]
-
-_SUFFIXES: dict[int, str] = {TensorProto.BFLOAT16: "bf16", TensorProto.FLOAT16: "fp16"}
+__all__ = ["emulate", "emulate_casts", "runnable_graphs"]
 
 
-def emulate_bf16(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """A float32 graph that rounds wherever `graph`, as `set_precision` makes it, is bf16; `graph` is left alone."""
-    return _emulate(graph, TensorProto.BFLOAT16)
+def emulate(graph: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+    """Return a float32 graph that rounds as a GPU does in a precision; `graph` itself if nothing needs emulation."""
+    entry = PRECISIONS[precision]
+    emulator = entry.load_emulator()
+    return graph if emulator is None else emulator(graph, entry)
 
 
-def emulate_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """A float32 graph that rounds wherever `graph`, as `set_precision` makes it, is fp16; `graph` is left alone."""
-    return _emulate(graph, TensorProto.FLOAT16)
+def runnable_graphs(graph: onnx.ModelProto, precision: str) -> Iterator[tuple[str, onnx.ModelProto]]:
+    """Yield every way to run a graph on a CPU, with its name: as it is, and as a GPU would round."""
+    entry = PRECISIONS[precision]
+    if entry.runs_on_cpu:
+        yield f"{precision} ONNX", graph
+    if entry.emulator:
+        yield f"{precision} ONNX, emulated", emulate(graph, precision)
 
 
-def _emulate(graph: onnx.ModelProto, kind: int) -> onnx.ModelProto:
+def emulate_casts(graph: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
+    """Return a float32 graph that rounds wherever `graph` has the precision's element type; `graph` does not change."""
+    kind = TensorProto.DataType.Value(precision.onnx_type)
     weights = [_widened(tensor, kind) for tensor in graph.graph.initializer]
     low = {tensor.name for tensor in graph.graph.initializer if tensor.data_type == kind}
-    nodes = [made for node in graph.graph.node for made in _emulated(node, low, kind)]
+    nodes = [made for node in graph.graph.node for made in _emulated(node, low, precision)]
     made = helper.make_graph(nodes, graph.graph.name, graph.graph.input, graph.graph.output, weights)
     return helper.make_model(made, opset_imports=graph.opset_import, ir_version=graph.ir_version)
 
 
-def _emulated(node: NodeProto, low: set[str], kind: int) -> Iterator[NodeProto]:
-    """What takes the place of a node; the names of its rounded outputs join `low`."""
+def _emulated(node: NodeProto, low: set[str], precision: Precision) -> Iterator[NodeProto]:
+    """Yield the nodes that replace a node; add the names of its rounded outputs to `low`."""
+    kind = TensorProto.DataType.Value(precision.onnx_type)
     made = NodeProto()
     made.CopyFrom(node)
     to = next((a.i for a in node.attribute if a.name == "to"), None) if node.op_type == "Cast" else None
@@ -55,19 +63,20 @@ def _emulated(node: NodeProto, low: set[str], kind: int) -> Iterator[NodeProto]:
         yield made
         return
     if to is not None:  # its input is float32 already: only the rounding is left of it
-        yield from _rounding(node.input[0], node.output[0], kind)
+        yield from _rounding(node.input[0], node.output[0], precision)
     else:
         for i, name in enumerate(node.output):
             made.output[i] = f"{name}_unrounded"
         yield made
         for name in node.output:
-            yield from _rounding(f"{name}_unrounded", name, kind)
+            yield from _rounding(f"{name}_unrounded", name, precision)
     low.update(node.output)
 
 
-def _rounding(source: str, result: str, kind: int) -> Iterator[NodeProto]:
-    """Two Casts: to the low type and back."""
-    between = f"{result}_{_SUFFIXES[kind]}"
+def _rounding(source: str, result: str, precision: Precision) -> Iterator[NodeProto]:
+    """Yield two Casts: to the low type and back."""
+    kind = TensorProto.DataType.Value(precision.onnx_type)
+    between = f"{result}_{precision.name}"
     yield helper.make_node("Cast", [source], [between], name=f"{result}_round", to=kind)
     yield helper.make_node("Cast", [between], [result], name=f"{result}_widen", to=TensorProto.FLOAT)
 
@@ -76,7 +85,3 @@ def _widened(tensor: TensorProto, kind: int) -> TensorProto:
     if tensor.data_type != kind:
         return tensor
     return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
-
-
-EMULATORS = {"bf16": emulate_bf16, "fp16": emulate_fp16}
-"""Precision to what emulates it."""

@@ -8,12 +8,8 @@ sizes tells; where it was not, the network is traced again as it should be.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from repmlp_deploy.bundle import BatchRange
-from repmlp_deploy.convert.graph.proto import SCOPES
+from repmlp_deploy.convert.capture import captured_output
+from repmlp_deploy.convert.graph.proto import SCOPES, copy_graph
 from repmlp_deploy.errors import InputError, MissingDependency, RepMLPError
 from repmlp_deploy.nets.flat import Flat
 
@@ -35,6 +32,7 @@ __all__ = ["OPSET", "TRACED", "Traced", "export_graph", "trace_network", "with_m
 
 OPSET = 20  # the first with Gelu
 
+_TALKATIVE = ("torch", "onnxscript", "onnx_ir")
 _TRACED_BATCH = 2  # 0 and 1 would be specialised
 TRACED = BatchRange(min=_TRACED_BATCH, opt=_TRACED_BATCH, max=_TRACED_BATCH)
 """The fixed batch to trace with where the batch is to be made symbolic afterwards."""
@@ -54,7 +52,7 @@ class Traced:
 
 
 def trace_network(network: nn.Module, examples: Sequence[Tensor], batch: BatchRange) -> Traced:
-    """The torch.export program of a network called by position.
+    """Trace a network with torch.export; the network is called by position.
 
     Args:
         network: in evaluation mode.
@@ -71,7 +69,7 @@ def trace_network(network: nn.Module, examples: Sequence[Tensor], batch: BatchRa
     if not fixed:
         dynamic = ({0: torch.export.Dim("batch", min=batch.min, max=batch.max)},) * len(inputs)
         dynamic = (dynamic,) if isinstance(network, Flat) else dynamic
-    with _captured() as chatter:
+    with captured_output(*_TALKATIVE) as chatter:
         try:
             program = torch.export.export(network, inputs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
@@ -84,7 +82,7 @@ def trace_network(network: nn.Module, examples: Sequence[Tensor], batch: BatchRa
 def export_graph(
     traced: Traced, *, input_names: Sequence[str], output_names: Sequence[str], optimize: bool = True
 ) -> onnx.ModelProto:
-    """The ONNX graph of a traced network.
+    """Export a traced network to an ONNX graph.
 
     Args:
         traced: the network.
@@ -96,7 +94,7 @@ def export_graph(
     Raises:
         RepMLPError: the exporter failed; the message is its own first line.
     """
-    with _captured() as chatter:
+    with captured_output(*_TALKATIVE) as chatter:
         try:
             exported = torch.onnx.export(
                 traced.program,
@@ -116,11 +114,12 @@ def export_graph(
     graph = exported.model_proto
     if (given := graph.opset_import[0].version) != OPSET:
         raise RepMLPError(f"torch.onnx.export wrote opset {given} where {OPSET} was asked for")
-    return _without_notes(graph)
+    _drop_notes(graph)
+    return graph
 
 
-def _without_notes(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """`graph` without what the exporter notes on values and nodes, such as paths of this machine, but for modules."""
+def _drop_notes(graph: onnx.ModelProto) -> None:
+    """Delete the exporter's notes from values and nodes, such as paths of this machine; keep the scopes."""
     for node in graph.graph.node:
         kept = [entry for entry in node.metadata_props if entry.key == SCOPES]
         del node.metadata_props[:]
@@ -128,47 +127,27 @@ def _without_notes(graph: onnx.ModelProto) -> onnx.ModelProto:
     for value in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output, *graph.graph.initializer):
         del value.metadata_props[:]
     del graph.graph.metadata_props[:]
-    return graph
 
 
 def with_symbolic_batch(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """`graph` with a symbolic batch at its borders, whatever it was traced with; the weights are not copied."""
+    """Return `graph` with a symbolic batch at its borders; a copy unless it has one."""
     if graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         return graph
-    for value in (*graph.graph.input, *graph.graph.output):
+    result = copy_graph(graph)
+    for value in (*result.graph.input, *result.graph.output):
         batch = value.type.tensor_type.shape.dim[0]
         batch.ClearField("dim_value")
         batch.dim_param = "batch"
-    del graph.graph.value_info[:]  # shapes inside that say the batch
-    return graph
+    del result.graph.value_info[:]  # inner shapes would still name the traced batch
+    return result
 
 
 def with_metadata(graph: onnx.ModelProto, metadata: Mapping[str, object]) -> onnx.ModelProto:
-    """`graph` with `metadata` as its own properties, values that are no strings as JSON; the weights are not copied."""
-    del graph.metadata_props[:]
+    """Return a copy of `graph` with `metadata` as its only properties; values that are no strings become JSON."""
+    result = copy_graph(graph)
+    del result.metadata_props[:]
     for key, value in metadata.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        graph.metadata_props.add(key=key, value=text)
-    graph.producer_name = "repmlp-deploy"
-    return graph
-
-
-@contextlib.contextmanager
-def _captured() -> Iterator[io.StringIO]:
-    """Everything that Python code prints, warns or logs inside, kept from the terminal."""
-    text = io.StringIO()
-    names = [
-        None,
-        *(n for n in logging.root.manager.loggerDict if n.split(".")[0] in ("torch", "onnxscript", "onnx_ir")),
-    ]
-    loggers = [logger for logger in map(logging.getLogger, names) if logger.handlers or logger is logging.root]
-    before = [logger.handlers for logger in loggers]
-    for logger in loggers:
-        logger.handlers = [logging.StreamHandler(text)]
-    try:
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield text
-    finally:
-        for logger, handlers in zip(loggers, before, strict=True):
-            logger.handlers = handlers
+        result.metadata_props.add(key=key, value=text)
+    result.producer_name = "repmlp-deploy"
+    return result

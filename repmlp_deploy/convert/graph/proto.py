@@ -1,7 +1,7 @@
 """Large weights in ONNX protobufs, moved as rarely as possible.
 
 The protobuf runtime grows one buffer until it holds the whole model, which takes longer than anything else done to a
-graph of hundreds of megabytes. A message is its fields one behind the other, each a tag, a length and its bytes, so
+graph of hundreds of megabytes. A message is its fields one after the other, each a tag, a length and its bytes, so
 the weights can be put where they belong without going through that buffer.
 """
 
@@ -12,7 +12,15 @@ from collections.abc import Sequence
 
 import onnx
 
-__all__ = ["LARGE_BYTES", "SCOPES", "large_weights", "serialize_model", "with_weights", "without_weights"]
+__all__ = [
+    "LARGE_BYTES",
+    "SCOPES",
+    "copy_graph",
+    "large_weights",
+    "restore_weights",
+    "serialize_model",
+    "without_weights",
+]
 
 LARGE_BYTES = 1 << 16
 
@@ -24,13 +32,20 @@ _INITIALIZER = onnx.GraphProto.INITIALIZER_FIELD_NUMBER
 _RAW_DATA = onnx.TensorProto.RAW_DATA_FIELD_NUMBER
 
 
+def copy_graph(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of a model, weights included."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    return result
+
+
 def large_weights(model: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """The initializers of at least `LARGE_BYTES`."""
+    """Return the initializers of at least `LARGE_BYTES`."""
     return [tensor for tensor in model.graph.initializer if len(tensor.raw_data) >= LARGE_BYTES]
 
 
 def without_weights(model: onnx.ModelProto, weights: Sequence[onnx.TensorProto], *, as_inputs: bool) -> onnx.ModelProto:
-    """A copy of `model` that lacks `weights`; with `as_inputs` each is an input of the graph instead."""
+    """Return a copy of `model` that lacks `weights`; with `as_inputs` each is an input of the graph instead."""
     names = {tensor.name for tensor in weights}
     result = onnx.ModelProto()
     for field, value in model.ListFields():
@@ -47,19 +62,18 @@ def without_weights(model: onnx.ModelProto, weights: Sequence[onnx.TensorProto],
     return result
 
 
-def with_weights(model: onnx.ModelProto, weights: Sequence[onnx.TensorProto]) -> onnx.ModelProto:
-    """`model` with those of `weights` that it reads as initializers, no longer as inputs; `model` is used up."""
+def restore_weights(model: onnx.ModelProto, weights: Sequence[onnx.TensorProto]) -> None:
+    """Turn those inputs of `model` that stand for `weights` back into initializers, in place."""
     names = {tensor.name for tensor in weights}
     inputs = [value for value in model.graph.input if value.name not in names]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
     read = {name for node in model.graph.node for name in node.input}
     model.graph.initializer.extend(tensor for tensor in weights if tensor.name in read)
-    return model
 
 
 def serialize_model(model: onnx.ModelProto) -> bytes:
-    """What `model.SerializeToString()` means, in a third of the time where weights are large."""
+    """Return `model.SerializeToString()`, in a third of the time if weights are large."""
     weights = large_weights(model)
     if not weights:
         data: bytes = model.SerializeToString()
@@ -82,7 +96,7 @@ def serialize_model(model: onnx.ModelProto) -> bytes:
 
 
 def _initializer_head(tensor: onnx.TensorProto) -> tuple[bytes, int]:
-    """What stands in front of a weight's bytes in a graph's initializer field, and how many bytes these are."""
+    """Return what precedes a weight's bytes in a graph's initializer field, and the number of these bytes."""
     about = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims).SerializeToString()
     nbytes = len(tensor.raw_data)
     raw_head = _head(_RAW_DATA, nbytes)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import onnx
 
-from repmlp_deploy.convert.graph.proto import SCOPES, large_weights, serialize_model, with_weights, without_weights
+from repmlp_deploy.convert.graph.proto import SCOPES, large_weights, restore_weights, serialize_model, without_weights
 from repmlp_deploy.errors import MissingDependency
 
 __all__ = ["SimplificationFailed", "Simplifier", "simplifier_started", "simplify_graph"]
@@ -46,7 +46,7 @@ class SimplificationFailed(Exception):  # noqa: N818 - an outcome the pipeline h
 
 @contextlib.contextmanager
 def simplifier_started() -> Iterator[Simplifier]:
-    """A child that gets ready while the caller makes the graph; it ends with the context, whatever it is doing.
+    """Start a child that gets ready while the caller makes the graph; it ends with the context.
 
     Raises:
         MissingDependency: onnxsim is not installed.
@@ -63,10 +63,10 @@ def simplifier_started() -> Iterator[Simplifier]:
 
 
 def simplify_graph(graph: onnx.ModelProto, simplifier: Simplifier | None = None) -> onnx.ModelProto:
-    """`graph` with constants folded and redundant nodes gone, its metadata kept. To be verified like any other step.
+    """Return `graph` with constants folded, redundant nodes removed and metadata kept; the caller verifies it.
 
     Args:
-        graph: left alone.
+        graph: does not change.
         simplifier: a child that was started before; by default one is started now.
 
     Raises:
@@ -78,7 +78,8 @@ def simplify_graph(graph: onnx.ModelProto, simplifier: Simplifier | None = None)
             return simplify_graph(graph, started)
     foldable = any(node.op_type == "BatchNormalization" for node in graph.graph.node)
     kept = [] if foldable else large_weights(graph)
-    simplified = with_weights(_in_child(without_weights(graph, kept, as_inputs=True), simplifier), kept)
+    simplified = _in_child(without_weights(graph, kept, as_inputs=True), simplifier)
+    restore_weights(simplified, kept)
     del simplified.metadata_props[:]
     simplified.metadata_props.extend(graph.metadata_props)
     _copy_scopes(graph, simplified)
@@ -86,7 +87,7 @@ def simplify_graph(graph: onnx.ModelProto, simplifier: Simplifier | None = None)
 
 
 def _copy_scopes(graph: onnx.ModelProto, simplified: onnx.ModelProto) -> None:
-    """Say again which modules a node came from: onnxsim keeps names of values but no notes on nodes."""
+    """Copy the scopes of nodes onto `simplified`: onnxsim keeps the names of values but no notes on nodes."""
     scopes = {
         name: entry
         for node in graph.graph.node

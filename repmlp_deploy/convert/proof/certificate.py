@@ -20,6 +20,7 @@ from repmlp_deploy.numerics import (
     noise_floors,
     sample_errors,
 )
+from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.runner import RUNNERS, RunnerOptions, open_runner
 from repmlp_deploy.runtime.tasks import find_task
 
@@ -138,7 +139,7 @@ class Certifier:
             if not hop.passed:
                 where = f"at batch {hop.batch}" if hop.batch else f"({hop.note})"
                 said = describe_distance(hop.max_abs, hop.between, floor=hop.floor, precision=precision)
-                remedy = _REMEDIES.get(precision, "please report this checkpoint")
+                remedy = PRECISIONS.get(precision, PRECISIONS["fp32"]).remedy
                 raise VerificationError(f"{hop.name} {where} {said}: {self._consequence}; {remedy}")
         self.hops += hops
 
@@ -183,13 +184,6 @@ class Certifier:
                 "sample": int(rows[worst]),
             }
         )
-
-
-_REMEDIES = {
-    "fp16": "keep the worst blocks in float32, --keep-fp32 PATTERN, or use bf16",
-    "bf16": "keep the worst blocks in float32, --keep-fp32 PATTERN, or use fp32",
-    "int8": "give more or better calibration images, or keep the worst blocks in float32, --keep-fp32 PATTERN",
-}
 
 
 def batch_sizes(batch: BatchRange) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repmlp_deploy.convert.graph.nodes import node_module
+from repmlp_deploy.convert.graph.nodes import module_of
 from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.errors import CheckpointError, InputError, MissingDependency
 
@@ -72,7 +72,7 @@ def named_weights(
 
 def _slopes(graph: onnx.ModelProto) -> dict[str, str]:
     """Initializer to parameter, for the slopes of PReLUs."""
-    return {node.input[1]: f"{node_module(node)}.weight" for node in graph.graph.node if node.op_type == "PRelu"}
+    return {node.input[1]: f"{module_of(node)}.weight" for node in graph.graph.node if node.op_type == "PRelu"}
 
 
 def with_named_weights(graph: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> bytes:

@@ -22,7 +22,7 @@ from torch import nn
 from repmlp_deploy.bundle import PROBE, ArtifactEntry, Bundle, Hop, check_output_folder, describe_file
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
 from repmlp_deploy.convert.formats.tensorrt.refit import check_refit, refit_engine
-from repmlp_deploy.convert.graph.emulate import emulate_bf16
+from repmlp_deploy.convert.graph.emulate import emulate
 from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
 from repmlp_deploy.convert.proof.probe import probe_like, record_probe, run_network
@@ -34,6 +34,7 @@ from repmlp_deploy.convert.rework.named_weights import named_weights, with_named
 from repmlp_deploy.convert.source.trained import Trained, find_interface, load_trained
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.families import FAMILIES
+from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.onnx.runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.tasks import find_task
@@ -151,7 +152,8 @@ def _traced_form(trained: Trained, certifier: Certifier) -> nn.Module:
 
 def _require_equal(data: bytes, precision: str, certifier: Certifier) -> None:
     """Raise unless the refitted graph is as close to the trained network as its precision allows."""
-    runnable = data if precision != "bf16" else serialize_model(emulate_bf16(onnx.load_from_string(data)))
+    native = PRECISIONS[precision].runs_on_cpu
+    runnable = data if native else serialize_model(emulate(onnx.load_from_string(data), precision))
     session, _ = open_session(runnable, RunnerOptions(device="cpu"))
     names = [value.name for value in session.get_inputs()]
     certifier.require(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import BundleError, InputError, MissingDependency, MissingDevice
+from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.cache import Cache, cache_key, describe_processor
 from repmlp_deploy.runtime.onnx.providers import COMPILING, PROVIDERS, open_provider_session
 from repmlp_deploy.runtime.runner import RunnerOptions
@@ -23,11 +24,6 @@ except ImportError:
     raise MissingDependency("onnxruntime", "cpu") from None
 
 __all__ = ["OnnxRunner", "open_cached", "open_session"]
-
-CACHED = ("int8",)
-"""Precisions whose optimised graph is worth keeping: it starts in 0.6 of the time. In the others most of a start is
-reading the weights, and checking those of a cache takes longer than optimising the graph again.
-"""
 
 
 def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSession, str]:
@@ -123,7 +119,9 @@ class OnnxRunner:
 
     def __init__(self, bundle: Bundle, options: RunnerOptions) -> None:
         entry = bundle.artifact(self.format)
-        if options.cache is not None and entry.precision in CACHED and options.device not in COMPILING:
+        # other precisions start no faster from a cache: checking it takes as long as optimizing the graph again
+        keeps = entry.precision in PRECISIONS and PRECISIONS[entry.precision].keeps_graph
+        if options.cache is not None and keeps and options.device not in COMPILING:
             cache = Cache(options.cache)
             self._session, self.device, came = open_cached(lambda: bundle.read(entry), options, cache, entry.sha256)
         else:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import BundleError, InputError, MissingDependency, MissingDevice
+from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.cache import Cache, cache_key
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.slices import run_by_slices
@@ -29,13 +30,10 @@ except ImportError:
 
 __all__ = ["COMPUTES_IN", "CompiledIR", "OpenVinoRunner", "layer_info"]
 
-COMPUTES_IN = MappingProxyType({"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"})
-"""An artifact's precision to the inference precision asked for: of all products, for int8 of what is not quantized.
+_NAMES = {name: entry.openvino for name, entry in PRECISIONS.items() if entry.openvino}
+COMPUTES_IN = MappingProxyType({name: names.computes for name, names in _NAMES.items()})
+"""An artifact's precision to the inference precision that the runner requests."""
 
-fp16 stores half and computes in float32, which is what CPUs have.
-"""
-
-_CAPABILITY = {"bf16": "BF16"}
 _PRODUCTS = ("Convolution", "FullyConnected", "FullyConnectedQuantizedLegacy", "MatMul")
 _REQUESTS = 8  # more callers than these wait: one stream runs one inference at a time, the others only hold memory
 
@@ -184,7 +182,7 @@ def _check(core: Any, precision: str, options: RunnerOptions) -> None:
     if precision not in COMPUTES_IN:
         raise BundleError(f"the openvino artifact is {precision}; this version runs {', '.join(COMPUTES_IN)}")
     able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if _CAPABILITY.get(precision, "FP32") not in able:
+    if _NAMES[precision].capability not in able:
         raise MissingDevice(
             f"this CPU has no {precision} instructions (OpenVINO names {', '.join(able)}): export fp32 or int8 for it"
         )

@@ -11,6 +11,7 @@ from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert.formats import openvino as openvino_ir
 from repmlp_deploy.convert.formats.openvino import IR, build_ir, check_precision
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency
+from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.openvino.runner import CompiledIR
 from repmlp_deploy.runtime.runner import RunnerOptions
 from support.openvino_bundle import DIGIT, digits_ir
@@ -52,7 +53,7 @@ def test_every_product_has_the_precision_and_every_batch_size_its_answer(
 
 
 def test_the_file_is_as_small_as_the_precision_says(bundle: Bundle) -> None:
-    sizes = {precision: len(digits_ir(bundle, precision).weights) for precision in openvino_ir.PRECISIONS}
+    sizes = {precision: len(digits_ir(bundle, precision).weights) for precision in PRECISIONS}
     assert sizes["bf16"] == sizes["fp16"] < 0.55 * sizes["fp32"]
     assert sizes["int8"] < 0.3 * sizes["fp32"]
 

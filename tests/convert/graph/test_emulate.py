@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from repmlp_deploy.convert.graph.emulate import EMULATORS
+from repmlp_deploy.convert.graph.emulate import emulate
 
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
@@ -36,14 +36,14 @@ def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
 def test_what_overflows_in_fp16_overflows_when_emulated_and_not_on_a_cpu() -> None:
     x = np.float32([20, 100])
     assert np.isfinite(run(product("fp16"), x)).all()
-    emulated = run(EMULATORS["fp16"](product("fp16")), x)
+    emulated = run(emulate(product("fp16"), "fp16"), x)
     assert emulated[0] == pytest.approx(20, rel=2e-3)
     assert np.isinf(emulated[1])
 
 
 def test_bf16_has_the_range_of_float32_and_rounds_coarsely() -> None:
     x = np.float32([20.0625, 1e30])
-    emulated = run(EMULATORS["bf16"](product("bf16")), x)
+    emulated = run(emulate(product("bf16"), "bf16"), x)
     np.testing.assert_allclose(emulated, x, rtol=2e-2)
     assert abs(emulated[0] - x[0]) > 1e-3
 
@@ -51,5 +51,5 @@ def test_bf16_has_the_range_of_float32_and_rounds_coarsely() -> None:
 def test_the_graph_is_left_alone() -> None:
     model = product("fp16")
     before = model.SerializeToString(deterministic=True)
-    EMULATORS["fp16"](model)
+    emulate(model, "fp16")
     assert model.SerializeToString(deterministic=True) == before

@@ -9,8 +9,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from repmlp_deploy import Bundle
-from repmlp_deploy.convert.graph.emulate import emulate_bf16
-from repmlp_deploy.convert.graph.lower import PRODUCTS, module_of, product_tensors, set_precision
+from repmlp_deploy.convert.graph.emulate import emulate
+from repmlp_deploy.convert.graph.lower import PRODUCTS, product_tensors, set_precision
+from repmlp_deploy.convert.graph.nodes import module_of
 from repmlp_deploy.convert.graph.pointwise import with_pointwise_products
 from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.errors import InputError, VerificationError
@@ -84,7 +85,7 @@ def test_bf16_emulated_is_as_close_as_its_row_says_and_coarser_than_fp16(
 ) -> None:
     probe = bundle.probe()
     floor = noise_floor(probe.float32, probe.reference)
-    coarse = compare(run(emulate_bf16(set_precision(graph, "bf16").model), probe.inputs), probe.reference)
+    coarse = compare(run(emulate(set_precision(graph, "bf16").model, "bf16"), probe.inputs), probe.reference)
     fine = compare(run(set_precision(graph, "fp16").model, probe.inputs), probe.reference)
     assert is_close(coarse, floor=floor, precision="bf16")
     assert coarse.max_abs > 3 * fine.max_abs, "bf16 has three bits less than fp16"
@@ -107,7 +108,7 @@ def test_emulation_rounds_every_value_to_bf16() -> None:
         return values.astype(ml_dtypes.bfloat16).astype(np.float32)
 
     expected = bf16(bf16(bf16(inputs) @ bf16(first)) @ bf16(second))
-    emulated = emulate_bf16(set_precision(small, "bf16").model)
+    emulated = emulate(set_precision(small, "bf16").model, "bf16")
     got = session(emulated).run(None, {"x": inputs})[0]
     np.testing.assert_allclose(got, expected, rtol=2**-7)
     assert np.abs(got - inputs @ first @ second).max() > 1e-3

@@ -10,7 +10,7 @@ import pytest
 
 from repmlp_deploy import Bundle, Predictor, export
 from repmlp_deploy.convert import pipeline
-from repmlp_deploy.convert.graph.emulate import emulate_bf16
+from repmlp_deploy.convert.graph.emulate import emulate
 from repmlp_deploy.convert.graph.lower import Lowered, set_precision
 from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.errors import InputError, MissingDevice, VerificationError
@@ -28,7 +28,7 @@ def test_no_digit_is_lost_in_16_bits_and_at_most_half_a_point_in_int8(card: str,
         exported(card, tmp_path / precision, precision)
         model = onnx.load(tmp_path / precision / "model.onnx")
         if precision == "bf16":
-            model = emulate_bf16(model)
+            model = emulate(model, "bf16")
         session = ort.InferenceSession(serialize_model(model), providers=["CPUExecutionProvider"])
         answers = session.run(None, {"images": inputs})[0].argmax(axis=1)
         right[precision] = int((answers == labels).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from repmlp_deploy import export, get_model
 from repmlp_deploy.nets.families import FAMILIES
 from repmlp_deploy.nets.networks.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec
+from repmlp_deploy.precision import PRECISIONS, Tolerance
 from support.networks import randomize
 from support.own_networks import Segmenter
 from support.task_cases import filled, small_card, small_network
@@ -74,11 +76,9 @@ def test_a_network_of_ones_own_has_it_too(tmp_path: Path) -> None:
 
 def test_a_small_margin_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: were the tolerance nearer, the margin would say so."""
-    from repmlp_deploy import numerics
-
-    row = numerics.TOLERANCES["fp32"]
-    near = numerics.Tolerance(floor_ratio=1.3, reason=row.reason)
-    monkeypatch.setitem(numerics.TOLERANCES, "fp32", near)
+    entry = PRECISIONS["fp32"]
+    near = Tolerance(floor_ratio=1.3, reason=entry.tolerance.reason)
+    monkeypatch.setitem(PRECISIONS, "fp32", replace(entry, tolerance=near))
     network = filled(get_model("repmlp-digits", pretrained=True))
     bundle = export(network, formats="checkpoint", out=tmp_path / "out")
     assert bundle.manifest.verdict is not None

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from repmlp_deploy.errors import VerificationError
+from repmlp_deploy.precision import PRECISIONS
 
 __all__ = ["NetworkTypes", "read_types", "require_precision"]
 
 _PRODUCTS = ("CONVOLUTION", "MATRIX_MULTIPLY")
-_TYPES = {"fp32": "float", "fp16": "half", "bf16": "bf16", "int8": "int8"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def require_precision(
     Raises:
         VerificationError: a product has another type, or none has the one that was asked for.
     """
-    wanted = _TYPES[precision]
+    wanted = PRECISIONS[precision].tensorrt_type
     odd = [name for name, found in types.products.items() if found != wanted and name not in kept]
     if odd:
         raise VerificationError(
