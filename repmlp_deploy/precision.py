@@ -135,7 +135,8 @@ _ENTRIES = (
             floor_ratio=2.0**15,
             between=0.05,
             reason="the unit roundoff is 2^-11 and not 2^-24, each rounding 2^13 times larger; four times that, "
-            "because a sample's floor is one run's luck: measured networks stay below a sixth of it, rounded as a GPU does",
+            "because a sample's floor is one run's luck: measured networks stay below a sixth of it, rounded as a GPU "
+            "does",
         ),
         lowering="cast",
         onnx_type="FLOAT16",

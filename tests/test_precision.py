@@ -52,7 +52,7 @@ def test_a_network_that_misses_the_entrys_tolerance_is_refused_with_the_entrys_r
     assert not (tmp_path / "toy").exists()
 
 
-def test_a_format_without_the_precision_refuses_it(toy: Precision, tmp_path: Path) -> None:
+def test_a_format_without_the_precision_refuses_it(toy: Precision) -> None:
     openvino = pytest.importorskip("repmlp_deploy.convert.formats.openvino")
     with pytest.raises(InputError, match=r"openvino has no precision fp12; it has fp32, fp16, bf16, int8"):
         openvino.check_precision(toy.name)

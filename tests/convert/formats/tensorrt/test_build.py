@@ -162,7 +162,7 @@ def test_a_precision_that_no_product_has_is_an_error_even_if_all_are_kept() -> N
 def test_a_builders_error_names_the_module_of_the_node_it_quotes(bundle: Bundle) -> None:
     """Turing has no float32 products in TensorRT-RTX."""
     turing = EngineOptions(compute_capabilities=("7.5",))
-    with pytest.raises(BuildError, match=r"'node_matmul' for Turing .*\(node node_matmul of stages\.0\.0\)"):
+    with pytest.raises(BuildError, match=r"'node_matmul' for Turing .*\(node node_matmul of stages\.0\.0\.fc3\)"):
         build_engine("trt-rtx", graph_of(bundle), DIGITS, turing)
 
 
