@@ -16,6 +16,7 @@ import pytest
 
 from repmlp_deploy.convert.formats.tensorrt import flavours, network_types, refit, versions
 from repmlp_deploy.errors import BuildError
+from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.tensorrt import engine, log
 from support.fakes.gpu import Gpu
 from support.fakes.tensorrt import make_tensorrt
@@ -90,7 +91,14 @@ def test_all_that_our_code_uses_is_there(trt: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("path", "table"),
     [
-        ("DataType", [*engine._NUMPY, *refit._TYPES.values(), *map(str.upper, network_types._TYPES.values())]),
+        (
+            "DataType",
+            [
+                *engine._NUMPY,
+                *refit._TYPES.values(),
+                *(p.tensorrt_type.upper() for p in PRECISIONS.values() if p.tensorrt_type),
+            ],
+        ),
         ("LayerType", [*network_types._PRODUCTS, "SHUFFLE", "DEQUANTIZE"]),
         ("ILogger.Severity", list(log._LEVELS)),
         ("BuilderFlag", ["TF32", "REFIT", "STRIP_PLAN", "VERSION_COMPATIBLE"]),
