@@ -18,6 +18,7 @@ from PIL import Image
 
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.evaluation.datasets import Sample
+from repmlp_deploy.runtime.images import RASTER_FORMATS
 from repmlp_deploy.runtime.tasks import embeddings_from_outputs, masks_from_logits
 
 __all__ = ["IGNORED", "TALLIES", "ClassTally", "MaskTally", "PairTally", "Tally", "best_threshold", "verification"]
@@ -232,7 +233,7 @@ def _read_mask(sample: Sample, shape: tuple[int, ...], classes: int) -> NDArray[
     if sample.mask is None:
         raise InputError(f"{sample.images[0]} has no mask")
     try:
-        with Image.open(sample.mask) as image:
+        with Image.open(sample.mask, formats=RASTER_FORMATS) as image:
             mask = np.asarray(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{sample.mask} is no readable mask: {error}") from None

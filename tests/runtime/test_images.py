@@ -1,11 +1,12 @@
 import contextlib
 import io
+import os
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from repmlp_deploy.card import Preprocessing, Resize
 from repmlp_deploy.errors import ImageError
@@ -57,7 +58,7 @@ def test_every_kind_of_source_shows_the_same_image(photo: Image.Image, tmp_path:
     path = tmp_path / "photo.png"
     photo.save(path)
     array = np.asarray(photo)
-    for source in (path, str(path), path.read_bytes(), photo, array):
+    for source in (path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), photo, array):
         np.testing.assert_array_equal(np.asarray(to_image(source)), array)
     np.testing.assert_array_equal(np.asarray(to_image(array[:, :, ::-1], array_order="BGR")), array)
 
@@ -69,14 +70,14 @@ def test_sources_are_left_alone(photo: Image.Image) -> None:
     np.testing.assert_array_equal(array, before)
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16", "I", "F"])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16", "I"])
 def test_every_mode_becomes_rgb(photo: Image.Image, mode: str) -> None:
     grey = np.asarray(photo.convert("L"))
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
-    source = deep if mode == "I;16" else Image.fromarray(grey).convert(mode) if mode in "IF" else photo.convert(mode)
+    source = deep if mode == "I;16" else Image.fromarray(grey).convert(mode) if mode == "I" else photo.convert(mode)
     assert to_image(source).mode == "RGB"
     assert to_image(source).size == photo.size
-    if mode in ("L", "I;16", "I", "F"):
+    if mode in ("L", "I;16", "I"):
         np.testing.assert_array_equal(np.asarray(to_image(source))[:, :, 0], grey)
 
 
@@ -125,3 +126,91 @@ def test_a_crop_larger_than_the_image_is_refused() -> None:
     how = Preprocessing(crop=(64, 64), **PLAIN)
     with pytest.raises(ImageError, match="32x32 after resizing; cannot crop 64x64"):
         preprocess(Image.new("RGB", (32, 32)), how)
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("name", ["x.eps", "x.png"])
+def test_no_decoder_that_starts_programs_sees_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    ran: list[object] = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: ran.append(1) or Image.new("RGB", (8, 8)))
+    (tmp_path / name).write_bytes(POSTSCRIPT)
+    for source in (tmp_path / name, POSTSCRIPT, Image.open(io.BytesIO(POSTSCRIPT))):
+        with pytest.raises(ImageError):
+            to_image(source)
+    assert ran == []
+
+
+@pytest.mark.parametrize("brightest", [200, 300, 65535])
+def test_sixteen_bit_gray_is_its_high_byte_however_bright_the_picture_is(brightest: int) -> None:
+    levels = np.array([[0, 100, brightest]], np.uint16)
+    deep = Image.fromarray(levels)
+    pgm = b"P5 3 1 65535\n" + levels.astype(">u2").tobytes()
+    for source in (deep, encoded(deep, "PNG"), encoded(deep, "TIFF"), pgm):
+        np.testing.assert_array_equal(np.asarray(to_image(source))[:, :, 0], levels >> 8)
+
+
+def test_levels_without_a_known_scale_are_refused() -> None:
+    for value in (0.5, float("nan")):
+        image = Image.fromarray(np.full((4, 4), value, np.float32))
+        for source in (image, encoded(image, "TIFF")):
+            with pytest.raises(ImageError, match="floating-point levels"):
+                to_image(source)
+    with pytest.raises(ImageError, match="from 0 to 256; expected 0 to 255"):
+        to_image(Image.fromarray(np.array([[256]], np.int32)))
+
+
+@pytest.mark.parametrize("size", [(600_000, 1), (1, 600_000)])
+def test_a_resize_that_explodes_is_refused(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+    """A wide image grows by its short edge; a tall one in Pillow's first pass, which resizes the rows."""
+    monkeypatch.setattr(Image.Image, "resize", lambda *_, **__: pytest.fail("resized"))
+    for mode in ("short-edge", "exact") if size[1] > 1 else ("short-edge",):
+        how = Preprocessing(resize=Resize(mode=mode, size=(256, 256)), crop=(224, 224), **PLAIN)
+        with pytest.raises(ImageError, match="needs more than 100000000 pixels"):
+            preprocess(Image.new("RGB", size), how)
+
+
+def test_an_edge_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_EDGE", 100)
+    for source in (Image.new("L", (101, 1)), np.zeros((101, 1), np.uint8), encoded(Image.new("L", (101, 1)), "PNG")):
+        with pytest.raises(ImageError, match="an edge has at most 100"):
+            to_image(source)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.timeout(20)
+def test_pipes_and_devices_are_refused_without_a_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(ImageError, match="a pipe or a device"):
+            to_image(path)
+
+
+def test_closed_and_truncated_pillow_images_are_one_error(tmp_path: Path, photo: Image.Image) -> None:
+    data = encoded(photo, "PNG")
+    (tmp_path / "whole.png").write_bytes(data)
+    closed = Image.open(tmp_path / "whole.png")
+    closed.close()
+    for source in (closed, Image.open(io.BytesIO(data[: len(data) // 2]))):
+        with pytest.raises(ImageError, match="the Pillow image of mode RGB is not readable"):
+            to_image(source)
+
+
+def test_a_damaged_exif_leaves_the_pixels_as_they_are(monkeypatch: pytest.MonkeyPatch, photo: Image.Image) -> None:
+    def broken(_: Image.Image) -> Image.Exif:
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr(Image.Image, "getexif", broken)
+    np.testing.assert_array_equal(np.asarray(to_image(photo)), np.asarray(photo))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(photo: Image.Image, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photo, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(np.asarray(open_image(data)), np.asarray(expected))

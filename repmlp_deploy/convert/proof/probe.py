@@ -80,7 +80,7 @@ def probe_like(example: NDArray[Any], seed: int = SEED) -> NDArray[Any]:
 def _photograph(name: str, shape: Sequence[int]) -> NDArray[np.float64]:
     """A photograph of `models/samples` as (C, H, W), normalised; other than three channels repeat red, green, blue."""
     c, h, w = shape
-    with Image.open(data_root() / "samples" / "photographs" / f"{name}.jpg") as image:
+    with Image.open(data_root() / "samples" / "photographs" / f"{name}.jpg", formats=["JPEG"]) as image:
         pixels = np.asarray(image.convert("RGB").resize((w, h), Image.Resampling.BILINEAR), np.float64)
     return ((pixels / 255 - _GREY) / _DEVIATION).transpose(2, 0, 1)[np.arange(c) % 3]
 
