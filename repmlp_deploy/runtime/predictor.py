@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Condition
 from types import TracebackType
 from typing import Any, Self, overload
 
@@ -38,6 +41,48 @@ def _require_single(manifest: Manifest) -> None:
             raise InputError(
                 f"{manifest.name} has {len(several)} {what} ({names}); Predictor serves one: run the artifact itself"
             )
+
+
+def _check_types(threads: object, cache: object) -> None:
+    """Raise unless `threads` and `cache` have the types that `Predictor` takes."""
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+        raise InputError(f"threads is {threads!r}; expected a whole number or None")
+    if cache is not None and not isinstance(cache, str | os.PathLike):
+        raise InputError(f"cache is a {type(cache).__name__}; expected the path of a folder or None")
+
+
+class _Calls:
+    """Counts the calls under way, so that closing can wait for them."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._running = 0
+        self._closed = False
+
+    @contextmanager
+    def one(self, name: str) -> Iterator[None]:
+        """Count one call of the predictor of network `name`.
+
+        Raises:
+            InputError: the predictor is closed.
+        """
+        with self._changed:
+            if self._closed:
+                raise InputError(f"the predictor of {name} is closed; open another: Predictor(folder)")
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def close(self) -> bool:
+        """Refuse further calls and wait for those under way; return False where another call closed it before."""
+        with self._changed:
+            first, self._closed = not self._closed, True
+            self._changed.wait_for(lambda: self._running == 0)
+        return first
 
 
 class Predictor:
@@ -76,6 +121,8 @@ class Predictor:
     ) -> None:
         if array_order not in ("RGB", "BGR"):
             raise InputError(f"array_order is {array_order!r}; expected RGB or BGR")
+        _check_types(threads, cache)
+        self._calls = _Calls()
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         self.manifest = self.bundle.manifest
         self._task = find_task(self.manifest.task)
@@ -119,13 +166,15 @@ class Predictor:
 
         Raises:
             ImageError: one of them is no image.
-            InputError: the network was exported without a card, so that nobody said what images it takes.
+            InputError: the network was exported without a card, so that nobody said what images it takes; or the
+                predictor is closed.
         """
         if self._task.refusal:
             raise InputError(f"{self.manifest.name} {self._task.refusal}")
-        if isinstance(images, list | tuple):
-            return [answer for chunk in self._chunks(images) for answer in self._predict(chunk)]
-        return self._predict([images])[0]
+        with self._calls.one(self.manifest.name):
+            if isinstance(images, list | tuple):
+                return [answer for chunk in self._chunks(images) for answer in self._predict(chunk)]
+            return self._predict([images])[0]
 
     def logits(self, batch: F32) -> F32:
         """Raw outputs for a normalised batch.
@@ -139,8 +188,12 @@ class Predictor:
             smaller ones than its minimum are padded.
 
         Raises:
-            InputError: the shape or type is not the network's.
+            InputError: the shape or type is not the network's, or the predictor is closed.
         """
+        with self._calls.one(self.manifest.name):
+            return self._logits(batch)
+
+    def _logits(self, batch: F32) -> F32:
         expected = self.manifest.input.shape[1:]
         if not isinstance(batch, np.ndarray) or batch.ndim != len(expected) + 1 or batch.shape[1:] != expected:
             got = tuple(batch.shape) if isinstance(batch, np.ndarray) else type(batch).__name__
@@ -163,7 +216,12 @@ class Predictor:
 
         Raises:
             VerificationError: an output is further from the trained network's than the artifact's precision allows.
+            InputError: the predictor is closed.
         """
+        with self._calls.one(self.manifest.name):
+            return self._self_check()
+
+    def _self_check(self) -> list[tuple[int, Comparison]]:
         probe = self.bundle.probe()
         floor = noise_floor(probe.float32, probe.reference)
         precision = self.bundle.artifact(self.format).precision
@@ -176,7 +234,7 @@ class Predictor:
                     size,
                     require_close(
                         what,
-                        self.logits(inputs),
+                        self._logits(inputs),
                         reference,
                         floor=floor,
                         precision=precision,
@@ -187,8 +245,20 @@ class Predictor:
         return results
 
     def close(self) -> None:
-        """Give back memory and devices; the predictor cannot be used afterwards."""
-        self._runner.close()
+        """Wait for the calls under way, then give back memory and devices.
+
+        Later calls raise an `InputError`. Closing twice does nothing more.
+        """
+        if self._calls.close():
+            self._runner.close()
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Refuse to be pickled or copied: memory of a runtime and devices cannot be.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("a Predictor cannot be pickled or copied; open Predictor(folder) in each process instead")
 
     def __enter__(self) -> Self:
         return self
@@ -206,7 +276,7 @@ class Predictor:
             image = to_image(source, array_order=self._array_order)
             sizes.append((image.height, image.width))
             inputs.append(preprocess(image, self.manifest.preprocessing))
-        return self._task.answer(self.logits(np.stack(inputs)), sizes, self.labels)
+        return self._task.answer(self._logits(np.stack(inputs)), sizes, self.labels)
 
     def _chunks(self, images: Sequence[ImageLike]) -> Iterator[Sequence[ImageLike]]:
         """Lists of at most the largest batch, so that a long list is never decoded all at once."""

@@ -1,5 +1,8 @@
+import copy
 import json
+import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from repmlp_deploy.card import data_root, load_card
 from repmlp_deploy.errors import BundleError, ImageError, InputError, MissingDevice, VerificationError
 from repmlp_deploy.runtime.images import preprocess
 from repmlp_deploy.runtime.onnx import runner as onnx_runner
+from support.openvino_bundle import with_openvino
 from train_digits import digit_images, split_indices
 
 SAMPLES = sorted((data_root() / "samples" / "digits").glob("*.png"))
@@ -197,3 +201,77 @@ def test_a_bundle_that_nothing_can_run_says_what_to_export(bundle_folder: Path) 
     (bundle_folder / MANIFEST).write_text(json.dumps(data))
     with pytest.raises(InputError, match=r"holds torch; Predictor runs .*onnx"):
         Predictor(bundle_folder)
+
+
+@pytest.mark.parametrize("artifact", ["onnx", "openvino"])
+@pytest.mark.timeout(120)
+def test_closing_under_load_loses_no_call_under_way(bundle: Bundle, tmp_path: Path, artifact: str) -> None:
+    served = with_openvino(bundle, tmp_path / "bundle") if artifact == "openvino" else bundle
+    predictor = Predictor(served.folder, format=artifact)
+    x = batch_of(3)
+    expected = predictor.logits(x)
+    started = threading.Barrier(9)
+
+    def work() -> tuple[int, str]:
+        done = 0
+        started.wait()
+        while True:
+            try:
+                got = predictor.logits(x)
+            except InputError as error:
+                return done, str(error)
+            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+            done += 1
+
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(work) for _ in range(8)]
+        started.wait()
+        predictor.close()
+        results = [future.result() for future in futures]
+    assert all("is closed; open another" in said for _, said in results)
+
+
+def test_closing_waits_for_the_call_under_way(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, leave, order = threading.Event(), threading.Event(), []
+    run, close = predictor._runner.run, predictor._runner.close
+
+    def slow(batch: np.ndarray) -> np.ndarray:
+        entered.set()
+        leave.wait(20)
+        order.append("answered")
+        return run(batch)
+
+    monkeypatch.setattr(predictor._runner, "run", slow)
+    monkeypatch.setattr(predictor._runner, "close", lambda: (order.append("closed"), close()))
+    with ThreadPoolExecutor(2) as pool:
+        answer = pool.submit(predictor.logits, batch_of(1))
+        assert entered.wait(20)
+        closing = pool.submit(predictor.close)
+        with pytest.raises(TimeoutError):  # it must wait: the call is still under way
+            closing.result(timeout=0.3)
+        leave.set()
+        assert answer.result().shape == (1, 10)
+        closing.result()
+    assert order == ["answered", "closed"]
+
+
+def test_a_closed_predictor_says_so_and_closes_again(predictor: Predictor) -> None:
+    predictor.close()
+    predictor.close()
+    for call in (lambda: predictor.logits(batch_of(1)), lambda: predictor(SAMPLES[3]), predictor.self_check):
+        with pytest.raises(InputError, match="is closed; open another"):
+            call()
+
+
+def test_pickling_and_copying_say_what_to_do(predictor: Predictor) -> None:
+    for act in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(InputError, match="open Predictor"):
+            act(predictor)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"threads": "2"}, {"threads": 1.5}, {"threads": True}, {"cache": 3}, {"cache": b"x"}]
+)
+def test_options_of_the_wrong_type_are_one_clear_error(bundle: Bundle, wrong: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="expected"):
+        Predictor(bundle.folder, **wrong)
