@@ -32,6 +32,25 @@ def _checked(call: str, result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
+def _count_devices() -> int:
+    """Return how many devices the driver has.
+
+    Raises:
+        MissingDevice: there is no usable driver.
+    """
+    try:
+        status, count = cudart.cudaGetDeviceCount()
+        failure = None if status == cudart.cudaError_t.cudaSuccess else _describe(status)
+    except RuntimeError as error:  # cuda-python 12.8 and earlier, where the driver's library is missing
+        count, failure = 0, str(error)
+    if failure is not None:
+        raise MissingDevice(
+            f"CUDA finds no usable NVIDIA driver, {failure}: install or update the driver, "
+            "or run the bundle's onnx artifact on the CPU"
+        )
+    return int(count)
+
+
 def _describe(status: Any) -> str:
     _, text = cudart.cudaGetErrorString(status)
     return f"{text.decode()} (CUDA error {int(status)})"
@@ -52,12 +71,7 @@ class CudaPythonMemory:
 
     def __init__(self, device: int | None = None) -> None:
         device = 0 if device is None else device
-        status, count = cudart.cudaGetDeviceCount()
-        if status != cudart.cudaError_t.cudaSuccess:
-            raise MissingDevice(
-                f"CUDA finds no usable NVIDIA driver, {_describe(status)}: install or update the driver, "
-                "or run the bundle's onnx artifact on the CPU"
-            )
+        count = _count_devices()
         if not 0 <= device < count:
             raise MissingDevice(f"CUDA has no device {device}; it has {count}: check CUDA_VISIBLE_DEVICES")
         self._device = device

@@ -18,19 +18,18 @@ from typing import Any
 LISTING = Path(__file__).with_name("listing.py")
 
 
-def list_module(name: str, folders: list[Path], libraries: Path | None = None) -> ModuleType:
+def list_module(
+    name: str, folders: list[Path], libraries: Path | None = None, *, python: Path | None = None
+) -> ModuleType:
     """Import a module in a child process and return it rebuilt from what the child lists.
 
     Args:
         name: of the module.
         folders: searched for it before everything else.
         libraries: folder that the child's loader searches first.
+        python: the child's interpreter; by default this one.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
-    if libraries is not None:
-        environment["LD_LIBRARY_PATH"] = str(libraries)
-    command = [sys.executable, "-W", "ignore", str(LISTING), name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    done = run_beside([str(LISTING), name], folders, libraries, python=python)
     assert done.returncode == 0, done.stderr
     listing = json.loads(done.stdout.splitlines()[-1])
     module = ModuleType(name)
@@ -38,6 +37,17 @@ def list_module(name: str, folders: list[Path], libraries: Path | None = None) -
     for key, entry in listing["names"].items():
         setattr(module, key, _rebuilt(key, entry))
     return module
+
+
+def run_beside(
+    arguments: list[str], folders: list[Path], libraries: Path | None = None, *, python: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a child process that finds modules in `folders` first, and return what it said."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+    if libraries is not None:
+        environment["LD_LIBRARY_PATH"] = str(libraries)
+    command = [str(python or sys.executable), "-W", "ignore", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
 
 
 def _rebuilt(name: str, entry: Mapping[str, Any]) -> Any:

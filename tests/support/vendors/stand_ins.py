@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -32,15 +33,13 @@ FUNCTIONS = (
 @cache
 def library_folder(major: int) -> Path:
     """Return a folder with the three libraries of a major version; skip the calling test without a C compiler."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        pytest.skip("no C compiler is here to build stand-ins of TensorRT's libraries with")
+    compiler = c_compiler()
     folder = cache_root() / f"stand-ins-{major}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
             for name in LIBRARIES:
-                _build(compiler, Path(work), f"{name}.so.{major}")
+                build_library(compiler, Path(work), f"{name}.so.{major}", FUNCTIONS)
             made = Path(work, "made")
             made.mkdir()
             for library in Path(work).glob("*.so.*"):
@@ -52,8 +51,17 @@ def library_folder(major: int) -> Path:
     return folder
 
 
-def _build(compiler: str, work: Path, soname: str) -> None:
-    source = work / "empty.c"
-    source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in FUNCTIONS), "utf-8")
-    command = [compiler, "-shared", "-fPIC", str(source), "-o", str(work / soname), f"-Wl,-soname,{soname}"]
+def c_compiler() -> str:
+    """Return the C compiler; skip the calling test without one."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler is here to build stand-ins of NVIDIA's libraries with")
+    return compiler
+
+
+def build_library(compiler: str, folder: Path, soname: str, functions: Iterable[str]) -> None:
+    """Write a shared object of functions that do nothing."""
+    source = folder / "empty.c"
+    source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in functions), "utf-8")
+    command = [compiler, "-shared", "-fPIC", str(source), "-o", str(folder / soname), f"-Wl,-soname,{soname}"]
     subprocess.run(command, check=True, capture_output=True, text=True)
