@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Bundle": "repmlp_deploy.bundle",
     "Embedding": "repmlp_deploy.runtime.tasks",
-    "EngineOptions": "repmlp_deploy.convert.formats.tensorrt.options",
+    "EngineOptions": "repmlp_deploy.convert.engine_options",
     "EngineSettings": "repmlp_deploy.runtime.runner",
     "ModelCard": "repmlp_deploy.card",
     "Prediction": "repmlp_deploy.runtime.tasks",
@@ -52,7 +52,7 @@ __all__ = [
 if TYPE_CHECKING:
     from repmlp_deploy.bundle import Bundle
     from repmlp_deploy.card import ModelCard, list_cards, load_card
-    from repmlp_deploy.convert.formats.tensorrt.options import EngineOptions
+    from repmlp_deploy.convert.engine_options import EngineOptions
     from repmlp_deploy.convert.pipeline import export
     from repmlp_deploy.convert.reparam.merge import merge_branches
     from repmlp_deploy.errors import RepMLPError, VerificationError

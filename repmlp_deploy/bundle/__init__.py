@@ -12,6 +12,7 @@ from repmlp_deploy.bundle.manifest import (
     Verdict,
 )
 from repmlp_deploy.bundle.probe import PROBE, Probe
+from repmlp_deploy.bundle.records import EngineReport, GraphRecord, Origin
 from repmlp_deploy.bundle.storage import Bundle, check_output_folder, describe_file, hash_file
 
 __all__ = [
@@ -21,9 +22,12 @@ __all__ = [
     "ArtifactEntry",
     "BatchRange",
     "Bundle",
+    "EngineReport",
     "FileEntry",
+    "GraphRecord",
     "Hop",
     "Manifest",
+    "Origin",
     "Probe",
     "TensorSpec",
     "Verdict",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from repmlp_deploy.bundle.records import Origin
 from repmlp_deploy.card import Preprocessing
+from repmlp_deploy.errors import BundleError
 
 __all__ = [
     "MANIFEST",
@@ -24,6 +26,8 @@ __all__ = [
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+
+R = TypeVar("R", bound=BaseModel)
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
 
@@ -50,9 +54,17 @@ class ArtifactEntry(FileEntry):
     precision: str
     companions: tuple[FileEntry, ...] = ()
 
+    def record(self, kind: type[R]) -> R:
+        """Return what the format records about itself, as a type.
+
+        Raises:
+            BundleError: it is not such a record.
+        """
+        return _checked(kind, self.model_extra or {}, self.path)
+
 
 class TensorSpec(_Frozen):
-    """An input or output: `shape` has None for the batch."""
+    """An input or output; `shape` has None for the batch."""
 
     name: str
     dtype: str
@@ -68,14 +80,16 @@ class BatchRange(_Frozen):
 
 
 class Hop(_Frozen):
-    """One line of the certificate: what was compared with the trained network, and how close it came.
+    """One row of the certificate: what was compared with the trained network, and how close it came.
 
     Every sample has a floor of its own; `max_abs`, `floor`, `allowed`, `ratio` and `margin` are those of the sample
     that comes closest to what it is allowed.
 
     Attributes:
         name: the step.
-        batch: size of the batch it ran with; 0 where nothing ran and weights were compared.
+        kind: `output` of a network or graph; `weights`, compared one by one; `floor`, the trained network in float32.
+        precision: whose tolerance applies, an entry of `PRECISIONS` or `fp64`; empty in bundles that do not say it.
+        batch: size of the batch it ran with; None for weights.
         max_abs: largest absolute error against the trained network in float64.
         mean_abs: mean absolute error.
         max_rel: `max_abs` over the largest absolute reference.
@@ -88,11 +102,13 @@ class Hop(_Frozen):
         note: anything a reader must know.
         ratio: `max_abs` over `floor`.
         margin: `allowed` over `max_abs`; None where the error is nothing.
-        sample: the sample of the probe, from 0; None where weights were compared.
+        sample: the sample of the probe, from 0; None for weights.
     """
 
     name: str
-    batch: int
+    kind: Literal["output", "weights", "floor"]
+    precision: str = ""
+    batch: int | None
     max_abs: float
     mean_abs: float
     max_rel: float
@@ -107,14 +123,23 @@ class Hop(_Frozen):
     margin: float | None = None
     sample: int | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_kind(cls, data: Any) -> Any:
+        """Read rows of bundles that tell weights by a batch of 0."""
+        if not isinstance(data, dict) or "kind" in data:
+            return data
+        kind = "floor" if data.get("passed") is None else "output" if data.get("batch") else "weights"
+        return {**data, "kind": kind, "batch": data.get("batch") or None}
+
 
 class Verdict(_Frozen):
-    """What the certificate comes to.
+    """What follows from the certificate.
 
     Attributes:
-        passed: whether every hop did.
-        margin: the smallest of them: how often the largest error fits into what is allowed; None where none has one.
-        closest: the hop with that margin.
+        passed: whether every row passed.
+        margin: the smallest margin: how often the largest error fits into what is allowed; None if no row has one.
+        closest: the row with that margin.
     """
 
     passed: bool
@@ -123,7 +148,7 @@ class Verdict(_Frozen):
 
     @classmethod
     def of(cls, hops: Sequence[Hop]) -> Verdict:
-        """The verdict on these hops."""
+        """Return the verdict on these rows."""
         judged = [hop for hop in hops if hop.passed is not None]
         closest = min((hop for hop in judged if hop.margin is not None), key=lambda hop: hop.margin or 0, default=None)
         return cls(
@@ -136,7 +161,8 @@ class Verdict(_Frozen):
 class Manifest(_Frozen):
     """`manifest.json`.
 
-    `input` and `output` are the only ones, or the first of several; then `inputs` and `outputs` hold them all.
+    The verdict is derived from the certificate: a file that says another one is not believed. `input` and `output` in
+    the file are the first of `inputs` and `outputs`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -146,20 +172,85 @@ class Manifest(_Frozen):
     family: str
     task: str
     graph: str
-    input: TensorSpec
-    output: TensorSpec
-    inputs: tuple[TensorSpec, ...] = ()
-    outputs: tuple[TensorSpec, ...] = ()
+    inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
+    outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
     preprocessing: Preprocessing
     labels: tuple[str, ...] | None
     batch: BatchRange
     artifacts: dict[str, ArtifactEntry]
     probe: FileEntry
     certificate: tuple[Hop, ...]
-    verdict: Verdict | None = None
     provenance: dict[str, Any]
     notes: tuple[str, ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_follows(cls, data: Any) -> Any:
+        """Take `inputs` and `outputs` from the file's two forms, and drop what is derived."""
+        if not isinstance(data, dict):
+            return data
+        kept = {key: value for key, value in data.items() if key not in ("input", "output", "verdict")}
+        for several, one in (("inputs", "input"), ("outputs", "output")):
+            if not kept.get(several) and one in data:
+                kept[several] = [data[one]]
+        return kept
+
+    @property
+    def input(self) -> TensorSpec:
+        """The first input."""
+        return self.inputs[0]
+
+    @property
+    def output(self) -> TensorSpec:
+        """The first output."""
+        return self.outputs[0]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What follows from the certificate."""
+        return Verdict.of(self.certificate)
+
+    @property
+    def origin(self) -> Origin:
+        """What the bundle was made of.
+
+        Raises:
+            BundleError: the manifest says it in another form.
+        """
+        return _checked(Origin, self.provenance, MANIFEST)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the file holds, as JSON's own types."""
+        data = self.model_dump(mode="json", by_alias=True)
+        data |= {"input": data["inputs"][0], "output": data["outputs"][0]}
+        data |= {key: data[key] if len(data[key]) > 1 else [] for key in ("inputs", "outputs")}
+        data["verdict"] = self.verdict.model_dump(mode="json")
+        return {key: data[key] for key in _ORDER}
+
     def to_json(self) -> str:
-        """The file's text."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False) + "\n"
+        """Return the file's text."""
+        return json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n"
+
+
+_ORDER: tuple[str, ...] = (
+    "schema",
+    "name",
+    "family",
+    "task",
+    "graph",
+    "input",
+    "output",
+    "inputs",
+    "outputs",
+    "preprocessing",
+)
+_ORDER += ("labels", "batch", "artifacts", "probe", "certificate", "verdict", "provenance", "notes")
+
+
+def _checked(kind: type[R], data: Any, where: str) -> R:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"the manifest's {where}: {place}: {first['msg']}; export the checkpoint again") from None

@@ -9,7 +9,8 @@ from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.cli.shared import engine_options as words
 from repmlp_deploy.cli.shared.console import print_json, print_line, progress, run_command, typer
 from repmlp_deploy.cli.shared.engine_report import print_engines
-from repmlp_deploy.convert.options import parse_formats, parse_profiles
+from repmlp_deploy.convert.formats import parse_formats
+from repmlp_deploy.convert.options import parse_profiles
 from repmlp_deploy.errors import InputError
 
 __all__ = ["main"]
@@ -80,7 +81,7 @@ def build_command(  # noqa: PLR0913 - one per option
 
 def _report(bundle: Bundle, *, json: bool) -> None:
     if json:
-        print_json({"out": str(bundle.folder), **bundle.manifest.model_dump(mode="json", by_alias=True)})
+        print_json({"out": str(bundle.folder), **bundle.manifest.as_json()})
     else:
         print_engines(bundle)
         for note in bundle.manifest.notes:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from repmlp_deploy.bundle import Bundle, Hop, Manifest, Verdict
+from repmlp_deploy.bundle import Bundle, GraphRecord, Hop, Manifest, Verdict
 from repmlp_deploy.cli.shared import engine_options as words
 from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, progress, run_command, typer
 from repmlp_deploy.cli.shared.engine_report import print_engines
+from repmlp_deploy.convert.formats import parse_formats
 from repmlp_deploy.convert.options import (
     GRAPHS,
-    parse_formats,
     parse_profiles,
     parse_size,
     require_choice,
@@ -122,7 +122,7 @@ def export_command(  # noqa: PLR0913 - one per option
             progress=show,
         )
     if json:
-        print_json({"out": str(bundle.folder), **bundle.manifest.model_dump(mode="json", by_alias=True)})
+        print_json({"out": str(bundle.folder), **bundle.manifest.as_json()})
     else:
         print_report(bundle)
 
@@ -166,16 +166,16 @@ def print_hops(title: str, hops: Sequence[Hop]) -> None:
     )
 
 
-def print_verdict(verdict: Verdict | None) -> None:
-    """A line under the table: whether every tolerance was met, and by what margin."""
-    if verdict is not None and verdict.margin is not None:
+def print_verdict(verdict: Verdict) -> None:
+    """Print one line under the table: whether every tolerance is met, and by what margin."""
+    if verdict.margin is not None:
         met = "every tolerance is met" if verdict.passed else "not every tolerance is met"
         print_line(f"{met}; the closest is {verdict.closest}, with a margin of {verdict.margin:.3g}")
 
 
 def _verdict(hop: Hop) -> str:
     """`equal` where nothing but float32's own rounding is allowed, `close` where a precision costs more."""
-    exact = not hop.batch or hop.allowed <= TOLERANCES["fp32"].floor_ratio * hop.floor
+    exact = hop.kind != "output" or hop.allowed <= TOLERANCES["fp32"].floor_ratio * hop.floor
     return ("equal" if exact else "close") if hop.passed else "FAILED"
 
 
@@ -203,27 +203,25 @@ def print_report(bundle: Bundle) -> None:
         print_line(f"{line}")
     for note in manifest.notes:
         print_line(f"note: {note}")
-    seconds = sum(manifest.provenance["seconds"].values())
+    seconds = sum(manifest.origin.seconds.values())
     print_line(f"{bundle.folder}: complete after {seconds:.1f} s")
 
 
 def _precision_lines(manifest: Manifest) -> list[str]:
     """What of the graph is in its precision and what stays in float32, for a graph that is not float32."""
-    described = [entry.model_extra or {} for entry in manifest.artifacts.values()]
-    about = next((extra for extra in described if "lowered" in extra), None)
-    if about is None:
+    found = ((entry, entry.record(GraphRecord)) for entry in manifest.artifacts.values())
+    entry, graph = next(((entry, graph) for entry, graph in found if graph.lowered), (None, GraphRecord()))
+    if entry is None:
         return []
-    precision = next(iter(manifest.artifacts.values())).precision
-    if "sensitivity" in about:
+    if graph.sensitivity:
         print_table(
-            f"largest error if only this block is {precision}",
+            f"largest error if only this block is {entry.precision}",
             ("block", "max error"),
-            [(line["block"], f"{line['max_abs']:.2e}") for line in about["sensitivity"]],
+            [(line.block, f"{line.max_abs:.2e}") for line in graph.sensitivity],
             left=1,
         )
-    lines = [f"{precision}: " + ", ".join(f"{count} {op}" for op, count in about["lowered"].items())]
+    lines = [f"{entry.precision}: " + ", ".join(f"{count} {op}" for op, count in graph.lowered.items())]
     by_reason: dict[str, list[str]] = {}
-    for kept in about["kept_fp32"]:
-        name = f"{kept['count']} {kept['op']}" if "count" in kept else kept["module"] or kept["node"]
-        by_reason.setdefault(kept["reason"], []).append(name)
+    for kept in graph.kept_fp32:
+        by_reason.setdefault(kept.reason, []).append(kept.name())
     return lines + [f"fp32: {', '.join(names)} ({reason})" for reason, names in by_reason.items()]

@@ -31,7 +31,7 @@ def inspect_command(
         for entry in bundle.files():
             bundle.read(entry)
         if json:
-            print_json({"kind": "bundle", **bundle.manifest.model_dump(mode="json", by_alias=True)})
+            print_json({"kind": "bundle", **bundle.manifest.as_json()})
         else:
             print_report(bundle)
         return

@@ -51,8 +51,7 @@ def verify_command(  # noqa: PLR0913 - one per option
         lines = [[hop.model_dump(mode="json") for hop in part] for part in (hops, derived)]
         print_json({"bundle": str(bundle), "passed": not failed, "hops": lines[0], "derived": lines[1], "notes": notes})
     else:
-        date = loaded.manifest.provenance.get("date", "an unknown date")
-        print_hops(f"{loaded.manifest.name}: certified on {date}", loaded.manifest.certificate)
+        print_hops(f"{loaded.manifest.name}: certified on {loaded.manifest.origin.date}", loaded.manifest.certificate)
         print_verdict(loaded.manifest.verdict)
         print_hops("run again on this machine", hops)
         if ckpt is not None:

@@ -1,4 +1,4 @@
-"""What an export can be asked for, and how the words of the command line are read. No framework is needed here."""
+"""Read the words of the command line. No framework is needed here."""
 
 from __future__ import annotations
 
@@ -9,35 +9,17 @@ from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.errors import InputError
 
 __all__ = [
-    "ALIASES",
     "CALIBRATION_METHODS",
-    "FORMATS",
     "GRAPHS",
     "parse_batch",
-    "parse_formats",
     "parse_profiles",
     "parse_size",
     "require_choice",
     "whole_range",
 ]
 
-FORMATS = ("onnx", "openvino", "trt", "trt-rtx", "torch", "checkpoint")
-ALIASES = {"tensorrt": "trt", "engine": "trt"}
 GRAPHS = ("folded", "merged")
 CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
-
-
-def parse_formats(formats: str | Sequence[str]) -> tuple[str, ...]:
-    """Format names without aliases and repetition, in the order given.
-
-    Raises:
-        InputError: one of them is unknown; the nearest is suggested.
-    """
-    words = formats.split(",") if isinstance(formats, str) else list(formats)
-    names = [ALIASES.get(word.strip().lower(), word.strip().lower()) for word in words]
-    for name in names:
-        require_choice("--format", name, FORMATS)
-    return tuple(dict.fromkeys(names))
 
 
 def parse_batch(text: str | int) -> BatchRange:
@@ -87,9 +69,9 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def require_choice(option: str, value: str, choices: Sequence[str]) -> None:
+def require_choice(option: str, value: str, choices: Sequence[str], aliases: Sequence[str] = ()) -> None:
     """Raise InputError with the nearest suggestion unless `value` is one of `choices`."""
     if value not in choices:
-        near = difflib.get_close_matches(value, [*choices, *ALIASES], n=1)
+        near = difflib.get_close_matches(value, [*choices, *aliases], n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(choices)}"
         raise InputError(f"{option} {value}: unknown; {hint}")

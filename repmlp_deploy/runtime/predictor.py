@@ -36,7 +36,7 @@ F32 = NDArray[np.float32]
 def _require_single(manifest: Manifest) -> None:
     """Raise unless the network has one input and one output."""
     for what, several in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
-        if several:
+        if len(several) > 1:
             names = ", ".join(spec.name for spec in several)
             raise InputError(
                 f"{manifest.name} has {len(several)} {what} ({names}); Predictor serves one: run the artifact itself"

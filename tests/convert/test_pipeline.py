@@ -11,9 +11,10 @@ import torch
 from repmlp_deploy import Bundle, Predictor, export, get_model
 from repmlp_deploy.bundle import MANIFEST
 from repmlp_deploy.card import load_card
-from repmlp_deploy.convert import pipeline
+from repmlp_deploy.convert import graphs, transform
+from repmlp_deploy.convert.formats import parse_formats
 from repmlp_deploy.convert.graph.simplify import SimplificationFailed
-from repmlp_deploy.convert.options import parse_batch, parse_formats, parse_size
+from repmlp_deploy.convert.options import parse_batch, parse_size
 from repmlp_deploy.convert.reparam.merge import merge_branches
 from repmlp_deploy.convert.source.checkpoint import read_checkpoint
 from repmlp_deploy.convert.source.state_dict import find_state_dict
@@ -163,7 +164,7 @@ def test_a_network_in_memory_is_left_alone_and_one_from_a_file_gives_its_memory_
 def test_a_wrong_merge_is_caught_and_nothing_is_written(
     monkeypatch: pytest.MonkeyPatch, digits_checkpoint: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(pipeline, "merge_branches", drop_a_branch)
+    monkeypatch.setattr(transform, "merge_branches", drop_a_branch)
     with pytest.raises(VerificationError, match="merged at batch 1 differs from the trained network by"):
         export(digits_checkpoint, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -173,7 +174,7 @@ def test_a_failed_export_leaves_an_earlier_bundle(
     monkeypatch: pytest.MonkeyPatch, digits_checkpoint: Path, bundle_folder: Path
 ) -> None:
     before = {path.name: path.read_bytes() for path in bundle_folder.iterdir()}
-    monkeypatch.setattr(pipeline, "merge_branches", drop_a_branch)
+    monkeypatch.setattr(transform, "merge_branches", drop_a_branch)
     with pytest.raises(VerificationError):
         export(digits_checkpoint, out=bundle_folder)
     assert {path.name: path.read_bytes() for path in bundle_folder.iterdir()} == before
@@ -196,7 +197,7 @@ def spoil(graph: onnx.ModelProto, _simplifier: object) -> onnx.ModelProto:
 def test_a_simplifier_that_fails_is_done_without_and_said_so(
     monkeypatch: pytest.MonkeyPatch, digits_checkpoint: Path, tmp_path: Path, simplifier: object, said: str
 ) -> None:
-    monkeypatch.setattr(pipeline, "simplify_graph", simplifier)
+    monkeypatch.setattr(graphs, "simplify_graph", simplifier)
     result = export(digits_checkpoint, out=tmp_path / "out")
     assert any(note.startswith("not simplified") and said in note for note in result.manifest.notes)
     assert not any(hop.name == "simplified ONNX" for hop in result.manifest.certificate)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from repmlp_deploy.convert import pipeline
+from repmlp_deploy.convert import graphs, transform
 from repmlp_deploy.convert.source import state_dict, trained
 from repmlp_deploy.nets.blocks import algebra, conv_bn, repmlp_unit
 from repmlp_deploy.nets.blocks import repmlp2021 as repmlp
@@ -150,14 +150,14 @@ def partition_swapped(patch: pytest.MonkeyPatch) -> None:
 
 
 def left_training(patch: pytest.MonkeyPatch) -> None:
-    right = pipeline.merge_branches
+    right = transform.merge_branches
 
     def forgetful(network: Any) -> Any:
         merged = copy.deepcopy(right(network))
         merged.stages[1][0].prebn2.train()
         return merged
 
-    patch.setattr(pipeline, "merge_branches", forgetful)
+    patch.setattr(transform, "merge_branches", forgetful)
 
 
 # --- merging, the block of 2021
@@ -273,14 +273,14 @@ def head_without_shift(patch: pytest.MonkeyPatch) -> None:
 
 def changed_graph(change: Callable[[onnx.ModelProto], None]) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
-        right = pipeline.export_graph
+        right = graphs.export_graph
 
         def export(*arguments: Any, **named: Any) -> onnx.ModelProto:
             model = right(*arguments, **named)
             change(model)
             return model
 
-        patch.setattr(pipeline, "export_graph", export)
+        patch.setattr(graphs, "export_graph", export)
 
     return plant
 
@@ -320,19 +320,19 @@ def batch_in_a_reshape(model: onnx.ModelProto) -> None:
 
 def batch_at_the_borders(patch: pytest.MonkeyPatch) -> None:
     """The batch that was traced, 2, in the graph's inputs and outputs."""
-    right = pipeline.with_metadata
+    right = graphs.with_metadata
 
     def fixed(model: onnx.ModelProto, metadata: Any) -> onnx.ModelProto:
         for value in (*model.graph.input, *model.graph.output):
             value.type.tensor_type.shape.dim[0].dim_value = 2
         return right(model, metadata)
 
-    patch.setattr(pipeline, "with_metadata", fixed)
+    patch.setattr(graphs, "with_metadata", fixed)
 
 
 def stale_simplified_graph(patch: pytest.MonkeyPatch) -> None:
     """The simplified graph of an epoch before: the same nodes, weights that have moved since."""
-    right = pipeline.simplify_graph
+    right = graphs.simplify_graph
 
     def stale(model: onnx.ModelProto, simplifier: Any) -> onnx.ModelProto:
         simplified = right(model, simplifier)
@@ -341,7 +341,7 @@ def stale_simplified_graph(patch: pytest.MonkeyPatch) -> None:
                 tensor.raw_data = (np.frombuffer(tensor.raw_data, np.float32) * np.float32(0.99)).tobytes()
         return simplified
 
-    patch.setattr(pipeline, "simplify_graph", stale)
+    patch.setattr(graphs, "simplify_graph", stale)
 
 
 # --- loading

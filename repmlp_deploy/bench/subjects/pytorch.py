@@ -12,20 +12,20 @@ from torch import nn
 
 from repmlp_deploy.bench.report.results import ProfileLine
 from repmlp_deploy.bench.subjects.table import Job
-from repmlp_deploy.convert.reparam.fold import fold_affine
-from repmlp_deploy.convert.reparam.merge import merge_branches, upstream_form
-from repmlp_deploy.convert.source.trained import load_trained
+from repmlp_deploy.convert.reparam.merge import upstream_form
+from repmlp_deploy.convert.source.trained import Trained, load_trained
+from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.errors import InputError
 
 __all__ = ["NetworkSubject", "open_network"]
 
-FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "torch-trained": upstream_form,
-    "torch-merged": lambda trained: upstream_form(merge_branches(trained)),
-    "torch-compile": lambda trained: upstream_form(merge_branches(trained)),
-    "torch-folded": lambda trained: fold_affine(merge_branches(trained)),
+FORMS: dict[str, Callable[[Trained], nn.Module]] = {
+    "torch-trained": lambda trained: upstream_form(trained.network),
+    "torch-merged": lambda trained: transform_and_prove(trained, "merged").value.network,
+    "torch-compile": lambda trained: transform_and_prove(trained, "merged").value.network,
+    "torch-folded": lambda trained: transform_and_prove(trained, "folded").value.network,
 }
-"""Format to what makes its network of the trained one."""
+"""Format to what makes its network from the trained one; every row is compared with the probe before it is timed."""
 
 
 def open_network(job: Job) -> NetworkSubject:
@@ -34,7 +34,7 @@ def open_network(job: Job) -> NetworkSubject:
         raise InputError(f"{job.format} needs a checkpoint")
     torch.set_num_threads(job.threads)
     trained = load_trained(job.checkpoint, job.card, allow_merged=True)
-    return NetworkSubject(FORMS[job.format](trained.network), compiled=job.format == "torch-compile")
+    return NetworkSubject(FORMS[job.format](trained), compiled=job.format == "torch-compile")
 
 
 class NetworkSubject:

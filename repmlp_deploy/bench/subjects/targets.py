@@ -19,12 +19,11 @@ from repmlp_deploy.bench.subjects.seeding import seeded_network
 from repmlp_deploy.bench.subjects.table import SUBJECTS, Job, chosen_rows, why_not
 from repmlp_deploy.bundle import PROBE, ArtifactEntry, BatchRange, Bundle, describe_file
 from repmlp_deploy.card import ModelCard, data_root, load_card
-from repmlp_deploy.convert.options import FORMATS
+from repmlp_deploy.convert.formats import FORMATS
 from repmlp_deploy.convert.pipeline import export
 from repmlp_deploy.convert.proof.probe import probe_inputs, record_probe
-from repmlp_deploy.convert.reparam.fold import fold_affine
-from repmlp_deploy.convert.reparam.merge import merge_branches
 from repmlp_deploy.convert.source.trained import load_trained
+from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.errors import InputError, RepMLPError
 from repmlp_deploy.nets.families import card_spec
 from repmlp_deploy.precision import PRECISIONS
@@ -105,9 +104,9 @@ class Target:
         """Count the trained, merged and folded PyTorch networks."""
         if self.checkpoint is None:
             return
-        trained = load_trained(self.checkpoint, self.card).network
-        merged = merge_branches(trained)
-        forms = {"trained": trained, "merged": merged, "folded": fold_affine(merged)}
+        trained = load_trained(self.checkpoint, self.card)
+        made = transform_and_prove(trained, "folded").value
+        forms = {"trained": trained.network, "merged": made.merged, "folded": made.network}
         for graph, network in forms.items():
             try:
                 self.counts[graph] = count_network(network, self.shape)
@@ -135,7 +134,9 @@ class Target:
             for name, other in self.wanted
             if other == precision and SUBJECTS[name].graph == graph and why_not(name, other) is None
         ]
-        makable = {*FORMATS} - {"checkpoint"}  # of a row that is the trained network's own file
+        makable = {
+            name for name, entry in FORMATS.items() if entry.needs != "form"
+        }  # a row's "checkpoint" is the trained file
         return tuple(dict.fromkeys([artifact, *(name for name in others if name in makable)]))
 
     def _find_or_export(self, artifacts: tuple[str, ...], graph: str, precision: str, show: Show) -> Bundle | str:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.cli.shared.console import typer
+from repmlp_deploy.convert.engine_options import FLAGS, EngineOptions, parse_capabilities, with_profiles
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
-from repmlp_deploy.convert.formats.tensorrt.options import FLAGS, EngineOptions, parse_capabilities, with_profiles
 from repmlp_deploy.errors import InputError
 
 __all__ = [

@@ -1,10 +1,10 @@
-"""What the report says of engines."""
+"""Print what a bundle says of its engines."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
-from repmlp_deploy.bundle import Bundle
+from repmlp_deploy.bundle import Bundle, EngineReport
 from repmlp_deploy.cli.shared.console import print_line, print_table
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
 
@@ -12,35 +12,36 @@ __all__ = ["print_engines"]
 
 
 def print_engines(bundle: Bundle) -> None:
-    """A table with a line an engine, and what its builder warned of; nothing where there is none."""
-    described = {n: entry.model_extra or {} for n, entry in bundle.manifest.artifacts.items() if n in FLAVOURS}
-    described = {name: details for name, details in described.items() if "profiles" in details}
+    """Print a table with one line per engine, and what its builder warned of; nothing without an engine."""
+    described = {
+        name: entry.record(EngineReport) for name, entry in bundle.manifest.artifacts.items() if name in FLAVOURS
+    }
     if not described:
         return
     columns = ("engine", "builder", "GPUs", "batch", "layers", "products", "weights MB", "scratch MB", "build s")
-    print_table("engines", columns, [_row(name, details) for name, details in described.items()], left=4)
-    for name, details in described.items():
-        for warning in details["warnings"]:
+    print_table("engines", columns, [_row(name, engine) for name, engine in described.items()], left=4)
+    for name, engine in described.items():
+        for warning in engine.warnings:
             print_line(f"{name} warned: {warning}")
 
 
-def _row(name: str, details: dict[str, Any]) -> tuple[str, ...]:
-    capabilities = details["compute_capabilities"]
+def _row(name: str, engine: EngineReport) -> tuple[str, ...]:
+    capabilities = engine.compute_capabilities
     return (
         name,
-        details["version"],
+        engine.version,
         "the builder's choice" if capabilities is None else ", ".join(capabilities),
-        ", ".join(_batch(profile) for profile in details["profiles"]),
-        str(details["layers"]),
-        ", ".join(f"{count} {kind}" for kind, count in details["product_types"].items()),
-        _megabytes(details.get("weights_bytes")),
-        _megabytes(details.get("scratch_bytes")),
-        f"{details['build_seconds']:.1f}",
+        ", ".join(_batch(profile) for profile in engine.profiles),
+        str(engine.layers),
+        ", ".join(f"{count} {kind}" for kind, count in engine.product_types.items()),
+        _megabytes(engine.weights_bytes),
+        _megabytes(engine.scratch_bytes),
+        f"{engine.build_seconds:.1f}",
     )
 
 
-def _batch(profile: dict[str, list[list[int]]]) -> str:
-    """`1:8:64` of a profile."""
+def _batch(profile: Mapping[str, tuple[tuple[int, ...], ...]]) -> str:
+    """Return `1:8:64` of a profile."""
     return ":".join(str(shape[0]) for shape in next(iter(profile.values())))
 
 

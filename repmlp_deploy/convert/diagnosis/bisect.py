@@ -26,6 +26,7 @@ from repmlp_deploy.convert.diagnosis.blame import Blame, place_of
 from repmlp_deploy.convert.graph.nodes import modules_around
 from repmlp_deploy.convert.graph.pointwise import channels_last_values, with_bias_added
 from repmlp_deploy.convert.graph.proto import serialize_model
+from repmlp_deploy.convert.graph.run import said_by_runtime
 from repmlp_deploy.errors import MissingDevice, VerificationError
 from repmlp_deploy.nets.blocks.checks import Check, Element
 from repmlp_deploy.numerics import compare, is_close, noise_floor
@@ -33,7 +34,7 @@ from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.onnx.runner import open_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 
-__all__ = ["blame_graph", "said_by_runtime"]
+__all__ = ["blame_graph"]
 
 _PASSED_ON = ("Cast", "DequantizeLinear", "Identity")  # a weight behind these is the weight still
 _TYPES = "|".join(entry.onnx_type.lower() for entry in PRECISIONS.values())
@@ -281,14 +282,6 @@ class _Graph:
             return None
         found = Check("", name, got, expected.detach().double(), eps=2 * rounding).finding()
         return None if found is None else found.element
-
-
-def said_by_runtime(error: Exception) -> str:
-    """What ONNX Runtime complains of, without its own codes and source files."""
-    said = " ".join(str(error).split())
-    for before in (r"^.*\[ONNXRuntimeError\] : \d+ : \w+ : ", r"^.* Status Message: ", r"^.* was false\. "):
-        said = re.sub(before, "", said)
-    return said[:200]
 
 
 def _place(key: str) -> tuple[str, str]:

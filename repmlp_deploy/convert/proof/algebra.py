@@ -35,15 +35,15 @@ from repmlp_deploy.convert.proof.probe import SEED, run_network
 from repmlp_deploy.nets.blocks.algebra import CHUNK, BatchNorm
 from repmlp_deploy.nets.surgery import in_double
 
-__all__ = ["Step", "compare_weights", "prove_algebra", "redraw_statistics"]
+__all__ = ["Transformation", "compare_weights", "prove_algebra", "redraw_statistics"]
 
 _ROUNDING = 2.0**-24  # relative error of one rounding to float32
 _SMALL_ROW = 2.0**-10  # of the tensor's largest weight: sums that cancel down to less round like this
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step of the re-parameterization.
+class Transformation:
+    """A step of the re-parameterization, and what it made.
 
     Attributes:
         name: of its result.
@@ -56,13 +56,15 @@ class Step:
     stored: nn.Module
 
 
-def prove_algebra(trained: nn.Module, steps: Sequence[Step], certifier: Certifier, *, seed: int = SEED) -> None:
-    """Record what every step leaves in float64, with the checkpoint's statistics and with others.
+def prove_algebra(
+    trained: nn.Module, steps: Sequence[Transformation], certifier: Certifier, *, seed: int = SEED
+) -> list[Hop]:
+    """Return the rows of every step in float64, with the checkpoint's statistics and with redrawn ones.
 
     Args:
         trained: in evaluation mode, float32; left alone.
         steps: each applied to the result of the one before.
-        certifier: where lines are kept, and the inputs are from.
+        certifier: compares, and holds the inputs.
         seed: of the statistics.
 
     Raises:
@@ -74,25 +76,27 @@ def prove_algebra(trained: nn.Module, steps: Sequence[Step], certifier: Certifie
         network = in_double(trained)
         return network, redraw_statistics(network, inputs, seed)
 
-    _walk(lambda: (in_double(trained), references), steps, certifier, inputs, "float64", weights=True)
-    _walk(redrawn, steps, certifier, inputs, "redrawn", weights=False)
+    hops = _walk(lambda: (in_double(trained), references), steps, certifier, inputs, "float64", weights=True)
+    return hops + _walk(redrawn, steps, certifier, inputs, "redrawn", weights=False)
 
 
 def _walk(  # noqa: PLR0913 - the values that meet here
     make: Callable[[], tuple[nn.Module, Sequence[NDArray[np.float64]]]],
-    steps: Sequence[Step],
+    steps: Sequence[Transformation],
     certifier: Certifier,
     inputs: Sequence[NDArray[Any]],
     how: str,
     *,
     weights: bool,
-) -> None:
+) -> list[Hop]:
+    hops: list[Hop] = []
     form, references = make()  # made here, so that nobody else holds it
     for step in steps:
         form = step.transform(form)
-        certifier.require_answers(f"{step.name}, {how}", _several(run_network(form, *inputs)), references)
+        hops += certifier.require_answers(f"{step.name}, {how}", _several(run_network(form, *inputs)), references)
         if weights:
-            certifier.record([compare_weights(f"{step.name} weights", step.stored, form)], "weights")
+            hops += certifier.require_passed([compare_weights(f"{step.name} weights", step.stored, form)])
+    return hops
 
 
 @torch.no_grad()
@@ -157,7 +161,9 @@ def compare_weights(name: str, stored: nn.Module, precise: nn.Module) -> Hop:
     return Hop.model_validate(
         {
             "name": name,
-            "batch": 0,
+            "kind": "weights",
+            "precision": "fp32",
+            "batch": None,
             **result.as_dict(),
             "floor": floor,
             "allowed": allowed,

@@ -1,4 +1,4 @@
-"""Certifying: every step's output against the trained network's, hop by hop; and again on the machine it runs on."""
+"""The certificate: compare the output of every step with the trained network's, here and on the target machine."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Run = Callable[..., NDArray[Any] | Sequence[NDArray[Any]]]
 
 
 class Certifier:
-    """Compares steps with the probe and keeps a line for each: the certificate.
+    """Compare steps with the probe; each comparison returns its rows of the certificate. Holds no rows itself.
 
     Args:
-        probe: inputs and the trained network's answers.
+        probe: inputs and the trained network's outputs.
         sizes: batch sizes to run every step at.
         class_axes: axes of an output whose axis 1 is classes, so that a top-1 exists; None for none.
         outputs: names, where there are several; each is compared with its own noise floor.
@@ -57,24 +57,28 @@ class Certifier:
         self._suffixes = [f": {name}" for name in outputs] if len(outputs) > 1 else [""]
         self._floors = [noise_floors(float32, reference) for reference, float32 in probe.answers()]
         self.floor = float(self._floors[0].max())
-        self.hops: list[Hop] = []
-        rows = np.arange(len(probe.inputs))
-        for i, (reference, float32) in enumerate(probe.answers()):
-            line = self._hop("trained, float32", i, float32, reference, self._floors[i], rows)
-            known = {"allowed": line.floor, "passed": None, "margin": None, "note": "the noise floor"}
-            self.hops.append(line.model_copy(update=known))
+
+    def floor_rows(self) -> list[Hop]:
+        """Return the rows of the trained network itself in float32, one per output: the noise floor."""
+        rows = np.arange(len(self._probe.inputs))
+        hops = []
+        for i, (reference, float32) in enumerate(self._probe.answers()):
+            hop = self._hop("trained, float32", i, float32, reference, self._floors[i], rows)
+            known = {"kind": "floor", "allowed": hop.floor, "passed": None, "margin": None, "note": "the noise floor"}
+            hops.append(hop.model_copy(update=known))
+        return hops
 
     @property
     def inputs(self) -> list[NDArray[Any]]:
-        """The probe's inputs, every sample once."""
+        """Return the probe's inputs, every sample once."""
         return [self._probe.inputs, *self._probe.further_inputs]
 
     def batches(self, *further: int) -> list[list[NDArray[Any]]]:
-        """The inputs of every batch size that steps are run at, and of further ones."""
+        """Return the inputs of every batch size that steps are run at, and of further ones."""
         return [self._probe.batches(size)[0] for size in sorted({*self._sizes, *further})]
 
     def measure(self, name: str, run: Run, precision: str) -> list[Hop]:
-        """The lines of one step, a batch size and output each, judged but not recorded.
+        """Return the rows of one step, one per batch size and output; some may have failed.
 
         The largest batch size sees every sample, in as many batches as that takes; the others see one batch each.
 
@@ -95,56 +99,59 @@ class Certifier:
             start += size
         return hops
 
-    def require(self, name: str, run: Run, precision: str = "fp32") -> None:
-        """Record the lines of one step.
+    def require(self, name: str, run: Run, precision: str = "fp32") -> list[Hop]:
+        """Return the rows of one step, all passed.
 
         Raises:
-            VerificationError: it strays too far from the trained network.
+            VerificationError: it differs too much from the trained network.
         """
-        self.record(self.measure(name, run, precision), precision)
+        return self.require_passed(self.measure(name, run, precision))
 
     def first_sample(self) -> tuple[list[NDArray[Any]], list[NDArray[np.float64]]]:
-        """Every input of the first sample, (1, …), floats in float64, and the trained network's answers to it."""
+        """Return the inputs of the first sample, (1, …), floats in float64, and the trained network's outputs."""
         inputs, references = self._probe.batches(1)
         return [x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x for x in inputs], references
 
     def require_answers(
         self, name: str, outputs: Sequence[NDArray[Any]], references: Sequence[NDArray[np.float64]]
-    ) -> None:
-        """Record the lines of answers to the first samples that are there already.
+    ) -> list[Hop]:
+        """Return the rows of outputs for the first samples, all passed.
 
         Args:
             name: the step.
-            outputs: (n, …); where they are float64, no more than its rounding is allowed.
-            references: what they are to be. Where that is another network's than the trained one's, the floor is the
-                trained one's in proportion to the largest output.
+            outputs: (n, …); if they are float64, only its rounding is allowed.
+            references: the right outputs. If another network than the trained one gave them, the floor is the trained
+                network's in proportion to the largest output.
 
         Raises:
-            VerificationError: more than rounding is between them.
+            VerificationError: they differ by more than rounding.
         """
+        hops = []
         for i, (output, reference) in enumerate(zip(outputs, references, strict=True)):
             rows = np.arange(len(reference))
             own = np.abs(self._probe.answers()[i][0][rows]).max()
             floors = self._floors[i][rows] * (np.abs(reference).max() / own if own > 0 else 1.0)
             precision = "fp64" if output.dtype == np.float64 else "fp32"
-            self.record([self._hop(name, i, output, reference, floors, rows, precision)], precision)
+            hops.append(self._hop(name, i, output, reference, floors, rows, precision))
+        return self.require_passed(hops)
 
-    def record(self, hops: Sequence[Hop], precision: str) -> None:
-        """Keep these lines.
+    def require_passed(self, hops: Sequence[Hop]) -> list[Hop]:
+        """Return these rows.
 
         Raises:
             VerificationError: one of them did not pass.
         """
         for hop in hops:
             if not hop.passed:
-                where = f"at batch {hop.batch}" if hop.batch else f"({hop.note})"
-                said = describe_distance(hop.max_abs, hop.between, floor=hop.floor, precision=precision)
-                remedy = PRECISIONS.get(precision, PRECISIONS["fp32"]).remedy
+                where = f"at batch {hop.batch}" if hop.kind == "output" else f"({hop.note})"
+                tolerance = "weights" if hop.kind == "weights" else hop.precision
+                said = describe_distance(hop.max_abs, hop.between, floor=hop.floor, precision=tolerance)
+                remedy = PRECISIONS.get(hop.precision, PRECISIONS["fp32"]).remedy
                 raise VerificationError(f"{hop.name} {where} {said}: {self._consequence}; {remedy}")
-        self.hops += hops
+        return list(hops)
 
     def _run(self, name: str, run: Run, size: int, starts: Sequence[int]) -> list[NDArray[Any]]:
-        """Every output of the batches that begin with these samples, one behind the other."""
+        """Return every output of the batches that begin with these samples, concatenated."""
         answers = []
         for start in starts:
             inputs, references = self._probe.batches(size, start)
@@ -165,7 +172,7 @@ class Certifier:
         rows: NDArray[np.int64],
         precision: str = "fp32",
     ) -> Hop:
-        """The line of one output; `floors` and `rows`, the samples, have an entry for each of its rows."""
+        """Return the row of one output; `floors` and `rows`, the samples, have an entry for each of its rows."""
         result = compare(output, reference, classes=reference.ndim == self._class_axes)
         errors = sample_errors(output, reference)
         worst = int(np.argmax(errors / floors))
@@ -174,6 +181,8 @@ class Certifier:
         return Hop.model_validate(
             {
                 "name": name + self._suffixes[index],
+                "kind": "output",
+                "precision": precision,
                 "batch": len(output),
                 **result.as_dict(),
                 "floor": floor,
@@ -187,7 +196,7 @@ class Certifier:
 
 
 def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
-    """The sizes to verify at: the smallest, the best, and one that neither a doubling nor a default would hit."""
+    """Return the sizes to verify at: the smallest, the best, and one that no doubling and no default would hit."""
     further = next(
         (n for n in (3, 5, 7, batch.max) if batch.min <= n <= batch.max and n not in (batch.min, batch.opt)), 0
     )
@@ -197,11 +206,11 @@ def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
 def recertify(
     bundle: Bundle, artifact_format: str | None = None, options: RunnerOptions | None = None
 ) -> tuple[list[Hop], list[str]]:
-    """The lines of a bundle's artifacts as they run on this machine, and why the others have none. Needs no torch.
+    """Return the rows of a bundle's artifacts as they run on this machine, and why others have none. Needs no torch.
 
     Args:
         bundle: on disk; every file's sha256 is checked.
-        artifact_format: one artifact; by default all that can be run here.
+        artifact_format: one artifact; by default every one that runs here.
         options: device and threads.
 
     Raises:
@@ -214,7 +223,7 @@ def recertify(
     names = [spec.name for spec in bundle.manifest.outputs]
     axes = find_task(bundle.manifest.task).class_axes
     certifier = Certifier(bundle.probe(), batch_sizes(bundle.manifest.batch), class_axes=axes, outputs=names)
-    hops, notes = list(certifier.hops), []
+    hops, notes = certifier.floor_rows(), []
     for name, entry in bundle.manifest.artifacts.items():
         if artifact_format not in (None, name):
             continue

@@ -37,15 +37,15 @@ _ROUNDING = 2.0**-24  # relative error of one rounding to float32
 def match_weights(
     name: str, graph: onnx.ModelProto, network: nn.Module, *, own: bool = False, exact: bool = True
 ) -> Hop:
-    """The line of the weight of `network` that is farthest from the constant of `graph` that holds it.
+    """Return the row of the weight of `network` that is farthest from the constant of `graph` that holds it.
 
     A weight is looked for under its own name, then, its axes aside, by its values.
 
     Args:
-        name: of the line.
+        name: of the row.
         graph: float32.
         network: float32.
-        own: the network is its owner's but for the RepMLP blocks in it.
+        own: only the blocks in the network are ours; the rest is its owner's.
         exact: allow no difference; otherwise that of sums in another order, as another machine's may be.
 
     Raises:
@@ -78,7 +78,9 @@ def match_weights(
     said = f"farthest: {key}" if key else f"{equal} are equal" + (f", {changed} changed on the way" if changed else "")
     return Hop(
         name=name,
-        batch=0,
+        kind="weights",
+        precision="fp32",
+        batch=None,
         max_abs=error,
         mean_abs=error,
         max_rel=relative,

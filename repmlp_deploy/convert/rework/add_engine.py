@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import repmlp_deploy
-from repmlp_deploy.bundle import ArtifactEntry, Bundle, check_output_folder, describe_file
-from repmlp_deploy.convert.formats.tensorrt.build import Engine, GraphSpec, build_engine, kept_products
+from repmlp_deploy.bundle import ArtifactEntry, Bundle, GraphRecord, check_output_folder, describe_file
+from repmlp_deploy.convert.engine_options import EngineOptions
+from repmlp_deploy.convert.formats.tensorrt.build import NOT_RUN, Engine, GraphSpec, build_engine
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS, check_options
-from repmlp_deploy.convert.formats.tensorrt.options import EngineOptions
 from repmlp_deploy.convert.options import require_choice
 from repmlp_deploy.errors import BundleError
 
-__all__ = ["NOT_RUN", "add_engines", "engine_entry", "graph_spec", "read_contents", "verified_graph"]
-
-NOT_RUN = "the {} engine was built from the verified graph and has not run here"
+__all__ = ["add_engines", "engine_entry", "graph_spec", "read_contents", "verified_graph"]
 
 
 def add_engines(
@@ -83,8 +81,8 @@ def verified_graph(bundle: Bundle) -> bytes:
         BundleError: it has none, or another one, or the certificate does not cover it.
     """
     entry = bundle.artifact("onnx")
-    compared = [hop for hop in bundle.manifest.certificate if "ONNX" in hop.name]
-    if not compared or any(hop.passed is False for hop in bundle.manifest.certificate):
+    compared = [hop for hop in bundle.manifest.certificate if hop.kind == "output" and "ONNX" in hop.name]
+    if not compared or not bundle.manifest.verdict.passed:
         raise BundleError(f"{bundle.folder}: its ONNX graph was not verified; export the checkpoint again")
     return bundle.read(entry)
 
@@ -102,9 +100,9 @@ def graph_spec(bundle: Bundle) -> GraphSpec:
     """What the manifest says of the ONNX graph."""
     manifest, entry = bundle.manifest, bundle.artifact("onnx")
     inputs: dict[str, tuple[int, ...]] = {}
-    for spec in manifest.inputs or (manifest.input,):
+    for spec in manifest.inputs:
         inputs[spec.name] = tuple(int(size) for size in spec.shape[1:] if size is not None)
-    return GraphSpec(inputs, manifest.batch, entry.precision, kept_products(entry.model_extra or {}))
+    return GraphSpec(inputs, manifest.batch, entry.precision, entry.record(GraphRecord).kept_products())
 
 
 def engine_entry(name: str, engine: Engine, precision: str) -> ArtifactEntry:

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from repmlp_deploy.bundle import Bundle, Hop, hash_file
 from repmlp_deploy.card import ModelCard
-from repmlp_deploy.convert.pipeline import reparameterize
 from repmlp_deploy.convert.proof.algebra import compare_weights
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
 from repmlp_deploy.convert.proof.probe import record_probe
 from repmlp_deploy.convert.proof.weights import match_weights
 from repmlp_deploy.convert.rework.locate import load_origin
 from repmlp_deploy.convert.source.trained import Trained, load_trained
+from repmlp_deploy.convert.step import Clock
+from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.errors import InputError, MissingDependency, VerificationError
 from repmlp_deploy.runtime.tasks import find_task
 
@@ -30,8 +30,6 @@ except ImportError:
     raise MissingDependency("onnx", "export") from None
 
 __all__ = ["derive_again"]
-
-Step = Callable[[str], AbstractContextManager[None]]
 
 
 def derive_again(
@@ -63,39 +61,45 @@ def derive_again(
     manifest = bundle.manifest
     _require_same_file(bundle, Path(checkpoint))
     trained = load_origin(bundle, checkpoint, card)
-    certifier = _certifier(bundle, trained, step)
-    merged, network = reparameterize(trained, manifest.graph, certifier, step)
-    notes = []
+    certifier, recorded = _certifier(bundle, trained, step)
+    transformed = transform_and_prove(trained, manifest.graph, certifier, step)
+    hops, notes = [*certifier.floor_rows(), *recorded, *transformed.hops], []
     for name, entry in manifest.artifacts.items():
         if name == "onnx" and entry.precision == "fp32":
             graph = onnx.load_from_string(bundle.read(entry))
-            certifier.record([match_weights("onnx weights", graph, network, exact=False)], "weights")
+            rows = [match_weights("onnx weights", graph, transformed.value.network, exact=False)]
+            hops += certifier.require_passed(rows)
         elif name == "checkpoint" and bundle.folder is not None:
             bundle.read(entry)
             again = load_trained(bundle.folder / entry.path, trained.card, allow_merged=True)
-            certifier.record([compare_weights("checkpoint weights", again.network, merged)], "weights")
+            rows = [compare_weights("checkpoint weights", again.network, transformed.value.merged)]
+            hops += certifier.require_passed(rows)
         else:
             notes.append(f"the weights of {name} were not compared: they are not float32, or not readable here")
-    return certifier.hops, notes
+    return hops, notes
 
 
 def _require_same_file(bundle: Bundle, path: Path) -> None:
     """Raise unless the bundle was made of this very file."""
-    name, source = bundle.manifest.name, bundle.manifest.provenance.get("checkpoint")
-    if not source:
+    name, source = bundle.manifest.name, bundle.manifest.origin.checkpoint
+    if source is None:
         raise InputError(f"{name} was exported from a network in memory: there is no checkpoint to go back to")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     digest = hash_file(path)
-    if digest != source.get("sha256"):
+    if digest != source.sha256:
         raise VerificationError(
-            f"{path} has sha256 {digest[:16]}…; the bundle was made of {source.get('file')} with "
-            f"{str(source.get('sha256'))[:16]}…: give that file"
+            f"{path} has sha256 {digest[:16]}…; the bundle was made of {source.file} with "
+            f"{source.sha256[:16]}…: give that file"
         )
 
 
-def _certifier(bundle: Bundle, trained: Trained, step: Step) -> Certifier:
-    """A certifier with the trained network's own answers to the bundle's inputs; those in the bundle must be them."""
+def _certifier(bundle: Bundle, trained: Trained, step: Clock) -> tuple[Certifier, list[Hop]]:
+    """Return a certifier with the network's own outputs for the bundle's inputs, and the rows of the recorded ones.
+
+    Raises:
+        VerificationError: the outputs in the bundle differ from the network's.
+    """
     manifest, recorded = bundle.manifest, bundle.probe()
     with step("probe"):
         again = record_probe(trained.network, recorded.inputs, *recorded.further_inputs)
@@ -110,6 +114,8 @@ def _certifier(bundle: Bundle, trained: Trained, step: Step) -> Certifier:
     with step("verify probe"):
         if len(recorded.answers()) != len(references):
             raise VerificationError(f"the probe has {len(recorded.answers())} outputs; the network {len(references)}")
-        certifier.require_answers("recorded reference", [known for known, _ in recorded.answers()], references)
-        certifier.require_answers("recorded float32", [float32 for _, float32 in recorded.answers()], references)
-    return certifier
+        known = [reference for reference, _ in recorded.answers()]
+        rounded = [float32 for _, float32 in recorded.answers()]
+        hops = certifier.require_answers("recorded reference", known, references)
+        hops += certifier.require_answers("recorded float32", rounded, references)
+    return certifier, hops

@@ -14,10 +14,9 @@ from repmlp_deploy.convert.diagnosis.blame import Blame, blame_network
 from repmlp_deploy.convert.graph.export import TRACED, trace_network
 from repmlp_deploy.convert.proof.certificate import batch_sizes
 from repmlp_deploy.convert.proof.probe import record_probe
-from repmlp_deploy.convert.reparam.fold import fold_affine
-from repmlp_deploy.convert.reparam.merge import merge_branches, upstream_form
 from repmlp_deploy.convert.source.own_network import FAMILY
 from repmlp_deploy.convert.source.trained import Trained, find_interface, load_trained
+from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.errors import InputError, VerificationError
 from repmlp_deploy.numerics import allowed_error, compare, noise_floor
 
@@ -47,14 +46,15 @@ def blame_bundle(bundle: Bundle, checkpoint: str | Path, card: str | Path | Mode
     probe = bundle.probe()
     trained = load_origin(bundle, checkpoint, card)
     inputs = [probe.inputs, *probe.further_inputs]
-    merged = trained.network if trained.merged else merge_branches(trained.network)
-    network = upstream_form(merged) if bundle.manifest.graph == "merged" else fold_affine(merged)
-    for made in [merged] if bundle.manifest.graph == "merged" else [merged, network]:
+    form = transform_and_prove(trained, bundle.manifest.graph).value
+    for made in [form.merged] if bundle.manifest.graph == "merged" else [form.merged, form.network]:
         blame = None if trained.merged else blame_network(trained.network, made, inputs)
         if blame is not None:
             return blame
     served = bundle.manifest.batch
-    traced = trace_network(network, find_interface(trained).examples, served if served.min == served.max else TRACED)
+    traced = trace_network(
+        form.network, find_interface(trained).examples, served if served.min == served.max else TRACED
+    )
     further = set() if served.min == served.max else {TRACED.opt}
     batches = [probe.batches(size)[0] for size in sorted({*batch_sizes(served), *further})]
     blame = blame_graph(traced.program, data, batches, entry.precision)
@@ -76,8 +76,8 @@ def load_origin(bundle: Bundle, checkpoint: str | Path, card: str | Path | Model
     manifest = bundle.manifest
     if manifest.family == FAMILY:
         raise InputError(f"{manifest.name} is a network of your own: a checkpoint alone does not say how it is built")
-    source = manifest.provenance.get("checkpoint") or {}
-    weights = "ema" if "ema" in str(source.get("container", "")) else None
+    source = manifest.origin.checkpoint
+    weights = "ema" if source is not None and "ema" in source.container else None
     if card is None and manifest.name in list_cards():
         card = manifest.name
     height, width = manifest.input.shape[2:]

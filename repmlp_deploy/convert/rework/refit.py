@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,22 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
-from repmlp_deploy.bundle import PROBE, ArtifactEntry, Bundle, Hop, check_output_folder, describe_file
+from repmlp_deploy.bundle import PROBE, ArtifactEntry, Bundle, EngineReport, Hop, check_output_folder, describe_file
+from repmlp_deploy.bundle.records import CheckpointOrigin
+from repmlp_deploy.convert.formats.tensorrt.build import NOT_RUN
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
 from repmlp_deploy.convert.formats.tensorrt.refit import check_refit, refit_engine
-from repmlp_deploy.convert.graph.emulate import emulate
-from repmlp_deploy.convert.graph.proto import serialize_model
+from repmlp_deploy.convert.graph.run import onnx_run, ways_to_run
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
-from repmlp_deploy.convert.proof.probe import probe_like, record_probe, run_network
+from repmlp_deploy.convert.proof.probe import probe_like, record_probe
+from repmlp_deploy.convert.proof.weights import match_weights
 from repmlp_deploy.convert.provenance import describe_provenance
-from repmlp_deploy.convert.reparam.fold import fold_affine
-from repmlp_deploy.convert.reparam.merge import merge_branches
-from repmlp_deploy.convert.rework.add_engine import NOT_RUN, verified_graph
+from repmlp_deploy.convert.rework.add_engine import verified_graph
 from repmlp_deploy.convert.rework.named_weights import named_weights, with_named_weights
 from repmlp_deploy.convert.source.trained import Trained, find_interface, load_trained
+from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.families import FAMILIES
-from repmlp_deploy.precision import PRECISIONS
-from repmlp_deploy.runtime.onnx.runner import open_session
-from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["refit_bundle"]
@@ -82,11 +79,12 @@ def refit_bundle(
         class_axes=find_task(trained.card.task).class_axes,
         outputs=interface.outputs,
     )
-    network = _traced_form(trained, certifier)
+    transformed = transform_and_prove(trained, bundle.manifest.graph, certifier)
     show("refit the graph")
+    network = transformed.value.network
     state = {key: x.detach().numpy() for key, x in network.state_dict().items() if x.is_floating_point()}
     data = with_named_weights(graph, named_weights(state, graph, name=Path(checkpoint).name))
-    _require_equal(data, bundle.artifact("onnx").precision, certifier)
+    refitted = _compared(data, network, bundle.artifact("onnx").precision, certifier)
     contents = {PROBE: probe.to_bytes(), bundle.artifact("onnx").path: data}
     named = {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer}
     for name in engines:
@@ -94,7 +92,8 @@ def refit_bundle(
         contents[bundle.artifact(name).path] = _refitted(bundle, name, named)
     show("save")
     seconds = {"refit": round(time.perf_counter() - started, 3)}
-    return _renewed(bundle, trained, certifier.hops, contents, seconds).save(target)
+    hops = [*certifier.floor_rows(), *transformed.hops, *refitted]
+    return _renewed(bundle, trained, hops, contents, seconds).save(target)
 
 
 def _check(bundle: Bundle) -> list[str]:
@@ -111,8 +110,8 @@ def _check(bundle: Bundle) -> list[str]:
         raise InputError("int8 graphs hold scales that were measured of one checkpoint: export the new one instead")
     engines = [name for name in manifest.artifacts if name in FLAVOURS]
     for name in engines:
-        options = (bundle.artifact(name).model_extra or {}).get("options", {})
-        if not (options.get("refittable") or options.get("strip_weights")):
+        options = bundle.artifact(name).record(EngineReport).options
+        if not (options.refittable or options.strip_weights):
             raise InputError(f"the {name} engine was not built with --refittable: build it so, or export anew")
         check_refit(name)
     return engines
@@ -141,24 +140,16 @@ def _named(family: str, size: tuple[int, int]) -> str:
     return f"{family} of {size[0]}x{size[1]}"
 
 
-def _traced_form(trained: Trained, certifier: Certifier) -> nn.Module:
-    """The network as the bundle's graph was traced of one like it, verified."""
-    merged = merge_branches(trained.network)
-    certifier.require("merged", partial(run_network, merged))
-    folded = fold_affine(merged)
-    certifier.require("folded", partial(run_network, folded))
-    return folded
-
-
-def _require_equal(data: bytes, precision: str, certifier: Certifier) -> None:
-    """Raise unless the refitted graph is as close to the trained network as its precision allows."""
-    native = PRECISIONS[precision].runs_on_cpu
-    runnable = data if native else serialize_model(emulate(onnx.load_from_string(data), precision))
-    session, _ = open_session(runnable, RunnerOptions(device="cpu"))
-    names = [value.name for value in session.get_inputs()]
-    certifier.require(
-        "refitted ONNX", lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True))), precision
-    )
+def _compared(data: bytes, network: nn.Module, precision: str, certifier: Certifier) -> list[Hop]:
+    """Return the rows of the refitted graph, run in every way its precision can be on a CPU."""
+    model = onnx.load_from_string(data)
+    weights = [match_weights("refitted ONNX weights", model, network)] if precision == "fp32" else []
+    hops = certifier.require_passed(weights)
+    for name, runnable in ways_to_run(model, data, precision):
+        hops += certifier.require(
+            f"refitted {name}" if precision != "fp32" else "refitted ONNX", onnx_run(runnable), precision
+        )
+    return hops
 
 
 def _refitted(bundle: Bundle, name: str, named: dict[str, NDArray[Any]]) -> bytes:
@@ -171,10 +162,10 @@ def _renewed(
     """The bundle with new contents and what is to be said of them."""
     entries = {}
     for name, entry in bundle.manifest.artifacts.items():
-        changed = describe_file(entry.path, contents[entry.path]).model_dump()
-        if name in FLAVOURS:  # whatever was left out is in it now
-            changed["options"] = {**(entry.model_extra or {})["options"], "refittable": True, "strip_weights": False}
-        entries[name] = ArtifactEntry.model_validate({**entry.model_dump(), **changed})
+        described = entry.model_dump() | describe_file(entry.path, contents[entry.path]).model_dump()
+        if name in FLAVOURS:  # it holds now whatever was left out
+            described["options"] = {**described["options"], "refittable": True, "strip_weights": False}
+        entries[name] = ArtifactEntry.model_validate(described)
     engines = [NOT_RUN.format(name) for name in entries if name in FLAVOURS]
     notes = (*trained.notes, f"refitted from a bundle of {_origin(bundle)}", *engines)
     provenance = describe_provenance(trained, seconds)
@@ -190,5 +181,5 @@ def _renewed(
 
 
 def _origin(bundle: Bundle) -> str:
-    source = bundle.manifest.provenance.get("checkpoint") or {}
-    return str(source.get("file", "an unnamed checkpoint"))
+    source = bundle.manifest.origin.checkpoint or CheckpointOrigin()
+    return source.file

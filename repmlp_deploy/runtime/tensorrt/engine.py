@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from repmlp_deploy.bundle import Bundle, Manifest, TensorSpec
 from repmlp_deploy.errors import BundleError, MissingDependency, MissingDevice
@@ -96,15 +96,7 @@ class EngineRecord(_Record):
         Raises:
             BundleError: there is none, or it is not an engine's.
         """
-        extra = bundle.artifact(artifact_format).model_extra or {}
-        try:
-            return cls.model_validate(extra)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise BundleError(
-                f"the manifest's {artifact_format} artifact: {where}: {first['msg']}; export the checkpoint again"
-            ) from None
+        return bundle.artifact(artifact_format).record(cls)
 
 
 @dataclass(frozen=True)
@@ -244,11 +236,11 @@ def _batches(profile: Mapping[str, ShapeRange]) -> tuple[int, int]:
 
 
 def _input_specs(manifest: Manifest) -> tuple[TensorSpec, ...]:
-    return manifest.inputs or (manifest.input,)
+    return manifest.inputs
 
 
 def _output_specs(manifest: Manifest) -> tuple[TensorSpec, ...]:
-    return manifest.outputs or (manifest.output,)
+    return manifest.outputs
 
 
 def _check_profiles(record: EngineRecord, manifest: Manifest, artifact_format: str) -> None:

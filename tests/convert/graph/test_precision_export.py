@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 
 from repmlp_deploy import Bundle, Predictor, export
-from repmlp_deploy.convert import pipeline
+from repmlp_deploy.convert import graphs, pipeline
 from repmlp_deploy.convert.graph.emulate import emulate
 from repmlp_deploy.convert.graph.lower import Lowered, set_precision
 from repmlp_deploy.convert.graph.proto import serialize_model
@@ -89,7 +89,7 @@ def test_a_wrong_quantizer_is_caught_with_the_remedy(tmp_path: Path, monkeypatch
         ranges = {name: value / 50 for name, value in options.pop("ranges").items()}
         return set_precision(graph, precision, ranges=ranges, **options)
 
-    monkeypatch.setattr(pipeline, "set_precision", clipping)
+    monkeypatch.setattr(graphs, "set_precision", clipping)
     with pytest.raises(VerificationError, match=r"int8 ONNX at batch .* nothing was written; give more or better"):
         exported("repmlp-digits", tmp_path / "out", "int8")
     assert not (tmp_path / "out").exists()

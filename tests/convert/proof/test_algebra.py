@@ -12,7 +12,7 @@ from torch import nn
 
 from repmlp_deploy import get_model
 from repmlp_deploy.bundle import Hop
-from repmlp_deploy.convert.proof.algebra import Step, compare_weights, prove_algebra, redraw_statistics
+from repmlp_deploy.convert.proof.algebra import Transformation, compare_weights, prove_algebra, redraw_statistics
 from repmlp_deploy.convert.proof.certificate import Certifier
 from repmlp_deploy.convert.proof.probe import probe_inputs, record_probe, run_network
 from repmlp_deploy.convert.reparam.fold import fold_affine
@@ -32,11 +32,11 @@ def prove(network: nn.Module, merge: Transform = merge_branches, fold: Transform
     """The lines of both steps, as the pipeline makes them."""
     certifier = certifier_of(network)
     merged = merge(network)
-    certifier.require("merged", lambda x: run_network(merged, x))
+    hops = certifier.require("merged", lambda x: run_network(merged, x))
     folded = fold(merged)
-    certifier.require("folded", lambda x: run_network(folded, x))
-    prove_algebra(network, [Step("merged", merge, merged), Step("folded", fold, folded)], certifier)
-    return certifier.hops
+    hops += certifier.require("folded", lambda x: run_network(folded, x))
+    steps = [Transformation("merged", merge, merged), Transformation("folded", fold, folded)]
+    return [*certifier.floor_rows(), *hops, *prove_algebra(network, steps, certifier)]
 
 
 @pytest.fixture

@@ -91,14 +91,15 @@ def test_answers_in_float64_are_judged_by_float64s_row(probe: Probe) -> None:
 def test_the_verdict_is_the_closest_hop(probe: Probe) -> None:
     certifier = Certifier(probe, (5,))
     floor = 4 * 2.0**-23 * probe.reference[0].max()
-    certifier.require("close", answer(probe, {0: 2 * floor}))
-    certifier.require("closer", answer(probe, {0: 4 * floor}))
-    verdict = Verdict.of(certifier.hops)
+    hops = certifier.floor_rows()
+    hops += certifier.require("close", answer(probe, {0: 2 * floor}))
+    hops += certifier.require("closer", answer(probe, {0: 4 * floor}))
+    verdict = Verdict.of(hops)
     assert (verdict.passed, verdict.closest) == (True, "closer")
     assert verdict.margin == pytest.approx(2)
     failed = certifier.measure("wrong", answer(probe, {0: 1.0}), "fp32")
-    assert not Verdict.of([*certifier.hops, *failed]).passed
-    assert Verdict.of(certifier.hops[:1]) == Verdict(passed=True, margin=None, closest=None)
+    assert not Verdict.of([*hops, *failed]).passed
+    assert Verdict.of(hops[:1]) == Verdict(passed=True, margin=None, closest=None)
 
 
 def test_lines_of_older_bundles_are_read() -> None:

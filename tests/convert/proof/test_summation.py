@@ -119,6 +119,6 @@ def test_a_wrong_mean_over_a_large_map_is_noticed(
         network.head.weight.mul_(factor)
         return right(network, *arguments)
 
-    monkeypatch.setattr("repmlp_deploy.convert.pipeline.trace_network", traced)
+    monkeypatch.setattr("repmlp_deploy.convert.graphs.trace_network", traced)
     with pytest.raises(VerificationError, match="differs from the trained network"):
         export(pooled, example_input=torch.zeros(1, 3, 256, 256), batch="1:2:4", out=tmp_path / "out")

@@ -18,8 +18,8 @@ from repmlp_deploy.bundle import MANIFEST, BatchRange
 from repmlp_deploy.cli.build import build_command
 from repmlp_deploy.cli.export import export_command
 from repmlp_deploy.cli.shared.console import run_command
+from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.convert.formats.tensorrt import flavours
-from repmlp_deploy.convert.formats.tensorrt.options import EngineOptions
 from repmlp_deploy.convert.rework.add_engine import add_engines
 from repmlp_deploy.errors import BundleError, InputError
 

@@ -12,8 +12,8 @@ import tensorrt_rtx
 import torch
 from onnx import numpy_helper
 
-from repmlp_deploy import Bundle, Predictor
-from repmlp_deploy.bundle import MANIFEST
+from repmlp_deploy import Bundle, Predictor, export
+from repmlp_deploy.bundle import MANIFEST, Verdict
 from repmlp_deploy.convert.formats.tensorrt import refit as engine_refit
 from repmlp_deploy.convert.formats.tensorrt.driver import Gpu
 from repmlp_deploy.convert.formats.tensorrt.refit import refit_engine
@@ -117,13 +117,19 @@ def other_checkpoint(digits_state: dict[str, torch.Tensor], tmp_path: Path) -> P
     return tmp_path / "epoch2.pth"
 
 
+PROVED = {f"{step}{how}" for step in ("merged", "folded") for how in ("", ", float64", ", redrawn", " weights")}
+"""The rows of every export, and so of every refit."""
+
+
 def test_a_refitted_bundle_answers_as_the_new_network(
     bundle_folder: Path, bundle: Bundle, other_checkpoint: Path, tmp_path: Path
 ) -> None:
     source = with_artifacts(bundle_folder, "onnx")
     refitted = refit_bundle(source, other_checkpoint, out=tmp_path / "out")
     hops = {hop.name for hop in refitted.manifest.certificate if hop.passed}
-    assert hops == {"merged", "folded", "refitted ONNX"}
+    assert hops == {*PROVED, "refitted ONNX", "refitted ONNX weights"}
+    assert refitted.manifest.verdict == Verdict.of(refitted.manifest.certificate)
+    assert refitted.manifest.verdict != bundle.manifest.verdict, "the verdict is the new network's"
     assert refitted.manifest.provenance["checkpoint"]["file"] == "epoch2.pth"
     assert "refitted from a bundle of repmlp-digits.safetensors" in refitted.manifest.notes
     assert (refitted.manifest.labels, refitted.manifest.batch) == (bundle.manifest.labels, bundle.manifest.batch)
@@ -323,8 +329,8 @@ def test_the_real_bindings_have_what_refitting_calls() -> None:
 @pytest.mark.parametrize("strip", [False, True])
 def test_a_refitted_engine_holds_the_weights_of_the_other_checkpoint(strip: bool) -> None:
     """Read back from the engine: with the weights of B, a plan of A is refitted to what B's own plan holds."""
+    from repmlp_deploy.convert.engine_options import EngineOptions
     from repmlp_deploy.convert.formats.tensorrt.build import build_engine
-    from repmlp_deploy.convert.formats.tensorrt.options import EngineOptions
     from repmlp_deploy.runtime.tensorrt.log import shared_logger
 
     case, other = graph_case("repmlpnet"), graph_case("repmlpnet", 1)
@@ -340,3 +346,29 @@ def test_a_refitted_engine_holds_the_weights_of_the_other_checkpoint(strip: bool
     for name in names:
         held = refitter.get_named_weights(name).numpy().reshape(weights[name].shape)
         np.testing.assert_array_equal(held, weights[name])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_refitted_graph_is_emulated_as_an_exported_one_is(
+    precision: str, digits_checkpoint: Path, other_checkpoint: Path, tmp_path: Path
+) -> None:
+    bundle = export(digits_checkpoint, precision=precision, batch="1:4:16", out=tmp_path / "bundle")
+    refitted = refit_bundle(tmp_path / "bundle", other_checkpoint, out=tmp_path / "out")
+    expected = {hop.name for hop in bundle.manifest.certificate if hop.precision == precision}
+    assert expected
+    found = {hop.name.removeprefix("refitted ") for hop in refitted.manifest.certificate if hop.precision == precision}
+    assert found == expected
+
+
+def test_a_stored_verdict_that_contradicts_the_certificate_is_not_believed(bundle_folder: Path) -> None:
+    """Bundles that an earlier version refitted hold the verdict of the network before."""
+    path = bundle_folder / MANIFEST
+    data = json.loads(path.read_text(encoding="utf-8"))
+    right = dict(data["verdict"])
+    data["verdict"] |= {"passed": False, "margin": 0.1, "closest": "another network"}
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert Bundle.load(bundle_folder).manifest.verdict.model_dump(mode="json") == right
+    row = next(hop for hop in data["certificate"] if hop["passed"])
+    row["passed"] = False
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert not Bundle.load(bundle_folder).manifest.verdict.passed

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from repmlp_deploy import Bundle, Predictor, VerificationError, export
-from repmlp_deploy.convert import pipeline
+from repmlp_deploy.convert import transform
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.flat import flatten_outputs
 from support.networks import randomize
@@ -115,14 +115,14 @@ def test_a_probe_with_several_inputs_and_outputs_survives_its_file(exported: Bun
 
 def test_a_wrong_second_output_fails_the_export(segmenter: nn.Module, tmp_path: Path, monkeypatch: Any) -> None:
     """Each output has a floor of its own: an error in one cannot hide behind another's size."""
-    merge = pipeline.merge_branches
+    merge = transform.merge_branches
 
     def forgetful(network: nn.Module) -> nn.Module:
         merged = merge(network)
         merged.module.auxiliary.bias = nn.Parameter(merged.module.auxiliary.bias + 1e-4)
         return merged
 
-    monkeypatch.setattr(pipeline, "merge_branches", forgetful)
+    monkeypatch.setattr(transform, "merge_branches", forgetful)
     example = {"images": torch.randn(1, 3, 32, 32), "weight": torch.rand(1, 5)}
     with pytest.raises(VerificationError, match="merged: auxiliary at batch"):
         export(segmenter, example_input=example, out=tmp_path / "out")
@@ -132,7 +132,7 @@ def test_a_wrong_second_output_fails_the_export(segmenter: nn.Module, tmp_path: 
 def test_a_single_output_runs_in_predictor_but_images_need_a_card(tmp_path: Path) -> None:
     network = _make(Scorer)
     bundle = export(network, example_input=torch.zeros(1, 3, 8, 8), batch=2, out=tmp_path / "scorer")
-    assert (bundle.manifest.inputs, bundle.manifest.outputs) == ((), ())
+    assert (len(bundle.manifest.inputs), len(bundle.manifest.outputs)) == (1, 1)
     x = torch.randn(2, 3, 8, 8)
     with Predictor(bundle) as predictor:
         np.testing.assert_allclose(predictor.logits(x.numpy()), network(x).numpy(), atol=1e-5)

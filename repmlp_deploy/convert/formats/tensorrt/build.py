@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from repmlp_deploy.bundle import BatchRange
+from repmlp_deploy.convert.engine_options import FLAGS, EngineOptions
 from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.convert.formats.tensorrt.flavours import (
     FLAVOURS,
@@ -23,12 +24,13 @@ from repmlp_deploy.convert.formats.tensorrt.flavours import (
     target_capabilities,
 )
 from repmlp_deploy.convert.formats.tensorrt.network_types import read_types, require_precision
-from repmlp_deploy.convert.formats.tensorrt.options import FLAGS, EngineOptions
 from repmlp_deploy.convert.formats.tensorrt.timing_cache import TimingCache, default_timing_cache
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency, OutputError
 from repmlp_deploy.runtime.tensorrt.log import recording, shared_logger
 
-__all__ = ["Engine", "GraphSpec", "build_engine", "kept_products"]
+__all__ = ["NOT_RUN", "Engine", "GraphSpec", "build_engine"]
+
+NOT_RUN = "the {} engine was built from the verified graph and has not run here"
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,6 @@ def build_engine(name: str, graph: bytes, spec: GraphSpec, options: EngineOption
         "warnings": said.warnings,
     }
     return Engine(bytes(plan), details)
-
-
-def kept_products(details: Mapping[str, Any]) -> tuple[str, ...]:
-    """The products that an ONNX artifact says it keeps in float32, by name."""
-    return tuple(str(kept["node"]) for kept in details.get("kept_fp32", ()) if "node" in kept)
 
 
 def _profiles(spec: GraphSpec, options: EngineOptions) -> list[dict[str, list[list[int]]]]:

@@ -10,14 +10,14 @@ import torch
 from onnx import TensorProto, helper
 
 from repmlp_deploy import Bundle, export
-from repmlp_deploy.bundle import BatchRange
+from repmlp_deploy.bundle import BatchRange, GraphRecord
+from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.convert.formats.tensorrt import build as engine
 from repmlp_deploy.convert.formats.tensorrt import flavours
-from repmlp_deploy.convert.formats.tensorrt.build import GraphSpec, build_engine, kept_products
+from repmlp_deploy.convert.formats.tensorrt.build import GraphSpec, build_engine
 from repmlp_deploy.convert.formats.tensorrt.driver import Gpu
 from repmlp_deploy.convert.formats.tensorrt.flavours import Flavour, check_flavour
 from repmlp_deploy.convert.formats.tensorrt.network_types import NetworkTypes, require_precision
-from repmlp_deploy.convert.formats.tensorrt.options import EngineOptions
 from repmlp_deploy.convert.graph.lower import set_precision
 from repmlp_deploy.convert.graph.nodes import node_modules
 from repmlp_deploy.convert.graph.proto import SCOPES
@@ -145,7 +145,7 @@ def test_a_lowered_graph_is_not_taken_for_float32(bundle: Bundle) -> None:
 
 def test_products_that_the_graph_says_it_keeps_are_no_error(bundle: Bundle) -> None:
     lowered = set_precision(onnx.load_from_string(graph_of(bundle)), "fp16", keep_fp32=["head"])
-    (kept,) = kept_products(lowered.describe())
+    (kept,) = GraphRecord.model_validate(lowered.describe()).kept_products()
     data = lowered.model.SerializeToString()
     built = build_engine("trt-rtx", data, replace(DIGITS, precision="fp16", kept_fp32=(kept,)))
     assert built.details["product_types"] == {"half": 23, "float": 1}

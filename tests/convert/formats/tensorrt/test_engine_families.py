@@ -12,9 +12,9 @@ import torch
 
 import gpu_roofline
 from repmlp_deploy.bench.counting.count import count_graph
-from repmlp_deploy.bundle import BatchRange
+from repmlp_deploy.bundle import BatchRange, GraphRecord
 from repmlp_deploy.card import load_card
-from repmlp_deploy.convert.formats.tensorrt.build import GraphSpec, build_engine, kept_products
+from repmlp_deploy.convert.formats.tensorrt.build import GraphSpec, build_engine
 from repmlp_deploy.convert.graph.export import export_graph, trace_network
 from repmlp_deploy.convert.graph.lower import PRODUCTS, product_tensors, set_precision
 from repmlp_deploy.convert.graph.proto import serialize_model
@@ -33,7 +33,7 @@ PRECISIONS = {"fp32": "float", "fp16": "half", "bf16": "bf16", "int8": "int8"}
 def lower(model: onnx.ModelProto, spec: GraphSpec, precision: str) -> tuple[bytes, GraphSpec]:
     """A graph in a precision; the ranges of int8 are invented, which changes no type and no size."""
     lowered = set_precision(model, precision, ranges=dict.fromkeys(product_tensors(model), 4.0))
-    spec = replace(spec, precision=precision, kept_fp32=kept_products(lowered.describe()))
+    spec = replace(spec, precision=precision, kept_fp32=GraphRecord.model_validate(lowered.describe()).kept_products())
     return serialize_model(lowered.model), spec
 
 

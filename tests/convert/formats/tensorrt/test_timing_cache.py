@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import tensorrt_rtx
 
+from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.convert.formats.tensorrt import build as engine
 from repmlp_deploy.convert.formats.tensorrt.driver import Gpu
-from repmlp_deploy.convert.formats.tensorrt.options import EngineOptions
 from repmlp_deploy.convert.formats.tensorrt.timing_cache import TimingCache, default_timing_cache
 from repmlp_deploy.errors import OutputError
 from support.graph_cases import graph_case

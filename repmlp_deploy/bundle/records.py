@@ -1,0 +1,123 @@
+"""What artifacts and origins say of themselves in the manifest, as types.
+
+In the file these stand beside the fields that every artifact has. A reader asks an entry for the record it needs:
+`entry.record(GraphRecord)`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["CheckpointOrigin", "EngineBuild", "EngineReport", "GraphRecord", "KeptNode", "Origin", "Sensitivity"]
+
+
+class Record(BaseModel):
+    """A part of what is written; keys that a reader does not ask for are left aside."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class KeptNode(Record):
+    """A node that stays in float32, or several of one operator.
+
+    Attributes:
+        op: the operator.
+        reason: why it stays.
+        node: its name, for a product.
+        module: the module it belongs to.
+        count: how many there are, for anything else.
+    """
+
+    op: str
+    reason: str
+    node: str | None = None
+    module: str = ""
+    count: int | None = None
+
+    def name(self) -> str:
+        """Return what a report calls it."""
+        return f"{self.count} {self.op}" if self.count is not None else self.module or self.node or self.op
+
+
+class Sensitivity(Record):
+    """The largest error when only this block is in the low precision."""
+
+    block: str
+    max_abs: float
+
+
+class GraphRecord(Record):
+    """What an ONNX artifact says of its precision.
+
+    Attributes:
+        lowered: operator to the number of its nodes that compute in the precision.
+        kept_fp32: what stays in float32.
+        sensitivity: of every block, the worst first, if it was measured.
+    """
+
+    lowered: dict[str, int] = {}
+    kept_fp32: tuple[KeptNode, ...] = ()
+    sensitivity: tuple[Sensitivity, ...] = ()
+
+    def kept_products(self) -> tuple[str, ...]:
+        """Return the names of the products that stay in float32."""
+        return tuple(kept.node for kept in self.kept_fp32 if kept.node is not None)
+
+
+class EngineBuild(Record):
+    """The options of a build that decide what can be done with the engine later."""
+
+    refittable: bool = False
+    strip_weights: bool = False
+
+
+class EngineReport(Record):
+    """What a report shows of an engine.
+
+    Attributes:
+        version: the builder's.
+        compute_capabilities: the GPUs it is for, such as `8.6`; None for the builder's own choice.
+        profiles: input to its smallest, best and largest shape.
+        layers: how many it has.
+        product_types: type to the number of products that compute in it.
+        build_seconds: of the build.
+        weights_bytes: of its weights, if the builder tells.
+        scratch_bytes: of its working memory, if the builder tells.
+        warnings: of the builder.
+        options: of the build.
+    """
+
+    version: str
+    compute_capabilities: tuple[str, ...] | None
+    profiles: tuple[dict[str, tuple[tuple[int, ...], ...]], ...]
+    layers: int
+    product_types: dict[str, int]
+    build_seconds: float
+    weights_bytes: int | None = None
+    scratch_bytes: int | None = None
+    warnings: tuple[str, ...] = ()
+    options: EngineBuild = EngineBuild()
+
+
+class CheckpointOrigin(Record):
+    """The weights file that a bundle was made of."""
+
+    file: str = "an unnamed checkpoint"
+    sha256: str = ""
+    container: str = ""
+
+
+class Origin(Record):
+    """What a bundle was made of, and when.
+
+    Attributes:
+        checkpoint: None for a network that was handed over in memory.
+        seconds: of every step.
+        date: of the export.
+    """
+
+    checkpoint: CheckpointOrigin | None = None
+    seconds: Annotated[dict[str, float], Field(default_factory=dict)]
+    date: str = "an unknown date"

@@ -1,0 +1,64 @@
+"""What an export was asked for, checked before any work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from repmlp_deploy.bundle import BatchRange
+from repmlp_deploy.convert.engine_options import EngineOptions
+from repmlp_deploy.convert.options import CALIBRATION_METHODS, GRAPHS, require_choice
+from repmlp_deploy.errors import InputError
+from repmlp_deploy.precision import PRECISIONS
+
+__all__ = ["Request"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The choices of one export; `export` describes them.
+
+    Attributes:
+        formats: entries of `FORMATS`, checked by `check_formats`.
+        graph: of `GRAPHS`.
+        precision: of `PRECISIONS`.
+        batch: the sizes to serve.
+        engine: how to build engines.
+        calibration: a folder, a file or arrays for a precision that needs them.
+        calibration_method: of `CALIBRATION_METHODS`.
+        keep_fp32: patterns of what stays in float32.
+        sensitivity: whether to measure every block alone.
+    """
+
+    formats: tuple[str, ...]
+    graph: str
+    precision: str
+    batch: BatchRange
+    engine: EngineOptions
+    calibration: str | Path | Mapping[str, NDArray[Any]] | None
+    calibration_method: str
+    keep_fp32: tuple[str, ...]
+    sensitivity: bool
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The only batch size; None if there are several."""
+        return self.batch.min if self.batch.min == self.batch.max else None
+
+    def check(self) -> None:
+        """Raise InputError if the choices are unknown or contradict each other."""
+        require_choice("--graph", self.graph, GRAPHS)
+        require_choice("--precision", self.precision, tuple(PRECISIONS))
+        require_choice("--calibration-method", self.calibration_method, CALIBRATION_METHODS)
+        calibrated = PRECISIONS[self.precision].needs_calibration
+        if calibrated and self.calibration is None:
+            raise InputError(f"{self.precision} needs calibration images: pass --calibration DIR|FILE.npz")
+        if not calibrated and self.calibration is not None:
+            raise InputError(f"--calibration is for int8, and --precision is {self.precision}: drop one of them")
+        if self.precision == "fp32" and (self.keep_fp32 or self.sensitivity):
+            option = "--keep-fp32" if self.keep_fp32 else "--sensitivity"
+            raise InputError(f"{option} says nothing where everything is fp32: name a --precision")
