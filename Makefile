@@ -30,6 +30,7 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/house.py --check
 	$(BIN)/python tools/models_table.py --check
 	$(BIN)/python tools/gpu_roofline.py --check
 

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from repmlp_deploy.convert.graph.emulate import emulate
-from repmlp_deploy.convert.graph.lower import PRODUCTS
+from repmlp_deploy.convert.graph.lowering.lower import PRODUCTS
 from repmlp_deploy.errors import InputError, VerificationError
 from repmlp_deploy.numerics import TOLERANCES
 from repmlp_deploy.precision import PRECISIONS, Precision, Tolerance

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from repmlp_deploy.cli.shared.console import (
     INTERRUPTED,
@@ -83,6 +83,19 @@ def bench_command(  # noqa: PLR0913 - one per option
     }
     if threshold <= 0:
         raise InputError(f"--threshold is {threshold:g}; it must be positive")
+    old, report = _measured(suite, given, outputs, compare)
+    _print_report(report, outputs)
+    if old is not None:
+        _compare(old, report, str(compare), threshold)
+    if report.interrupted:
+        sys.stderr.write("interrupted: the report is of what had been measured\n")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _measured(
+    suite: Path | None, given: dict[str, Any], outputs: dict[str, Path | None], compare: Path | None
+) -> tuple[Report | None, Report]:
+    """Return the earlier report to compare with, if any, and the new one."""
     for path in outputs.values():
         _check_writable(path)
     with progress() as show:
@@ -92,17 +105,11 @@ def bench_command(  # noqa: PLR0913 - one per option
         from repmlp_deploy.bench.session import run_benchmark  # noqa: PLC0415
         from repmlp_deploy.bench.settings import read_settings  # noqa: PLC0415
 
-        if html is not None:  # a missing package is told before minutes of measuring, not after
+        if outputs["html"] is not None:  # a missing package is told before minutes of measuring, not after
             import_module("repmlp_deploy.bench.report.page")
 
         old = None if compare is None else load_report(compare)
-        report = run_benchmark(read_settings(suite, given), show)
-    _print_report(report, outputs)
-    if old is not None:
-        _compare(old, report, str(compare), threshold)
-    if report.interrupted:
-        sys.stderr.write("interrupted: the report is of what had been measured\n")
-        raise typer.Exit(INTERRUPTED)
+        return old, run_benchmark(read_settings(suite, given), show)
 
 
 def _print_report(report: Report, outputs: dict[str, Path | None]) -> None:

@@ -48,20 +48,9 @@ def build_command(  # noqa: PLR0913 - one per option
 ) -> None:
     """Build TensorRT engines from a bundle's verified ONNX graph, and put them into the bundle."""
     wanted = parse_formats(formats or "trt-rtx")
-    engine = words.read_engine_options(
-        wanted,
-        () if batch is None else parse_profiles(batch),
-        workspace_gb=workspace_gb,
-        tf32=tf32,
-        optimization_level=optimization_level,
-        timing_cache=timing_cache,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-        compute_capability=compute_capability,
-        refittable=refittable,
-        strip_weights=strip_weights,
-        verbosity=verbosity,
-    )
+    tuning = words.Tuning(workspace_gb, tf32, optimization_level, timing_cache, verbosity)
+    reach = words.Reach(version_compatible, hardware_compatible, compute_capability, refittable, strip_weights)
+    engine = words.read_engine_options(wanted, () if batch is None else parse_profiles(batch), tuning, reach)
     if refit_from is not None and (formats or engine.asked()):
         raise InputError("--refit-from keeps engines as they were built: leave --format and engine options out")
     if refit_from is None and weights is not None:

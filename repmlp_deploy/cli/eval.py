@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from repmlp_deploy.bundle import Bundle, hash_file
 from repmlp_deploy.cli.shared.console import INTERRUPTED, print_json, print_line, print_table, run_command, typer
 from repmlp_deploy.errors import InputError
-from repmlp_deploy.evaluation.datasets import read_dataset
+from repmlp_deploy.evaluation.datasets import Dataset, read_dataset
 from repmlp_deploy.evaluation.loop import TRAINED, Evaluation, Progress, Run, evaluate, state_folder, state_key
 from repmlp_deploy.runtime.predictor import Predictor
 
@@ -72,22 +72,8 @@ def eval_command(  # noqa: PLR0913 - one per option
         file = state if state is not None else state_folder() / f"{key[:32]}.json"
         if fresh:
             file.unlink(missing_ok=True)
-        try:
-            with _progress() as show:
-                found = evaluate(
-                    runs,
-                    loaded.manifest,
-                    dataset,
-                    state_file=file,
-                    key=key,
-                    batch=batch,
-                    workers=workers,
-                    skip_unreadable=skip_unreadable,
-                    progress=show,
-                )
-        except KeyboardInterrupt:
-            sys.stderr.write(f"error: interrupted; run again to go on from {file}\n")
-            raise typer.Exit(INTERRUPTED) from None
+        how = {"batch": batch, "workers": workers, "skip_unreadable": skip_unreadable}
+        found = _evaluated(runs, loaded, dataset, file, key, how)
     about = {"bundle": str(bundle), "task": loaded.manifest.task, "data": str(data), "read": dataset.remark}
     about["devices"] = {predictor.format: predictor.device for predictor in predictors}  # type: ignore[assignment]
     if json:
@@ -96,6 +82,18 @@ def eval_command(  # noqa: PLR0913 - one per option
     else:
         _print_scores(loaded.manifest.name, found, loaded.manifest.labels)
         print_line(f"{data}: {dataset.remark}")
+
+
+def _evaluated(  # noqa: PLR0913 - what an evaluation is of, and where it can go on
+    runs: dict[str, Run], bundle: Bundle, dataset: Dataset, file: Path, key: str, how: dict[str, Any]
+) -> Evaluation:
+    """Run the evaluation with a progress display; after an interruption, say where it can go on."""
+    try:
+        with _progress() as show:
+            return evaluate(runs, bundle.manifest, dataset, state_file=file, key=key, progress=show, **how)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"error: interrupted; run again to go on from {file}\n")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _trained_run(ckpt: Path, bundle: Bundle) -> Run:

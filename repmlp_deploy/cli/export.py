@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 from repmlp_deploy.bundle import Bundle, GraphRecord, Hop, Manifest, Verdict
 from repmlp_deploy.cli.shared import engine_options as words
-from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, progress, run_command, typer
+from repmlp_deploy.cli.shared import export_options as asked
+from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, progress, run_command
 from repmlp_deploy.cli.shared.engine_report import print_engines
 from repmlp_deploy.convert.formats import parse_formats
 from repmlp_deploy.convert.options import (
@@ -33,23 +34,14 @@ def main() -> None:
 
 
 def export_command(  # noqa: PLR0913 - one per option
-    ckpt: Annotated[Path, typer.Option(help="Training-time checkpoint: .pth, .pt or .safetensors.")],
-    module: Annotated[
-        str | None,
-        typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="What makes the network, where it is your own."),
-    ] = None,
-    card: Annotated[str | None, typer.Option(help="Card in models/ or path of one; default: inferred.")] = None,
-    input_size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Input size, where keys and shapes cannot tell it.")
-    ] = None,
-    formats: Annotated[
-        str, typer.Option("--format", help="Comma-separated: onnx, openvino, trt, trt-rtx, torch, checkpoint.")
-    ] = "onnx",
-    graph: Annotated[str, typer.Option(help="folded, or merged for what upstream's own merge leaves.")] = "folded",
-    precision: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "fp32",
-    batch: Annotated[
-        str, typer.Option(metavar="MIN:OPT:MAX[,…]", help="Batch sizes to serve, or one; several: engine profiles.")
-    ] = "1:8:64",
+    ckpt: asked.Checkpoint,
+    module: asked.Module = None,
+    card: asked.Card = None,
+    input_size: asked.InputSize = None,
+    formats: asked.Formats = "onnx",
+    graph: asked.Graph = "folded",
+    precision: asked.Precision = "fp32",
+    batch: asked.Batch = "1:8:64",
     workspace_gb: words.WorkspaceGb = None,
     tf32: words.Tf32 = False,
     optimization_level: words.OptimizationLevel = None,
@@ -60,71 +52,54 @@ def export_command(  # noqa: PLR0913 - one per option
     refittable: words.Refittable = False,
     strip_weights: words.StripWeights = False,
     verbosity: words.Verbosity = "error",
-    calibration: Annotated[
-        Path | None, typer.Option(metavar="DIR|FILE.npz", help="Images or arrays for int8; at least 32.")
-    ] = None,
-    calibration_method: Annotated[str, typer.Option(help="minmax, entropy or percentile.")] = "minmax",
-    keep_fp32: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Modules that stay in fp32, as stages.0.*; repeatable.")
-    ] = None,
-    sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Also the error of lowering each block alone; slow.")
-    ] = False,
-    weights: Annotated[str | None, typer.Option(help="model or ema, where the file holds both.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The bundle; default artifacts/<name>-<precision>.")] = None,
-    allow_merged: Annotated[
-        bool, typer.Option("--allow-merged", help="Accept a merged checkpoint; proof starts there.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="The report as one JSON object on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
+    calibration: asked.Calibration = None,
+    calibration_method: asked.CalibrationMethod = "minmax",
+    keep_fp32: asked.KeepFp32 = None,
+    sensitivity: asked.Sensitivity = False,
+    weights: asked.Weights = None,
+    out: asked.Out = None,
+    allow_merged: asked.AllowMerged = False,
+    json: asked.Json = False,
+    debug: asked.Debug = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Merge a trained RepMLP, prove the result equal to it, and export it."""
     wanted, profiles = parse_formats(formats), parse_profiles(batch)
-    engine = words.read_engine_options(
-        wanted,
-        profiles if len(profiles) > 1 else (),
-        workspace_gb=workspace_gb,
-        tf32=tf32,
-        optimization_level=optimization_level,
-        timing_cache=timing_cache,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-        compute_capability=compute_capability,
-        refittable=refittable,
-        strip_weights=strip_weights,
-        verbosity=verbosity,
-    )
-    size = None if input_size is None else parse_size(input_size)
+    tuning = words.Tuning(workspace_gb, tf32, optimization_level, timing_cache, verbosity)
+    reach = words.Reach(version_compatible, hardware_compatible, compute_capability, refittable, strip_weights)
+    choices = {
+        "module": module,
+        "card": card,
+        "input_size": None if input_size is None else parse_size(input_size),
+        "formats": wanted,
+        "graph": graph,
+        "precision": precision,
+        "batch": whole_range(profiles),
+        "engine": words.read_engine_options(wanted, profiles if len(profiles) > 1 else (), tuning, reach),
+        "calibration": calibration,
+        "calibration_method": calibration_method,
+        "keep_fp32": keep_fp32 or (),
+        "sensitivity": sensitivity,
+        "weights": weights,
+        "out": out,
+        "allow_merged": allow_merged,
+    }
     require_choice("--graph", graph, GRAPHS)
     require_choice("--precision", precision, tuple(PRECISIONS))
+    bundle = _export(ckpt, choices)
+    if json:
+        print_json({"out": str(bundle.folder), **bundle.manifest.as_json()})
+    else:
+        print_report(bundle)
+
+
+def _export(ckpt: Path, choices: dict[str, Any]) -> Bundle:
+    """Run the export with a progress display."""
     with progress() as show:
         show("loading PyTorch")
         from repmlp_deploy.convert.pipeline import export  # noqa: PLC0415 - seconds: not for --help or a bad option
 
         gc.freeze()  # half a million objects of libraries, which no search for cycles need visit again
-        bundle = export(
-            ckpt,
-            module=module,
-            card=card,
-            formats=wanted,
-            graph=graph,
-            precision=precision,
-            batch=whole_range(profiles),
-            engine=engine,
-            calibration=calibration,
-            calibration_method=calibration_method,
-            keep_fp32=keep_fp32 or (),
-            sensitivity=sensitivity,
-            weights=weights,
-            input_size=size,
-            out=out,
-            allow_merged=allow_merged,
-            progress=show,
-        )
-    if json:
-        print_json({"out": str(bundle.folder), **bundle.manifest.as_json()})
-    else:
-        print_report(bundle)
+        return export(ckpt, **choices, progress=show)
 
 
 def print_hops(title: str, hops: Sequence[Hop]) -> None:

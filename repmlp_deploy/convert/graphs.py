@@ -31,7 +31,7 @@ from repmlp_deploy.convert.graph.export import (
     with_metadata,
     with_symbolic_batch,
 )
-from repmlp_deploy.convert.graph.lower import blocks_of, product_tensors, set_precision
+from repmlp_deploy.convert.graph.lowering.lower import blocks_of, product_tensors, set_precision
 from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.convert.graph.run import onnx_run, ways_to_run
 from repmlp_deploy.convert.graph.simplify import SimplificationFailed, Simplifier, simplifier_started, simplify_graph
@@ -181,17 +181,17 @@ def _lowered(job: Job, data: bytes, find: Find) -> Step[tuple[bytes, dict[str, A
     about: dict[str, Any] = {}
     if job.samples is not None:
         with job.clock("calibrate"):
-            ranges = measure_ranges(data, job.samples, product_tensors(model), request.calibration_method)
-        about = {"calibration": {"method": request.calibration_method, "samples": len(job.samples)}}
+            ranges = measure_ranges(data, job.samples, product_tensors(model), request.low.method)
+        about = {"calibration": {"method": request.low.method, "samples": len(job.samples)}}
     with job.clock(precision):
-        lowered = set_precision(model, precision, ranges=ranges, keep_fp32=request.keep_fp32)
+        lowered = set_precision(model, precision, ranges=ranges, keep_fp32=request.low.keep_fp32)
         data = serialize_model(lowered.model)
     hops: list[Hop] = []
     with job.clock(f"verify {precision}"):
         for name, runnable in ways_to_run(lowered.model, data, precision):
             with blamed(partial(find, runnable, precision=precision)):
                 hops += job.certifier.require(name, onnx_run(runnable), precision)
-    if request.sensitivity:
+    if request.low.sensitivity:
         with job.clock("sensitivity"):
             about["sensitivity"] = _sensitivity(job, model, ranges)
     about |= {"opset": lowered.model.opset_import[0].version} | lowered.describe()

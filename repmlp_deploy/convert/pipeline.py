@@ -29,7 +29,7 @@ from repmlp_deploy.convert.memory import release_memory
 from repmlp_deploy.convert.options import parse_profiles, whole_range
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
 from repmlp_deploy.convert.proof.probe import probe_like, record_probe
-from repmlp_deploy.convert.request import Request
+from repmlp_deploy.convert.request import LowPrecision, Request
 from repmlp_deploy.convert.source.own_network import Interface
 from repmlp_deploy.convert.source.trained import OwnRequest, Trained, find_interface, load_own, take_trained
 from repmlp_deploy.convert.transform import transform_and_prove
@@ -64,66 +64,54 @@ def export(  # noqa: PLR0913 - one per command-line option
     allow_merged: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Merge, prove, export: a bundle on disk whose every artifact was compared with the trained network.
+    """Merge, prove, export: return a bundle on disk whose every artifact was compared with the trained network.
 
     Args:
-        model_or_checkpoint: a weights file; a network of `get_model`; or, with `example_input`, any module that
-            contains RepMLP blocks, ours, official or mmpretrain's. Its other parts, inputs and outputs are its own.
-        module: `package.module:factory` of the network that the weights file is for, where that is no family's.
-        example_input: a tensor, a sequence of them by position or a mapping of them by name, whose first axis is the
-            batch; by default the network's own attribute `example_input`, or images of `input_size`.
-        card: see `load_trained`; for a network that is no family's, only what it says of images, labels and the name.
+        model_or_checkpoint: a weights file; a network of `get_model`; or, with `example_input`, any module with blocks.
+        module: `package.module:factory` of the network that the weights file is for, if it is no family's.
+        example_input: a tensor, or several by position or name, whose first axis is the batch.
+        card: see `load_trained`; for a network of your own, what it says of images, labels and the name.
         formats: of `FORMATS`, as a sequence or comma-separated.
         graph: `folded`, or `merged` for what upstream's own merge leaves.
-        precision: of the graph: `fp32`, `fp16`, `bf16` or `int8`.
-        batch: sizes to serve, `MIN:OPT:MAX`, or one that is fixed; several ranges, comma-separated, are engines'
-            optimisation profiles.
+        precision: of the graph, an entry of `PRECISIONS`.
+        batch: `MIN:OPT:MAX`, or one size that is fixed; several, comma-separated, are engines' profiles.
         engine: how to build engines.
-        calibration: for int8: a folder of images, a `.npz` of arrays, or arrays (n, …) by the names of the inputs. A
-            few of its samples become the probe, and so part of the bundle.
-        calibration_method: of `CALIBRATION_METHODS`: how ranges are chosen.
+        calibration: for int8: a folder of images, a `.npz`, or arrays (n, …) by the names of the inputs.
+        calibration_method: of `CALIBRATION_METHODS`.
         keep_fp32: patterns of module or node names that stay in float32, such as `stages.0.*`.
-        sensitivity: also measure the error of lowering each block alone, so that the worst can be kept; it takes one
-            verification per block.
+        sensitivity: also measure the error of lowering each block alone.
         weights: see `load_trained`.
         input_size: see `load_trained`.
-        out: the bundle's folder, default `artifacts/<name>-<precision>`.
         allow_merged: see `load_trained`.
+        out: the bundle's folder, default `artifacts/<name>-<precision>`.
         progress: called with the name of every step as it begins.
 
-    Returns:
-        The bundle in `out`.
-
     Raises:
-        InputError: unusable arguments or input (CheckpointError, CardError among them).
-        VerificationError: a step strays from the trained network; nothing is written.
-        MissingDependency, MissingDevice, BuildError: a format cannot be made here.
-        OutputError: `out` could not be written; an earlier bundle is untouched.
+        InputError, VerificationError, MissingDependency, MissingDevice, BuildError, OutputError: see `errors`. Nothing
+            is written then, and an earlier bundle in `out` is untouched.
     """
     profiles = (batch,) if isinstance(batch, BatchRange) else parse_profiles(batch)
-    request = Request(
-        formats=parse_formats(formats),
-        graph=graph,
-        precision=precision,
-        batch=whole_range(profiles),
-        engine=with_profiles(engine or EngineOptions(), profiles if len(profiles) > 1 else ()),
-        calibration=calibration,
-        calibration_method=calibration_method,
-        keep_fp32=tuple(keep_fp32),
-        sensitivity=sensitivity,
-    )
+    options = with_profiles(engine or EngineOptions(), profiles if len(profiles) > 1 else ())
+    low = LowPrecision(precision, calibration, calibration_method, tuple(keep_fp32), sensitivity)
+    request = Request(parse_formats(formats), graph, whole_range(profiles), options, low)
+    own = OwnRequest(module, example_input, card, weights, input_size, allow_merged)
+    return _saved(model_or_checkpoint, own, request, None if out is None else Path(out), _Clock(progress))
+
+
+def _saved(
+    source: nn.Module | str | Path, own: OwnRequest, request: Request, out: Path | None, clock: _Clock
+) -> Bundle:
+    """Check the request, load the network, make the bundle and save it."""
     request.check()
     check_formats(request)
     if out is not None:
-        check_output_folder(Path(out))
-    clock = _Clock(progress)
+        check_output_folder(out)
     with clock.step("load"):
-        if module is not None or example_input is not None:
-            own = OwnRequest(module, example_input, card, weights, input_size, allow_merged)
-            trained = load_own(model_or_checkpoint, own)
+        if own.module is not None or own.example_input is not None:
+            trained = load_own(source, own)
         else:
-            trained = take_trained(model_or_checkpoint, card, weights, input_size, allow_merged=allow_merged)
-    target = Path("artifacts", f"{trained.card.name}-{precision}") if out is None else Path(out)
+            trained = take_trained(source, own.card, own.weights, own.input_size, allow_merged=own.allow_merged)
+    target = Path("artifacts", f"{trained.card.name}-{request.precision}") if out is None else out
     check_output_folder(target)
     bundle = _made(trained, request, clock)
     with clock.step("save"):
@@ -173,7 +161,7 @@ def _made(trained: Trained, request: Request, clock: _Clock) -> Bundle:
 
 def _samples(trained: Trained, request: Request, interface: Interface, clock: _Clock) -> Calibration | None:
     """Return the calibration samples that were given, if any."""
-    given, shapes = request.calibration, interface.shapes()
+    given, shapes = request.low.calibration, interface.shapes()
     if given is None:
         return None
     with clock.step("read calibration"):

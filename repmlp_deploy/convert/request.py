@@ -15,7 +15,26 @@ from repmlp_deploy.convert.options import CALIBRATION_METHODS, GRAPHS, require_c
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.precision import PRECISIONS
 
-__all__ = ["Request"]
+__all__ = ["LowPrecision", "Request"]
+
+
+@dataclass(frozen=True)
+class LowPrecision:
+    """How the graph gets its precision.
+
+    Attributes:
+        precision: of `PRECISIONS`.
+        calibration: a folder, a file or arrays for a precision that needs them.
+        method: of `CALIBRATION_METHODS`.
+        keep_fp32: patterns of what stays in float32.
+        sensitivity: whether to measure every block alone.
+    """
+
+    precision: str = "fp32"
+    calibration: str | Path | Mapping[str, NDArray[Any]] | None = None
+    method: str = "minmax"
+    keep_fp32: tuple[str, ...] = ()
+    sensitivity: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,24 +44,21 @@ class Request:
     Attributes:
         formats: entries of `FORMATS`, checked by `check_formats`.
         graph: of `GRAPHS`.
-        precision: of `PRECISIONS`.
         batch: the sizes to serve.
         engine: how to build engines.
-        calibration: a folder, a file or arrays for a precision that needs them.
-        calibration_method: of `CALIBRATION_METHODS`.
-        keep_fp32: patterns of what stays in float32.
-        sensitivity: whether to measure every block alone.
+        low: the precision, and how to get it.
     """
 
     formats: tuple[str, ...]
     graph: str
-    precision: str
     batch: BatchRange
     engine: EngineOptions
-    calibration: str | Path | Mapping[str, NDArray[Any]] | None
-    calibration_method: str
-    keep_fp32: tuple[str, ...]
-    sensitivity: bool
+    low: LowPrecision
+
+    @property
+    def precision(self) -> str:
+        """The precision of every artifact."""
+        return self.low.precision
 
     @property
     def fixed_batch(self) -> int | None:
@@ -53,12 +69,12 @@ class Request:
         """Raise InputError if the choices are unknown or contradict each other."""
         require_choice("--graph", self.graph, GRAPHS)
         require_choice("--precision", self.precision, tuple(PRECISIONS))
-        require_choice("--calibration-method", self.calibration_method, CALIBRATION_METHODS)
+        require_choice("--calibration-method", self.low.method, CALIBRATION_METHODS)
         calibrated = PRECISIONS[self.precision].needs_calibration
-        if calibrated and self.calibration is None:
+        if calibrated and self.low.calibration is None:
             raise InputError(f"{self.precision} needs calibration images: pass --calibration DIR|FILE.npz")
-        if not calibrated and self.calibration is not None:
+        if not calibrated and self.low.calibration is not None:
             raise InputError(f"--calibration is for int8, and --precision is {self.precision}: drop one of them")
-        if self.precision == "fp32" and (self.keep_fp32 or self.sensitivity):
-            option = "--keep-fp32" if self.keep_fp32 else "--sensitivity"
+        if self.precision == "fp32" and (self.low.keep_fp32 or self.low.sensitivity):
+            option = "--keep-fp32" if self.low.keep_fp32 else "--sensitivity"
             raise InputError(f"{option} says nothing where everything is fp32: name a --precision")

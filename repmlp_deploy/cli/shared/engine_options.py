@@ -1,9 +1,9 @@
-"""The words for engines on the command line, the same for every command that builds one."""
+"""The options for engines, the same for every command that builds one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.cli.shared.console import typer
@@ -15,10 +15,12 @@ __all__ = [
     "Capabilities",
     "HardwareCompatible",
     "OptimizationLevel",
+    "Reach",
     "Refittable",
     "StripWeights",
     "Tf32",
     "TimingCache",
+    "Tuning",
     "Verbosity",
     "VersionCompatible",
     "WorkspaceGb",
@@ -40,37 +42,42 @@ StripWeights = Annotated[bool, typer.Option("--strip-weights", help="Leave weigh
 Verbosity = Annotated[str, typer.Option(help="Of the builder: error, warning, info or verbose.")]
 
 
-def read_engine_options(  # noqa: PLR0913 - one a word
-    formats: Sequence[str],
-    profiles: Sequence[BatchRange] = (),
-    *,
-    workspace_gb: float | None,
-    tf32: bool,
-    optimization_level: int | None,
-    timing_cache: str,
-    version_compatible: bool,
-    hardware_compatible: bool,
-    compute_capability: str | None,
-    refittable: bool,
-    strip_weights: bool,
-    verbosity: str,
+class Tuning(NamedTuple):
+    """The options that decide how an engine is built."""
+
+    workspace_gb: float | None
+    tf32: bool
+    optimization_level: int | None
+    timing_cache: str
+    verbosity: str
+
+
+class Reach(NamedTuple):
+    """The options that decide where an engine runs, and what can be done with it later."""
+
+    version_compatible: bool
+    hardware_compatible: bool
+    compute_capability: str | None
+    refittable: bool
+    strip_weights: bool
+
+
+def read_engine_options(
+    formats: Sequence[str], profiles: Sequence[BatchRange], tuning: Tuning, reach: Reach
 ) -> EngineOptions:
-    """The words as one value.
+    """Return the options of the command line as one value.
 
     Raises:
-        InputError: one of them cannot be read, or there is no engine among `formats` that it could be for.
+        InputError: one of them cannot be read, or none of `formats` is an engine.
     """
+    capabilities = () if reach.compute_capability is None else parse_capabilities(reach.compute_capability)
     options = EngineOptions(
-        workspace_gb=workspace_gb,
-        tf32=tf32,
-        optimization_level=optimization_level,
-        timing_cache=timing_cache,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-        compute_capabilities=() if compute_capability is None else parse_capabilities(compute_capability),
-        refittable=refittable,
-        strip_weights=strip_weights,
-        verbosity=verbosity,
+        **tuning._asdict(),
+        version_compatible=reach.version_compatible,
+        hardware_compatible=reach.hardware_compatible,
+        compute_capabilities=capabilities,
+        refittable=reach.refittable,
+        strip_weights=reach.strip_weights,
     )
     options = with_profiles(options, profiles)
     if options.asked() and not set(formats) & FLAVOURS.keys():

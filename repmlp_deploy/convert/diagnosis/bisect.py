@@ -23,8 +23,8 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from repmlp_deploy.convert.diagnosis.blame import Blame, place_of
+from repmlp_deploy.convert.graph.lowering.pointwise import channels_last_values, with_bias_added
 from repmlp_deploy.convert.graph.nodes import modules_around
-from repmlp_deploy.convert.graph.pointwise import channels_last_values, with_bias_added
 from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.convert.graph.run import said_by_runtime
 from repmlp_deploy.errors import MissingDevice, VerificationError

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert.capture import captured_output
-from repmlp_deploy.convert.graph.patterns import match_patterns, module_and_parents
+from repmlp_deploy.convert.graph.lowering.patterns import match_patterns, module_and_parents
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency
 from repmlp_deploy.precision import PRECISIONS, OpenVinoNames
 

@@ -15,7 +15,7 @@ __all__ = ["build", "check"]
 def check(name: str, request: Request) -> None:
     """Raise if OpenVINO cannot store the precision."""
     del name
-    check_precision(request.precision, request.keep_fp32)
+    check_precision(request.precision, request.low.keep_fp32)
 
 
 def build(name: str, job: Job, source: Graphs) -> Step[Artifact]:
@@ -34,7 +34,7 @@ def build(name: str, job: Job, source: Graphs) -> Step[Artifact]:
             batch=request.batch,
             inputs=job.interface.shapes(),
             calibration=None if job.samples is None else job.samples.feeds(),
-            keep_fp32=request.keep_fp32,
+            keep_fp32=request.low.keep_fp32,
         )
     with job.clock(f"verify {name}"):
         model = CompiledIR(lambda: (ir.xml, ir.weights), request.precision, RunnerOptions())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from repmlp_deploy.convert.graph.patterns import module_and_parents
+from repmlp_deploy.convert.graph.lowering.patterns import module_and_parents
 from repmlp_deploy.convert.graph.proto import SCOPES
 from repmlp_deploy.errors import MissingDependency
 

@@ -19,8 +19,8 @@ from repmlp_deploy.cli.shared.console import run_command
 from repmlp_deploy.convert.diagnosis.bisect import blame_graph, said_by_runtime
 from repmlp_deploy.convert.graph.calibrate import measure_ranges, take_calibration
 from repmlp_deploy.convert.graph.export import TRACED, Traced, export_graph, trace_network, with_symbolic_batch
-from repmlp_deploy.convert.graph.lower import product_tensors, set_precision
-from repmlp_deploy.convert.graph.pointwise import channels_last_values
+from repmlp_deploy.convert.graph.lowering.lower import product_tensors, set_precision
+from repmlp_deploy.convert.graph.lowering.pointwise import channels_last_values
 from repmlp_deploy.convert.graph.proto import SCOPES, serialize_model
 from repmlp_deploy.convert.graph.simplify import simplify_graph
 from repmlp_deploy.convert.proof.probe import probe_inputs

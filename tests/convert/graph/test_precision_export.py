@@ -11,7 +11,7 @@ import pytest
 from repmlp_deploy import Bundle, Predictor, export
 from repmlp_deploy.convert import graphs, pipeline
 from repmlp_deploy.convert.graph.emulate import emulate
-from repmlp_deploy.convert.graph.lower import Lowered, set_precision
+from repmlp_deploy.convert.graph.lowering.lower import Lowered, set_precision
 from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.errors import InputError, MissingDevice, VerificationError
 from support.digit_cases import exported, scans

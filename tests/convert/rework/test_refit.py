@@ -17,7 +17,7 @@ from repmlp_deploy.bundle import MANIFEST, Verdict
 from repmlp_deploy.convert.formats.tensorrt import refit as engine_refit
 from repmlp_deploy.convert.formats.tensorrt.driver import Gpu
 from repmlp_deploy.convert.formats.tensorrt.refit import refit_engine
-from repmlp_deploy.convert.graph.lower import product_tensors, set_precision
+from repmlp_deploy.convert.graph.lowering.lower import product_tensors, set_precision
 from repmlp_deploy.convert.rework import refit as refitting
 from repmlp_deploy.convert.rework.named_weights import named_weights, with_named_weights
 from repmlp_deploy.convert.rework.refit import refit_bundle

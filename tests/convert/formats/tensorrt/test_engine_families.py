@@ -16,7 +16,7 @@ from repmlp_deploy.bundle import BatchRange, GraphRecord
 from repmlp_deploy.card import load_card
 from repmlp_deploy.convert.formats.tensorrt.build import GraphSpec, build_engine
 from repmlp_deploy.convert.graph.export import export_graph, trace_network
-from repmlp_deploy.convert.graph.lower import PRODUCTS, product_tensors, set_precision
+from repmlp_deploy.convert.graph.lowering.lower import PRODUCTS, product_tensors, set_precision
 from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.convert.graph.simplify import simplify_graph
 from repmlp_deploy.convert.reparam.fold import fold_affine

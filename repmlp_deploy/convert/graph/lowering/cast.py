@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from repmlp_deploy.convert.graph.lowered import BY_PATTERN, Kept, Lowered, rebuild
+from repmlp_deploy.convert.graph.lowering.lowered import BY_PATTERN, Kept, Lowered, rebuild
 from repmlp_deploy.convert.graph.nodes import module_of
 from repmlp_deploy.convert.graph.proto import large_weights, without_weights
 from repmlp_deploy.errors import MissingDependency, VerificationError

@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from repmlp_deploy.convert.graph.pointwise import with_bias_added, with_pointwise_products
+from repmlp_deploy.convert.graph.lowering.pointwise import with_bias_added, with_pointwise_products
 from repmlp_deploy.convert.graph.proto import serialize_model
 from support.graph_cases import SMALL, graph_case
 

@@ -10,9 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from repmlp_deploy import Bundle
 from repmlp_deploy.convert.graph.emulate import emulate
-from repmlp_deploy.convert.graph.lower import PRODUCTS, product_tensors, set_precision
+from repmlp_deploy.convert.graph.lowering.lower import PRODUCTS, product_tensors, set_precision
+from repmlp_deploy.convert.graph.lowering.pointwise import with_pointwise_products
 from repmlp_deploy.convert.graph.nodes import module_of
-from repmlp_deploy.convert.graph.pointwise import with_pointwise_products
 from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.errors import InputError, VerificationError
 from repmlp_deploy.numerics import compare, is_close, noise_floor

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from repmlp_deploy.convert.graph.cast import cast_graph
-from repmlp_deploy.convert.graph.lowered import PRODUCTS, Kept, Lowered, is_product
+from repmlp_deploy.convert.graph.lowering.cast import cast_graph
+from repmlp_deploy.convert.graph.lowering.lowered import PRODUCTS, Kept, Lowered, is_product
+from repmlp_deploy.convert.graph.lowering.patterns import match_patterns
+from repmlp_deploy.convert.graph.lowering.quantize import quantize_graph
 from repmlp_deploy.convert.graph.nodes import module_of, names_of, scopes_of
-from repmlp_deploy.convert.graph.patterns import match_patterns
-from repmlp_deploy.convert.graph.quantize import quantize_graph
 from repmlp_deploy.errors import InputError, MissingDependency
 from repmlp_deploy.precision import PRECISIONS
 

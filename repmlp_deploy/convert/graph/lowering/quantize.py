@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repmlp_deploy.convert.graph.lowered import BY_PATTERN, PRODUCTS, Kept, Lowered, is_product, rebuild
+from repmlp_deploy.convert.graph.lowering.lowered import BY_PATTERN, PRODUCTS, Kept, Lowered, is_product, rebuild
+from repmlp_deploy.convert.graph.lowering.pointwise import with_pointwise_products
 from repmlp_deploy.convert.graph.nodes import module_of
-from repmlp_deploy.convert.graph.pointwise import with_pointwise_products
 from repmlp_deploy.errors import InputError, MissingDependency
 
 try:

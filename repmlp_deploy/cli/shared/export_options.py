@@ -1,0 +1,36 @@
+"""The options of `repmlp-export`, each with its help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from repmlp_deploy.cli.shared.console import typer
+from repmlp_deploy.convert.formats import FORMATS
+from repmlp_deploy.precision import PRECISIONS
+
+Checkpoint = Annotated[Path, typer.Option(help="Training-time checkpoint: .pth, .pt or .safetensors.")]
+Module = Annotated[
+    str | None, typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="What makes the network, if it is your own.")
+]
+Card = Annotated[str | None, typer.Option(help="Card in models/ or path of one; default: inferred.")]
+InputSize = Annotated[str | None, typer.Option(metavar="HxW", help="Input size, if keys and shapes cannot tell it.")]
+Formats = Annotated[str, typer.Option("--format", help=f"Comma-separated: {', '.join(FORMATS)}.")]
+Graph = Annotated[str, typer.Option(help="folded, or merged for what upstream's own merge leaves.")]
+Precision = Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")]
+Batch = Annotated[
+    str, typer.Option(metavar="MIN:OPT:MAX[,…]", help="Batch sizes to serve, or one; several: engine profiles.")
+]
+Calibration = Annotated[
+    Path | None, typer.Option(metavar="DIR|FILE.npz", help="Images or arrays for int8; at least 32.")
+]
+CalibrationMethod = Annotated[str, typer.Option(help="minmax, entropy or percentile.")]
+KeepFp32 = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Modules that stay in fp32, as stages.0.*; repeatable.")
+]
+Sensitivity = Annotated[bool, typer.Option("--sensitivity", help="Also the error of lowering each block alone; slow.")]
+Weights = Annotated[str | None, typer.Option(help="model or ema, if the file holds both.")]
+Out = Annotated[Path | None, typer.Option(help="The bundle; default artifacts/<name>-<precision>.")]
+AllowMerged = Annotated[bool, typer.Option("--allow-merged", help="Accept a merged checkpoint; proof starts there.")]
+Json = Annotated[bool, typer.Option("--json", help="The report as one JSON object on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

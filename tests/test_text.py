@@ -1,0 +1,26 @@
+"""Text from files cannot move the cursor, change colours, reverse what is read or flood the terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from repmlp_deploy.text import LONGEST, printable
+
+
+@pytest.mark.parametrize("odd", ["\x1b[2J", "\x07", "\x9b31m", "\u202e", "\u2066", "\u200b", "\ufeff", "\ud800"])
+def test_unsafe_characters_become_escapes(odd: str) -> None:
+    said = printable(f"a{odd}b")
+    assert odd[0] not in said
+    assert said.startswith("a\\")
+    said.encode("utf-8")
+
+
+def test_line_breaks_become_spaces_and_long_text_is_cut() -> None:
+    assert printable("a\n\n  b\t c") == "a b c"
+    long = printable("x" * (LONGEST + 1))
+    assert len(long) < LONGEST + 40
+    assert long.endswith("(2,001 characters)")
+
+
+def test_ordinary_text_of_any_script_stays() -> None:
+    assert printable("résumé 重み вес") == "résumé 重み вес"
