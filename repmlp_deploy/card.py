@@ -158,7 +158,7 @@ class ModelCard(_Strict):
 
 
 def data_root() -> Path:
-    """The folder of cards, labels and small weights: inside the package in a wheel, beside it in a checkout."""
+    """Return the folder of cards, labels and small weights: inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parent
     for root in (package / "models", package.parent / "models"):
         if (root / "labels").is_dir():
@@ -167,12 +167,12 @@ def data_root() -> Path:
 
 
 def list_cards() -> list[str]:
-    """The names of the cards that ship with the package, sorted."""
+    """Return the names of the cards that ship with the package, sorted."""
     return sorted(path.stem for path in data_root().glob("*.toml"))
 
 
 def load_card(name_or_path: str | Path) -> ModelCard:
-    """The card called `name_or_path` in `models/`, or in the TOML file of that path.
+    """Read the card called `name_or_path` in `models/`, or the TOML file of that path.
 
     Raises:
         CardError: there is none, or it says something wrong.
@@ -201,7 +201,7 @@ def _read_card(path: Path) -> ModelCard:
 
 
 def load_labels(card: ModelCard) -> tuple[str, ...] | None:
-    """The class names of a card, in the order of the logits, or None.
+    """Return the class names of a card, in the order of the logits, or None.
 
     Raises:
         CardError: the list that the card names is not there.

@@ -16,7 +16,7 @@ __all__ = ["flush", "locked", "remove_abandoned", "take_place", "write_new"]
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """The file `path`.lock beside `path`, locked; a process that dies gives it back.
+    """Hold the lock `path`.lock beside `path`; a process that dies releases it.
 
     Raises:
         OSError: it cannot be made.

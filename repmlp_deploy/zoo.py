@@ -30,7 +30,7 @@ __all__ = ["cache_folder", "download_weights", "get_model", "inference_model"]
 def get_model(
     name: str | ModelCard, pretrained: bool | str | os.PathLike[str] = False, *, progress: bool = True
 ) -> nn.Module:
-    """The network of a card, in evaluation mode, its card in `model.card`.
+    """Build the network of a card, in evaluation mode, with its card in `model.card`.
 
     Args:
         name: a card in `models/`, or the path of one.
@@ -55,7 +55,7 @@ def get_model(
 
 @torch.no_grad()
 def inference_model(model: nn.Module | str, image: ImageLike) -> dict[str, Any]:
-    """What a network of `get_model` says of one image, as mmpretrain words it.
+    """Return what a network of `get_model` predicts for one image, in mmpretrain's terms.
 
     Args:
         model: the network; or a card's name, for its pretrained weights.
@@ -89,7 +89,7 @@ def cache_folder() -> Path:
 
 
 def download_weights(card: ModelCard, *, progress: bool = True) -> Path:
-    """The card's weights on this disk, downloaded unless they are there already.
+    """Return the card's weights on this disk; download them if they are not there.
 
     A download goes to a temporary file, is checked against the card's SHA-256, and only then takes its name.
 

@@ -66,7 +66,7 @@ def least_ms(card: Card, precision: str, batch: int, activations: int) -> float:
 
 
 def table() -> str:
-    """The table as Markdown."""
+    """Return the table as Markdown."""
     return "\n".join([*HEAD, *(_row(card, precision) for card in CARDS for precision in card.tera_ops)])
 
 

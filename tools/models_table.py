@@ -42,7 +42,7 @@ def row(card: ModelCard) -> str:
 
 
 def table() -> str:
-    """The whole table, between its markers."""
+    """Return the whole table, between its markers."""
     return "\n".join([BEGIN, *HEAD, *(row(load_card(name)) for name in list_cards()), END])
 
 

@@ -40,7 +40,7 @@ def digit_images() -> tuple[list[Image.Image], NDArray[np.int64]]:
 
 
 def split_indices(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the training three quarters and of the held-out quarter, stratified, fixed by the seed."""
+    """Return indices of the training three quarters and of the held-out quarter, stratified, fixed by the seed."""
     train, held_out = train_test_split(np.arange(len(labels)), test_size=0.25, random_state=SEED, stratify=labels)
     return train, held_out
 

@@ -26,7 +26,7 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def images(batch: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Inputs, the same for every peer."""
+    """Return inputs, the same for every peer."""
     return np.random.default_rng(0).standard_normal((batch, *shape), dtype=np.float32)
 
 

@@ -18,7 +18,7 @@ PEERS = ("ours.py", "naive_onnx.py", "torch_compile.py", "mmpretrain_inference.p
 
 
 def ask(python: str, script: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The peer's JSON line, or why there is none."""
+    """Return the peer's JSON line, or why there is none."""
     model = options.mmpretrain_model if script.startswith("mmpretrain") else options.model
     command = [python, str(FOLDER / script), "--model", model]
     for name in ("batch", "seconds", "threads"):

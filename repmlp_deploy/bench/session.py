@@ -126,7 +126,7 @@ class _Session:
                     self._measure_target(target, children)
 
     def report(self) -> Report:
-        """What is known now."""
+        """Return what is known now."""
         rows = tuple(self._rows())
         above = [row.name for row in rows if row.roofline is not None and (row.roofline.share or 0) > 1]
         if above:
@@ -188,7 +188,7 @@ class _Session:
                 self._profile(target, members, batch)
 
     def _opened(self, target: Target, name: str, precision: str, children: ExitStack) -> _Member | None:
-        """The row's child, cold-started and checked; None when it cannot be, which its records then say."""
+        """Start the row's child, cold, and check it; return None if that fails, with the reason in its records."""
         records = [r for r in self.records if (r.target, r.format, r.precision) == (target, name, precision)]
         refused = why_not(name, precision)
         if refused is not None:
@@ -281,7 +281,7 @@ class _Session:
         record.call_seconds = warmup.seconds / warmup.calls if warmup.calls else member.cold.first_ms / 1e3
 
     def _least_calls(self, record: _Record) -> int:
-        """Calls of a slice, however long they take: the first finds the caches full of another row's data."""
+        """Time the calls of a slice; the first finds the caches full of another row's data."""
         return 2 if record.call_seconds < self.settings.seconds / 2 else 1
 
     def _time_slice(self, record: _Record, seconds: float) -> None:
@@ -378,7 +378,7 @@ class _Session:
         )
 
     def _baseline(self, record: _Record) -> _Record | None:
-        """The row that this one is compared with: the baseline's first precision, or else the first measured."""
+        """Return the row that this one is compared with: the baseline's first precision, or the first measured."""
         group = [
             other
             for other in self.records

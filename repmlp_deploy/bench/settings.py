@@ -60,7 +60,7 @@ class Settings(BaseModel):
 
 
 def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
-    """The settings of a suite's TOML file, with what the command line gives in their place.
+    """Read the settings of a suite's TOML file; the command line takes precedence.
 
     Args:
         suite: the file; None for the defaults.
@@ -96,7 +96,7 @@ def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """A setting of the command line, its list read."""
+    """Read a setting of the command line, and its list if it is one."""
     if not isinstance(value, str) or name not in ("models", "formats", "precision", "batch"):
         return value
     words = tuple(dict.fromkeys(word.strip() for word in value.split(",") if word.strip()))

@@ -36,11 +36,11 @@ class Probe:
     further_answers: tuple[tuple[NDArray[np.float64], NDArray[np.float32]], ...] = ()
 
     def answers(self) -> list[tuple[NDArray[np.float64], NDArray[np.float32]]]:
-        """(reference, float32) of every output."""
+        """Return (reference, float32) of every output."""
         return [(self.reference, self.float32), *self.further_answers]
 
     def to_bytes(self) -> bytes:
-        """The content of `probe.npz`."""
+        """Return the content of `probe.npz`."""
         buffer = io.BytesIO()
         arrays = {"inputs": self.inputs, "reference": self.reference, "float32": self.float32}
         arrays |= {f"inputs.{i}": value for i, value in enumerate(self.further_inputs, 1)}
@@ -51,7 +51,7 @@ class Probe:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Probe:
-        """The probe in the content of a `probe.npz`.
+        """Return the probe in the content of a `probe.npz`.
 
         Raises:
             BundleError: it holds something else.
@@ -70,7 +70,7 @@ class Probe:
             raise BundleError(f"{PROBE} is not a probe: {error}") from None
 
     def batch(self, size: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Inputs and references of a batch of `size`, cycling through the samples."""
+        """Return inputs and references of a batch of `size`, cycling through the samples."""
         order = np.arange(size) % len(self.inputs)
         return self.inputs[order], self.reference[order]
 

@@ -45,7 +45,7 @@ class Bundle:
 
     @classmethod
     def load(cls, folder: str | Path) -> Bundle:
-        """The bundle in `folder`, its manifest checked; files are checked when they are read.
+        """Open the bundle in `folder` and check its manifest; files are checked when they are read.
 
         Raises:
             BundleError: there is none, or it is of another schema, or a file is missing or of another length.
@@ -76,7 +76,7 @@ class Bundle:
         return cls(manifest, folder)
 
     def read(self, entry: FileEntry) -> bytes:
-        """The content of a file, its SHA-256 checked.
+        """Read a file and check its SHA-256.
 
         Raises:
             BundleError: it is not the content that was verified.
@@ -96,7 +96,7 @@ class Bundle:
         return _files(self.manifest)
 
     def artifact(self, artifact_format: str) -> ArtifactEntry:
-        """The entry of one format.
+        """Return the entry of one format.
 
         Raises:
             BundleError: the bundle has no such artifact.
@@ -108,7 +108,7 @@ class Bundle:
             raise BundleError(f"{self.manifest.name} has no {artifact_format} artifact; it has {have}") from None
 
     def probe(self) -> Probe:
-        """The probe, checked."""
+        """Read the probe and check it."""
         return Probe.from_bytes(self.read(self.manifest.probe))
 
     def save(self, out: str | Path) -> Bundle:
@@ -164,12 +164,12 @@ def check_output_folder(out: Path) -> None:
 
 
 def describe_file(path: str, content: bytes) -> FileEntry:
-    """The entry of a file with this content."""
+    """Return the entry of a file with this content."""
     return FileEntry(path=path, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
 
 
 def hash_file(path: Path) -> str:
-    """The SHA-256 of a file, in hex digits."""
+    """Return the SHA-256 of a file, in hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -180,7 +180,7 @@ def _files(manifest: Manifest) -> list[FileEntry]:
 
 
 def _foreign_files(folder: Path) -> list[str]:
-    """The names in `folder` that its manifest does not account for."""
+    """Return the names in `folder` that its manifest does not account for."""
     names = {path.name for path in folder.iterdir()}
     try:
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -113,7 +113,7 @@ def _measured(
 
 
 def _print_report(report: Report, outputs: dict[str, Path | None]) -> None:
-    """The tables on stdout, or the JSON where that was asked for; and every file."""
+    """Print the tables, or the JSON if that was asked for, and write every file."""
     from repmlp_deploy.bench.report.tables import conventions, facts, tables, to_csv, to_markdown  # noqa: PLC0415 - see above
 
     writers: dict[str, Callable[[], str]] = {

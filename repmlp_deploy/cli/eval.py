@@ -97,7 +97,7 @@ def _evaluated(  # noqa: PLR0913 - what an evaluation is of, and where it can go
 
 
 def _trained_run(ckpt: Path, bundle: Bundle) -> Run:
-    """The trained network of a checkpoint, in float32.
+    """Return the trained network of a checkpoint, in float32.
 
     Raises:
         InputError: it takes other images than the bundle (CheckpointError among them: it cannot be read).
@@ -124,7 +124,7 @@ def _trained_run(ckpt: Path, bundle: Bundle) -> Run:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """A bar with the running score on a terminal, a line every few seconds otherwise."""
+    """Show a bar with the running score on a terminal, otherwise one line every few seconds."""
     console = Console(stderr=True)
     if not console.is_terminal:
         told = [time.monotonic()]
@@ -147,7 +147,7 @@ def _brief(scores: Mapping[str, Any]) -> str:
 
 
 def _print_scores(title: str, found: Evaluation, labels: tuple[str, ...] | None) -> None:
-    """The table of scores, that of classes where they have some each, and the notes."""
+    """Print the table of scores, the scores of classes if there are any, and the notes."""
     first = next(iter(found.scores.values()))
     columns = [name for name in (*_SHARES, "threshold", "agreement") if any(name in s for s in found.scores.values())]
     rows = [(name, *(_cell(column, scores.get(column)) for column in columns)) for name, scores in found.scores.items()]

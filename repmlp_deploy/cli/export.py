@@ -103,7 +103,7 @@ def _export(ckpt: Path, choices: dict[str, Any]) -> Bundle:
 
 
 def print_hops(title: str, hops: Sequence[Hop]) -> None:
-    """A table with a line a comparison."""
+    """Print a table with one line per comparison."""
     print_table(
         title,
         (
@@ -155,7 +155,7 @@ def _verdict(hop: Hop) -> str:
 
 
 def print_report(bundle: Bundle) -> None:
-    """The tables of hops and artifacts, and the notes."""
+    """Print the verdicts, the artifacts and the notes."""
     manifest = bundle.manifest
     print_hops(f"{manifest.name}: distance from the trained network in float64", manifest.certificate)
     print_verdict(manifest.verdict)
@@ -183,7 +183,7 @@ def print_report(bundle: Bundle) -> None:
 
 
 def _precision_lines(manifest: Manifest) -> list[str]:
-    """What of the graph is in its precision and what stays in float32, for a graph that is not float32."""
+    """Return what computes in the precision and what stays in float32; nothing for a float32 graph."""
     found = ((entry, entry.record(GraphRecord)) for entry in manifest.artifacts.values())
     entry, graph = next(((entry, graph) for entry, graph in found if graph.lowered), (None, GraphRecord()))
     if entry is None:

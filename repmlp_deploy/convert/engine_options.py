@@ -77,17 +77,17 @@ class EngineOptions:
             raise InputError(f"--optimization-level is {self.optimization_level}; expected 0 to {_HIGHEST_LEVEL}")
 
     def asked(self) -> tuple[str, ...]:
-        """The fields that are not at their default."""
+        """Return the fields that are not at their default."""
         return tuple(f.name for f in fields(self) if getattr(self, f.name) != f.default)
 
 
 def with_profiles(options: EngineOptions, profiles: Sequence[BatchRange]) -> EngineOptions:
-    """The options with the profiles of `--batch`, where they have none of their own."""
+    """Return the options with the profiles of `--batch`, unless they have their own."""
     return options if options.profiles else replace(options, profiles=tuple(profiles))
 
 
 def parse_capabilities(text: str) -> tuple[str, ...]:
-    """The compute capabilities of `8.6,8.9,12.0`, without repetition.
+    """Read the compute capabilities of `8.6,8.9,12.0`, without repetition.
 
     Raises:
         InputError: a word is none.

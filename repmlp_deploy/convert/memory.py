@@ -25,7 +25,7 @@ def release_memory(*, cycles: bool = False) -> None:
 
 
 def peak_bytes() -> int | None:
-    """The largest resident size this process has had; None where the system does not say."""
+    """Return the largest resident size of this process so far; None if the system does not say."""
     status = Path("/proc/self/status")
     if status.is_file():  # of this program alone: getrusage also counts what it was started from
         lines = status.read_text(encoding="utf-8").splitlines()

@@ -38,7 +38,7 @@ def parse_batch(text: str | int) -> BatchRange:
 
 
 def parse_profiles(text: str | int) -> tuple[BatchRange, ...]:
-    """The ranges of `MIN:OPT:MAX[,MIN:OPT:MAX…]`, each an engine's optimisation profile.
+    """Read the ranges of `MIN:OPT:MAX[,MIN:OPT:MAX…]`, each an engine's optimisation profile.
 
     Raises:
         InputError: one of them is no range, or they leave out sizes between the smallest and the largest.

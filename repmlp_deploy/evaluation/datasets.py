@@ -49,7 +49,7 @@ class Dataset:
     remark: str
 
     def digest(self) -> str:
-        """A SHA-256 of the files' names, lengths and times, and of the targets; contents are not read."""
+        """Return a SHA-256 of the files' names, lengths, times and targets; contents are not read."""
         digest = hashlib.sha256()
         for sample in self.samples:
             for path in (*sample.images, *([] if sample.mask is None else [sample.mask])):
@@ -59,7 +59,7 @@ class Dataset:
 
 
 def read_dataset(path: Path, manifest: Manifest) -> Dataset:
-    """The labelled data in `path`, for a network of this manifest.
+    """Find the labelled data in `path`, for a network of this manifest.
 
     Raises:
         InputError: the task has no kind of data, or `path` is not of that kind; the first thing wrong is named.
@@ -94,7 +94,7 @@ def _read_classes(path: Path, manifest: Manifest) -> Dataset:
 def _match_folders(
     names: Sequence[str], labels: Sequence[str] | None, classes: int, path: Path
 ) -> tuple[list[int], str]:
-    """The class id of every folder: by its name, by the number it is called, or by its place in sorted order."""
+    """Return the class id of every folder: by its name, by its number, or by its place in sorted order."""
     known = _ids_by_name(labels)
     if any(name in known for name in names):
         return [_id_of(name, known, f"--data {path}: folder") for name in names], "folders matched by name"

@@ -87,7 +87,7 @@ def evaluate(  # noqa: PLR0913 - what meets here
     skip_unreadable: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """The scores of every run on a data set.
+    """Score every run on a data set.
 
     Args:
         runs: artifact to what gives its outputs for a batch; one called `trained` is what the others are compared with.
@@ -134,7 +134,7 @@ def evaluate(  # noqa: PLR0913 - what meets here
 
 
 def state_key(manifest: Manifest, formats: Sequence[str], dataset: Dataset, *, ckpt_sha256: str = "") -> str:
-    """The hash of everything that a result depends on."""
+    """Return the hash of everything that a result depends on."""
     artifacts = [[name, manifest.artifacts[name].sha256] for name in formats]
     about = [manifest.name, manifest.task, artifacts, manifest.preprocessing.model_dump(mode="json")]
     text = json.dumps([about, manifest.labels, dataset.digest(), ckpt_sha256])
@@ -179,7 +179,7 @@ def _count(
 
 
 def _outputs(runs: Mapping[str, Run], images: Sequence[F32]) -> dict[str, F32]:
-    """What every run answers to a batch; nothing for an empty one."""
+    """Run everything on one batch; return nothing for an empty one."""
     if not images:
         return {}
     inputs = np.stack(images)
@@ -192,7 +192,7 @@ def _outputs(runs: Mapping[str, Run], images: Sequence[F32]) -> dict[str, F32]:
 
 
 def _decoded(samples: Sequence[Sample], manifest: Manifest, batch: int, workers: int) -> Iterator[list[_Decoded]]:
-    """The samples in their order, a batch at a time; the next batches are decoded while one is being run."""
+    """Yield the samples in order, one batch at a time; the next batches are decoded while one runs."""
     chunks = [samples[i : i + batch] for i in range(0, len(samples), batch)]
     ahead = 1 + -(-workers // batch)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
@@ -223,7 +223,7 @@ def _decode(sample: Sample, manifest: Manifest) -> _Decoded:
 
 
 def _restored(path: Path | None, key: str, tallies: Mapping[str, Tally], count: int) -> _State:
-    """The state of an earlier run of the same key, the tallies filled from it; a fresh one otherwise."""
+    """Restore the state of an earlier run with the same key and fill the tallies from it; otherwise start afresh."""
     if path is None:
         return _State()
     try:

@@ -52,7 +52,7 @@ class Tally(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """The counts, for JSON."""
+        """Return the counts, for JSON."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -92,7 +92,7 @@ class ClassTally:
         return found | {"right": counts["top1"], "count": counts["count"]}
 
     def state(self) -> dict[str, Any]:
-        """The counts."""
+        """Return the counts."""
         return dict(self._counts)
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -143,7 +143,7 @@ class MaskTally:
         return found | {"iou": iou, "count": self._count}
 
     def state(self) -> dict[str, Any]:
-        """The matrix and the counts."""
+        """Return the matrix and the counts."""
         counts = {"count": self._count, "agreed": self._agreed, "compared": self._compared}
         return {"pixels": self._pixels.tolist(), **counts}
 
@@ -182,7 +182,7 @@ class PairTally:
         return found | {"count": len(self._same)}
 
     def state(self) -> dict[str, Any]:
-        """The cosines."""
+        """Return the cosines."""
         return {"cosines": list(self._cosines), "same": list(self._same), "trained": list(self._trained)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -216,7 +216,7 @@ def verification(cosines: NDArray[np.float64], same: NDArray[np.bool_], folds: i
 
 
 def best_threshold(cosines: NDArray[np.float64], same: NDArray[np.bool_]) -> float:
-    """The threshold above which calling pairs the same is right most often; between two cosines, the lowest such."""
+    """Return the threshold that tells pairs apart best; between two cosines, the lowest such."""
     values = np.unique(cosines)
     cuts = np.concatenate([[values[0] - 1e-6], (values[1:] + values[:-1]) / 2, [values[-1] + 1e-6]])
     below_different = np.searchsorted(np.sort(cosines[~same]), cuts, side="right")
@@ -229,7 +229,7 @@ def _share(part: int, whole: int) -> float:
 
 
 def _read_mask(sample: Sample, shape: tuple[int, ...], classes: int) -> NDArray[np.integer]:
-    """The class ids of a sample, checked."""
+    """Return the class ids of a sample, checked."""
     if sample.mask is None:
         raise InputError(f"{sample.images[0]} has no mask")
     try:

@@ -60,7 +60,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def card_spec(card: ModelCard) -> Any:
-    """The hyper-parameters that a card gives, checked by its family.
+    """Return the hyper-parameters of a card, checked by its family.
 
     Raises:
         CardError: the family is unknown, or a hyper-parameter is wrong.
@@ -80,7 +80,7 @@ def card_spec(card: ModelCard) -> Any:
 
 
 def build_network(card: ModelCard, *, deploy: bool = False) -> nn.Module:
-    """The card's network, in evaluation mode, with fresh weights.
+    """Build the card's network, in evaluation mode, with fresh weights.
 
     Raises:
         CardError: the card's hyper-parameters do not fit one another.

@@ -30,7 +30,7 @@ class Flat(nn.Module):
 
 
 def flatten_outputs(answer: Any, name: str = "") -> dict[str, Tensor]:
-    """The tensors in what a network answers, by name: dictionary keys and positions, joined by dots; None is left out.
+    """Return the tensors in a network's output by name: keys and positions, joined by dots; None is left out.
 
     A single tensor is called `output`.
 

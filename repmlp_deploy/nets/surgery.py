@@ -17,7 +17,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def with_replaced(root: ModuleT, replacements: Mapping[nn.Module, nn.Module]) -> ModuleT:
-    """A copy of `root` in which every module of `replacements` is its replacement, wherever it is used.
+    """Return a copy of `root` with every module of `replacements` replaced, wherever it is used.
 
     The copy has parameters and buffers of its own, over the same memory where nothing changed: hundreds of megabytes
     are not copied, and `copy.half()` leaves `root` alone, but training one in place would change the other.
@@ -35,7 +35,7 @@ def with_replaced(root: ModuleT, replacements: Mapping[nn.Module, nn.Module]) ->
 
 
 def in_double(root: ModuleT) -> ModuleT:
-    """A copy of `root` in float64; `copy.deepcopy(root).double()` without the float32 copy on the way."""
+    """Return a copy of `root` in float64, without a float32 copy on the way."""
     memo: dict[int, Any] = {}
     for parameter in root.parameters():
         memo[id(parameter)] = nn.Parameter(_copied(parameter.detach()), requires_grad=False)
@@ -53,7 +53,7 @@ def keep_weights(old: nn.Module, new: nn.Module) -> None:
 
 
 def weights_freed(root: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
-    """What empties the parameters of a module inside `root` that has been replaced: f(old, new).
+    """Return f(old, new), which frees the parameters of a module inside `root` that has been replaced.
 
     Those that `new` took over stay, and so do those that two modules share, of which the other may still be needed.
     """

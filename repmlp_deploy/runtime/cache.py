@@ -26,7 +26,7 @@ def cache_key(*parts: object) -> str:
 
 
 def describe_processor() -> str:
-    """What the processor is and can do, as far as the system tells: what is made for one may not run on another."""
+    """Return what the processor is and can do: code made for one may not run on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -50,7 +50,7 @@ class Cache:
             raise OutputError(f"cache {folder}: {error.strerror or error}; name a folder that can be written") from None
 
     def load(self, key: str) -> bytes | None:
-        """The content stored under `key`; None where there is none or it is not whole."""
+        """Return the content stored under `key`; None if there is none or it is damaged."""
         try:
             data = self._path(key).read_bytes()
         except OSError:

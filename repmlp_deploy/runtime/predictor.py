@@ -158,7 +158,7 @@ class Predictor:
     def __call__(self, images: ImageLike) -> Any: ...
 
     def __call__(self, images: ImageLike | list[Any] | tuple[Any, ...]) -> Any:
-        """The answer for an image, or the answers for a list of them.
+        """Return the prediction for an image, or a list of them for a list.
 
         An answer is what the bundle's task makes it: a `Prediction` for `classify`, a `Segmentation` for `segment`, an
         `Embedding` for `embed`. An image is a path, the bytes of a file, a Pillow image, or an (H, W, 3) or (H, W)
@@ -208,7 +208,7 @@ class Predictor:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def preprocess(self, image: ImageLike) -> F32:
-        """The network's input for one image: (3, H, W) float32."""
+        """Return the network's input for one image: (3, H, W) float32."""
         return preprocess(to_image(image, array_order=self._array_order), self.manifest.preprocessing)
 
     def self_check(self) -> list[tuple[int, Comparison]]:
@@ -279,13 +279,13 @@ class Predictor:
         return self._task.answer(self._logits(np.stack(inputs)), sizes, self.labels)
 
     def _chunks(self, images: Sequence[ImageLike]) -> Iterator[Sequence[ImageLike]]:
-        """Lists of at most the largest batch, so that a long list is never decoded all at once."""
+        """Yield lists of at most the largest batch, so that a long list is never decoded all at once."""
         limit = self.manifest.batch.max
         for start in range(0, len(images), limit):
             yield images[start : start + limit]
 
     def _run(self, batch: F32) -> F32:
-        """Outputs for at most the largest batch, padded to the smallest by repeating the last sample."""
+        """Run at most the largest batch, padded to the smallest by repeating the last sample."""
         missing = self.manifest.batch.min - len(batch)
         if missing > 0:
             batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])

@@ -91,7 +91,7 @@ DEVICES = {
 
 
 def open_runner(bundle: Bundle, artifact_format: str | None, options: RunnerOptions) -> Runner:
-    """The runner of one artifact, by default of the first in `RUNNERS` that the bundle has and this machine can run.
+    """Open one artifact; by default the first in `RUNNERS` that the bundle has and this machine can run.
 
     Where none was asked for, the runner's `details["passed_over"]` tells those before it that cannot run here, and why.
 

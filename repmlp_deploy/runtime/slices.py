@@ -47,7 +47,7 @@ def run_by_slices(run: Callable[..., Arrays], inputs: Arrays, batch: BatchRange)
 
 
 def slices_of(inputs: Arrays, batch: BatchRange) -> Iterator[list[NDArray[Any]]]:
-    """The parts of every input that are run at once."""
+    """Yield the parts of every input that run at once."""
     start = 0
     for size in slice_sizes(len(inputs[0]), batch):
         yield [value[start : start + size] for value in inputs]

@@ -62,11 +62,11 @@ class Prediction:
 
     @classmethod
     def keys(cls) -> tuple[str, ...]:
-        """The names of the fields."""
+        """Return the names of the fields."""
         return tuple(f.name for f in fields(cls))
 
     def top(self, k: int = 5) -> list[tuple[int, float]]:
-        """The k most likely classes and their probabilities, best first."""
+        """Return the k most likely classes and their probabilities, best first."""
         order = np.argsort(-self.pred_scores, kind="stable")[:k]
         return [(int(i), float(self.pred_scores[i])) for i in order]
 
@@ -90,11 +90,11 @@ class Segmentation:
         return [(int(ids[i]), float(counts[i] / self.mask.size)) for i in order]
 
     def mask_image(self) -> Image.Image:
-        """The class ids as a grey image, for PNG: 8 bits, or 16 for more than 256 classes."""
+        """Return the class ids as a grey image, for PNG: 8 bits, or 16 for more than 256 classes."""
         return Image.fromarray(self.mask if self.mask.dtype == np.uint8 else self.mask.astype(np.uint16))
 
     def overlay(self, image: ImageLike, *, alpha: float = 0.5, array_order: str = "RGB") -> Image.Image:
-        """The image with every class in its colour of `palette`, RGB.
+        """Return the image with every class in its colour of `palette`, RGB.
 
         Args:
             image: the one that was segmented.
@@ -124,7 +124,7 @@ class Embedding:
     vector: F32
 
     def similarity(self, other: Embedding) -> float:
-        """The cosine of two embeddings, -1 to 1.
+        """Return the cosine of two embeddings, -1 to 1.
 
         Raises:
             InputError: they are of different lengths.
@@ -241,7 +241,7 @@ TASKS: Mapping[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """The task called `name`.
+    """Return the task called `name`.
 
     Raises:
         BundleError: this version knows no such task.

@@ -22,7 +22,7 @@ __all__ = ["count_graph", "count_network"]
 
 
 def count_network(network: nn.Module, shape: Sequence[int]) -> Counts:
-    """What a PyTorch network does for one image, told from a run without data.
+    """Count what a PyTorch network does for one image, from a run without data.
 
     Args:
         network: in evaluation mode; neither it nor its weights are touched.
@@ -61,7 +61,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operations: list[OpCount] = []
 
     def entering(self, stage: str) -> Any:
-        """A hook that notes the stage of what follows."""
+        """Return a hook that notes the stage of the operations that follow."""
 
         def hook(_module: nn.Module, _arguments: Any) -> None:
             self._stage = stage
@@ -89,7 +89,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storage(tensor: Tensor) -> int:
-    """What a tensor shares with its views."""
+    """Return what a tensor shares with its views."""
     identity: int = tensor.untyped_storage()._cdata  # noqa: SLF001 - tensors without data have no other identity
     return identity
 
@@ -111,7 +111,7 @@ def _torch_macs(name: str, args: Sequence[Any], outputs: Sequence[Tensor]) -> in
 
 
 def count_graph(model: onnx.ModelProto) -> Counts:
-    """What an ONNX graph does for one image, told from its shapes.
+    """Count what an ONNX graph does for one image, from its shapes.
 
     Raises:
         ValueError: a shape cannot be inferred, or a product is not in the table.

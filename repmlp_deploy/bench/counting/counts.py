@@ -84,7 +84,7 @@ class Counts(BaseModel):
 
     @classmethod
     def of(cls, parameters: int, io_elements: int, operations: Iterable[OpCount]) -> Self:
-        """The sums over `operations`."""
+        """Add up `operations`."""
         ops = tuple(operations)
         return cls(
             parameters=parameters,
@@ -118,7 +118,7 @@ class Counts(BaseModel):
 
 
 def stage_of(name: str) -> str | None:
-    """The stage that a module or weight of this dotted name belongs to; None for a name that says nothing."""
+    """Return the stage that a module or weight of this dotted name belongs to; None for a name that says nothing."""
     for pattern, offset in _STAGES:
         match = pattern.search(f"{name}.")
         if match:

@@ -41,7 +41,7 @@ class Child:
         )
 
     def ask(self, command: str, **arguments: Any) -> Any:
-        """What the child answers to a command.
+        """Send a command and return the child's reply.
 
         Raises:
             ChildFailed: it reports an error, died or hangs; the child is not usable after the latter two.

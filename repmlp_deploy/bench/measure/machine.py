@@ -79,7 +79,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """The largest resident memory of this process since it began, or since `reset_peak` where that works."""
+    """Return the largest resident memory of this process since it began, or since `reset_peak` if that works."""
     status = _read("/proc/self/status") or ""
     for line in status.splitlines():
         if line.startswith("VmHWM:"):
@@ -102,7 +102,7 @@ def reset_peak() -> bool:
 
 
 def _cpu() -> dict[str, str]:
-    """The first processor's lines of /proc/cpuinfo."""
+    """Return the first processor's lines of /proc/cpuinfo."""
     first = (_read("/proc/cpuinfo") or "").split("\n\n", 1)[0]
     pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
     return {key.strip(): value.strip() for key, value in pairs}
@@ -129,7 +129,7 @@ def _nvidia(field: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; None for an installed package."""
+    """Return the checkout's commit, marked if files differ from it; None for an installed package."""
     root = Path(repmlp_deploy.__file__).resolve().parent.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None

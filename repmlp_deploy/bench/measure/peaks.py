@@ -28,7 +28,7 @@ Product = Callable[[], object]
 
 
 def measure_peaks(threads: int) -> Machine:
-    """The machine's peaks with this many threads."""
+    """Measure the machine's peaks with this many threads."""
     torch.set_num_threads(threads)
     peaks: dict[str, float] = {}
     sources: dict[str, str] = {}
@@ -43,7 +43,7 @@ def measure_peaks(threads: int) -> Machine:
 
 
 def best_of(first: Machine, second: Machine) -> Machine:
-    """The higher of two measurements of every peak: what else ran on the machine can only lower one."""
+    """Return the higher of two measurements of every peak: what else ran on the machine can only lower one."""
     peaks, sources = dict(first.peak_gflops), dict(first.peak_source)
     for precision, gflops in second.peak_gflops.items():
         if gflops > peaks.get(precision, 0.0):

@@ -136,7 +136,7 @@ def _is_steady(latencies: Sequence[float]) -> bool:
 
 
 def summarize(rounds: Rounds, batch: int) -> Summary:
-    """The distribution of every call of every round, none left out.
+    """Return the distribution of every call of every round.
 
     Raises:
         ValueError: there are no calls.
@@ -157,7 +157,7 @@ def summarize(rounds: Rounds, batch: int) -> Summary:
 
 
 def _percentile(latencies: NDArray[np.float64], q: int) -> float | None:
-    """The q-th percentile, or None where fewer than one call lies beyond it."""
+    """Return the q-th percentile, or None if fewer than one call lies beyond it."""
     return float(np.percentile(latencies, q)) if len(latencies) * (100 - q) >= 100 else None  # noqa: PLR2004 - percent
 
 
@@ -202,7 +202,7 @@ def _verdict(low: float, high: float) -> Literal["faster", "slower", "not distin
 
 
 def _pooled_medians(rounds: Sequence[NDArray[np.float64]], chosen: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The median of the calls of every choice of rounds: (resamples, rounds) indices -> (resamples,).
+    """Return the median of the calls of every choice of rounds: (resamples, rounds) indices -> (resamples,).
 
     Calls are sorted once; a choice weighs each by how often its round was drawn, and its median is where half of the
     weight is reached.

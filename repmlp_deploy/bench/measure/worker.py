@@ -72,7 +72,7 @@ class Worker:
         return {"cold": cold.model_dump(), "imports_bytes": imports_bytes, "proof": self._opened.proof}
 
     def check(self, probe: str) -> dict[str, Any]:
-        """The distance from the trained network on the probe in this file."""
+        """Measure the distance from the trained network on the probe in this file."""
         recorded = Probe.from_bytes(Path(probe).read_bytes())
         result = compare(self._opened.run(recorded.inputs), recorded.reference)
         precision = "fp32" if self._job is None else self._job.precision
@@ -90,7 +90,7 @@ class Worker:
         return time_calls(self._call(batch, mode), seconds, gap_ms=gap_ms, least=least)
 
     def memory(self) -> int:
-        """The peak of resident memory since the last warm-up, in bytes."""
+        """Return the peak of resident memory since the last warm-up, in bytes."""
         return machine.peak_bytes()
 
     def profile(self, batch: int) -> list[dict[str, Any]]:
@@ -99,7 +99,7 @@ class Worker:
 
     @staticmethod
     def peaks(threads: int) -> dict[str, Any]:
-        """What the machine can do at best."""
+        """Measure what the machine can do at best."""
         from repmlp_deploy.bench.measure.peaks import measure_peaks  # noqa: PLC0415 - torch is not for every worker
 
         return measure_peaks(threads).model_dump()
@@ -111,7 +111,7 @@ class Worker:
         return self._subject
 
     def _batch(self, size: int) -> NDArray[np.float32]:
-        """Inputs that look like normalised images, the same in every process."""
+        """Return inputs that look like normalised images, the same in every process."""
         if size not in self._inputs:
             self._inputs = {size: image_like(self._shape, size)}  # one size at a time: they count as memory
         return self._inputs[size]
@@ -135,7 +135,7 @@ class Worker:
 
 
 def image_like(shape: tuple[int, ...], samples: int, seed: int = 0) -> NDArray[np.float32]:
-    """(samples, C, H, W) float32 with patches of colour and fine noise, of about unit variance."""
+    """Return (samples, C, H, W) float32 with patches of colour and fine noise, of about unit variance."""
     rng = np.random.default_rng(seed)
     c, h, w = shape
     coarse = rng.standard_normal((samples, c, -(-h // 16), -(-w // 16)), dtype=np.float32)
@@ -145,7 +145,7 @@ def image_like(shape: tuple[int, ...], samples: int, seed: int = 0) -> NDArray[n
 
 
 def synthetic_jpeg(seed: int) -> bytes:
-    """The bytes of a JPEG with the size and the detail of a photograph."""
+    """Return the bytes of a JPEG with the size and the detail of a photograph."""
     height, width = PICTURE
     levels = (
         np.clip(128 + 40 * image_like((3, height, width), 1, seed)[0], 0, 255).astype(np.uint8).transpose(1, 2, 0)

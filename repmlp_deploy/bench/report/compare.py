@@ -78,7 +78,7 @@ class Comparison:
 
 
 def compare_reports(old: Report, new: Report, threshold: float = THRESHOLD) -> Comparison:
-    """What changed from one run to another.
+    """Compare one run with another.
 
     Args:
         old: the earlier run.
@@ -104,7 +104,7 @@ def _group(row: Row) -> Group:
 
 
 def _drifts(earlier: Mapping[Any, Row], later: Mapping[Any, Row], both: Sequence[Any]) -> dict[Group, float]:
-    """New over old of every group, 1 where too few rows would tell it."""
+    """Return new over old of every group, 1 if too few rows tell it."""
     ratios: dict[Group, list[float]] = {}
     for key in both:
         old, new = earlier[key].summary, later[key].summary
@@ -114,7 +114,7 @@ def _drifts(earlier: Mapping[Any, Row], later: Mapping[Any, Row], both: Sequence
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """The changes for people."""
+    """Return the changes as a table for people."""
     columns = (
         *("model", "format", "precision", "batch", "mode", "before ms", "now ms"),
         *("all rows", "change", "interval", "verdict"),
@@ -158,7 +158,7 @@ def _machine_slowdown(old: Report, new: Report) -> float:
 
 
 def _differences(old: Report, new: Report) -> list[str]:
-    """What the two runs did not have in common."""
+    """Return what only one of the two runs has."""
     pairs = [(key, old.environment.get(key), new.environment.get(key)) for key in ("cpu", "gpu", "python")]
     pairs.append(("threads", old.settings.get("threads"), new.settings.get("threads")))
     before, now = old.environment.get("versions", {}), new.environment.get("versions", {})

@@ -19,7 +19,7 @@ __all__ = ["headlines", "to_html"]
 
 
 def to_html(report: Report) -> str:
-    """The page's text."""
+    """Return the page's text."""
     source = files("repmlp_deploy.bench.report").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(source).render(

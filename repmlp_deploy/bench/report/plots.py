@@ -169,7 +169,7 @@ def _figure(height_inches: float) -> tuple[Figure, Axes]:
 
 
 def _log_axis(axis: Axis, axes: Axes, which: str) -> None:
-    """A log scale with plain numbers at 1, 2 and 5, or at 1 alone where many decades would crowd."""
+    """Set a log scale with plain numbers at 1, 2 and 5, or at 1 alone if many decades would crowd."""
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     low, high = sorted(axes.get_xlim() if which == "x" else axes.get_ylim())
     decades = np.log10(high / low)
@@ -184,7 +184,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _svg(figure: Figure, prefix: str) -> str:
-    """The SVG element, its ids made unique on a page with several."""
+    """Return the SVG element, with ids that are unique on a page with several."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

@@ -205,17 +205,17 @@ class Report(_Frozen):
     interrupted: bool = False
 
     def to_json(self) -> str:
-        """The file's text; every latency of every call is in it."""
+        """Return the file's text; every latency of every call is in it."""
         return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What `to_json` wrote."""
+        """Read what `to_json` wrote."""
         return cls.model_validate_json(text)
 
 
 def load_report(path: Path) -> Report:
-    """The report in a JSON file.
+    """Read the report in a JSON file.
 
     Raises:
         InputError: it is not there, or is none.

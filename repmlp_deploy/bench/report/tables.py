@@ -56,7 +56,7 @@ def groups(report: Report) -> Iterator[tuple[str, list[Row]]]:
 
 
 def facts(report: Report) -> list[str]:
-    """What the figures must be read with, a line each."""
+    """Return the facts that the figures must be read with, one per line."""
     env, machine = report.environment, report.machine
     cores = f"{env.get('cores_physical')} cores, {report.settings.get('threads')} threads used"
     lines = [
@@ -162,7 +162,7 @@ def _proof_table(report: Report) -> Table:
 
 
 def _proof(row: Row) -> str:
-    """The runtime's own words, digests left to the JSON."""
+    """Return the runtime's own words; digests stay in the JSON."""
     told = {key: value for key, value in row.proof.items() if key not in ("sha256", "runtime") and value is not None}
     return "; ".join([str(row.proof.get("runtime", "")), *(f"{key} {_plain(value)}" for key, value in told.items())])
 
@@ -215,7 +215,7 @@ def _profile_table(report: Report) -> Table:
 
 
 def to_markdown(report: Report) -> str:
-    """The report as Markdown, its cells free of what would break a table."""
+    """Return the report as Markdown; its cells hold nothing that would break a table."""
     lines = [f"# {report.title}", "", f"{report.created}", ""]
     for table in tables(report):
         lines += [f"## {table.title}", "", _markdown_line(table.columns)]

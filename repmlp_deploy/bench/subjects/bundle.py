@@ -23,7 +23,7 @@ _ON_CPU = ("onnx",)
 
 
 def open_bundle(job: Job) -> BundleSubject:
-    """The job's artifact in its runner."""
+    """Open the job's artifact in its runner."""
     if job.bundle is None:
         raise InputError(f"{job.format} needs a bundle")
     return BundleSubject(Bundle.load(job.bundle), job)

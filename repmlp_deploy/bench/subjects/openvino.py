@@ -27,7 +27,7 @@ _IN_FRONT_OF_WEIGHTS = ("Convert", "FakeQuantize", "Multiply", "Reshape", "Subtr
 
 
 def open_ir(job: Job) -> IRSubject:
-    """The job's artifact, compiled."""
+    """Compile the job's artifact."""
     if job.bundle is None:
         raise InputError(f"{job.format} needs a bundle")
     return IRSubject(Bundle.load(job.bundle), job)
@@ -92,7 +92,7 @@ def _node_stages(model: Any) -> dict[str, str]:
 
 
 def _weights_name(port: Any) -> str:
-    """The name of the constant that an input reads, behind what decompresses or dequantizes it; empty for none."""
+    """Return the name of the constant that an input reads through decompression or dequantization; empty for none."""
     node = port.get_source_output().get_node()
     while node.get_type_name() in _IN_FRONT_OF_WEIGHTS:
         node = node.input_value(0).get_node()

@@ -29,7 +29,7 @@ FORMS: dict[str, Callable[[Trained], nn.Module]] = {
 
 
 def open_network(job: Job) -> NetworkSubject:
-    """The job's network, loaded from its checkpoint and transformed."""
+    """Load the job's network from its checkpoint and transform it."""
     if job.checkpoint is None:
         raise InputError(f"{job.format} needs a checkpoint")
     torch.set_num_threads(job.threads)

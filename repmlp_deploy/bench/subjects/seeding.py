@@ -24,7 +24,7 @@ __all__ = ["seeded_network", "seeded_tensor"]
 
 
 def seeded_network(card: ModelCard) -> nn.Module:
-    """The card's network with seeded weights: evaluation mode, float32, no gradients."""
+    """Return the card's network with seeded weights: evaluation mode, float32, no gradients."""
     with torch.device("meta"):
         network = build_network(card)
     state = {
@@ -35,7 +35,7 @@ def seeded_network(card: ModelCard) -> nn.Module:
 
 
 def seeded_tensor(name: str, shape: Sequence[int]) -> NDArray[np.generic]:
-    """The tensor of this name and shape: float32, or int64 for a BatchNorm's counter."""
+    """Return the tensor of this name and shape: float32, or int64 for a BatchNorm's counter."""
     rng = np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")))
     kind = name.rsplit(".", maxsplit=1)[-1]
     if kind == "num_batches_tracked":

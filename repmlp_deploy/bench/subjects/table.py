@@ -190,7 +190,7 @@ def why_not(name: str, precision: str) -> str | None:
 
 
 def open_subject(job: Job) -> OpenedSubject:
-    """The subject of a job, loaded and ready."""
+    """Open the subject of a job."""
     module, name = SUBJECTS[job.format].opener.split(":")
     opener: Callable[[Job], OpenedSubject] = getattr(import_module(module), name)
     return opener(job)

@@ -73,7 +73,7 @@ class Target:
     _made: dict[tuple[str, str, str], Bundle | str] = field(default_factory=dict)
 
     def job(self, format_name: str, precision: str, threads: int, show: Show) -> Job:
-        """What a child needs to open a row of this target; makes the artifact when it is the first to need it.
+        """Return what a child needs to open a row of this target; make the artifact if no row needed it before.
 
         Raises:
             Unavailable: it cannot be made; the message says why.
@@ -88,7 +88,7 @@ class Target:
         return job.model_copy(update={"bundle": str(bundle.folder)})
 
     def probe(self) -> Path:
-        """The file with inputs and the trained network's answers."""
+        """Return the file with inputs and the trained network's answers."""
         bundles = [made for made in self._made.values() if isinstance(made, Bundle)]
         bundle = next(iter(bundles), self.given)
         if bundle is not None and bundle.folder is not None:
@@ -128,7 +128,7 @@ class Target:
         return made
 
     def _together(self, artifact: str, graph: str, precision: str) -> tuple[str, ...]:
-        """The artifact, and those of other rows that the same export can make and this machine can run."""
+        """Return the artifact and those of other rows that the same export can make and this machine can run."""
         others = [
             SUBJECTS[name].needs
             for name, other in self.wanted
@@ -140,7 +140,7 @@ class Target:
         return tuple(dict.fromkeys([artifact, *(name for name in others if name in makable)]))
 
     def _find_or_export(self, artifacts: tuple[str, ...], graph: str, precision: str, show: Show) -> Bundle | str:
-        """The bundle with some artifacts, or why there is none."""
+        """Return the bundle with some artifacts, or why there is none."""
         try:
             if self.given is not None:
                 for artifact in artifacts:
@@ -163,7 +163,7 @@ class Target:
 
     @staticmethod
     def _given(bundle: Bundle, artifact: str, graph: str, precision: str) -> Bundle:
-        """The given bundle, where it holds what is wanted."""
+        """Return the given bundle if it holds what is asked for."""
         manifest = bundle.manifest
         if manifest.graph != graph:
             raise Unavailable(f"the bundle holds the {manifest.graph} graph, not the {graph} one")
@@ -226,7 +226,7 @@ def counts_key(format_name: str) -> str:
 
 
 def find_targets(settings: Settings, folder: Path) -> list[Target]:
-    """The networks that the settings name, their weights in files.
+    """Return the networks that the settings name, with their weights in files.
 
     Raises:
         InputError: a card, checkpoint or bundle is unusable.

@@ -67,7 +67,7 @@ class _Anchor:
 def blame_graph(
     program: torch.export.ExportedProgram, data: bytes, batches: Sequence[Arrays], precision: str = "fp32"
 ) -> Blame | None:
-    """The first place where an ONNX graph strays from the network that was traced; None where none does.
+    """Return the first place where an ONNX graph differs from the traced network; None if it does not.
 
     A weight that is not the trace's is found even where no value shows it.
 
@@ -101,7 +101,7 @@ class _Straying:
 
 
 def _first_straying(graph: _Graph, trace: _Trace, inputs: Arrays) -> _Straying | None:
-    """The first anchor that strays: the first block whose end does, then the first inside it."""
+    """Return the first anchor that differs: the first block whose end differs, then the first inside it."""
     anchors = [anchor for anchor in graph.anchors if anchor.key in trace.nodes]
     ends = [anchor for anchor in anchors if anchor.ends_a_block]
     found = _first_of(ends, graph, trace, inputs)
@@ -112,7 +112,7 @@ def _first_straying(graph: _Graph, trace: _Trace, inputs: Arrays) -> _Straying |
 
 
 def _first_of(anchors: Sequence[_Anchor], graph: _Graph, trace: _Trace, inputs: Arrays) -> _Straying | None:
-    """The first of `anchors` that strays, a bounded number of further outputs at a time."""
+    """Return the first of `anchors` that differs; ask for a bounded number of further outputs at a time."""
     for start in range(0, len(anchors), _AT_ONCE):
         part = anchors[start : start + _AT_ONCE]
         got = graph.values(inputs, [anchor.value for anchor in part])
@@ -158,7 +158,7 @@ class _Trace:
         return not isinstance(n, int) or n == len(inputs[0])
 
     def values(self, inputs: Arrays, keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The values of `keys` in float64 and in float32."""
+        """Compute the values of `keys` in float64 and in float32."""
         return self._run(self._double, inputs, keys, torch.float64), self._run(self._single, inputs, keys, None)
 
     @torch.no_grad()
@@ -218,7 +218,7 @@ class _Graph:
         return sorted(found.values(), key=lambda anchor: anchor.index)
 
     def values(self, inputs: Arrays, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """The values of `names`, which need not be outputs."""
+        """Compute the values of `names`, which need not be outputs."""
         further = [name for name in dict.fromkeys(names) if name not in self._outputs]
         outputs = self.model.graph.output
         outputs.extend(onnx.ValueInfoProto(name=name) for name in further)
@@ -234,7 +234,7 @@ class _Graph:
         }
 
     def failure(self, inputs: Arrays) -> Blame | None:
-        """The node at which ONNX Runtime gives up, if it does."""
+        """Return the node at which ONNX Runtime fails, if it does."""
         try:
             self.values(inputs, self._outputs)
         except MissingDevice:
@@ -252,7 +252,7 @@ class _Graph:
         return scopes[-1] if scopes else ""
 
     def blame(self, found: _Straying, trace: _Trace) -> Blame:
-        """The blame for an anchor: the first weight read up to there that is not the trace's, or the node itself."""
+        """Return the blame for an anchor: the first wrong weight read up to there, or the node itself."""
         weight = self.wrong_weight(trace, found.anchor.index + 1)
         if weight is not None:
             return replace(weight, fault=found.fault or weight.fault, error=found.error, floor=found.floor)
@@ -263,7 +263,7 @@ class _Graph:
         return Blame(*_place(place), fault, found.error, found.floor)
 
     def wrong_weight(self, trace: _Trace, end: int) -> Blame | None:
-        """The first weight, of those that nodes before `end` read, that is not the trace's."""
+        """Return the first wrong weight among those that nodes before `end` read."""
         for i in range(end):
             for name in self._read.get(i, ()):
                 element = self._wrong_element(name, trace)
@@ -272,7 +272,7 @@ class _Graph:
         return None
 
     def _wrong_element(self, name: str, trace: _Trace) -> Element | None:
-        """The worst entry of a weight that is not the trace's."""
+        """Return the worst entry of a wrong weight."""
         rounding = PRECISIONS[self.precision].rounding
         tensor, expected = self._weights.get(name), trace.weights.get(name)
         if tensor is None or expected is None or rounding is None:

@@ -84,7 +84,7 @@ class Blame:
 
 @contextmanager
 def blamed(find: Callable[[], Blame | None]) -> Iterator[None]:
-    """A context in which a VerificationError's line ends with the blame."""
+    """Add the blame to the message of a VerificationError that is raised inside."""
     try:
         yield
     except VerificationError as error:
@@ -92,7 +92,7 @@ def blamed(find: Callable[[], Blame | None]) -> Iterator[None]:
 
 
 def describe_blame(find: Callable[[], Blame | None]) -> str:
-    """What `find` found, in words. The search follows an error and must not take its place by one of its own."""
+    """Describe what `find` found. An error of the search itself must not replace the one that started it."""
     try:
         blame = find()
     except Exception as error:  # noqa: BLE001 - whatever stops the search, the failure it explains is what matters
@@ -121,7 +121,7 @@ def place_of(name: str) -> tuple[str, str]:
 
 @torch.no_grad()
 def blame_network(trained: nn.Module, candidate: nn.Module, inputs: Sequence[NDArray[Any]]) -> Blame | None:
-    """The first place where `candidate`, merged or folded, strays from `trained`; None where no single one does.
+    """Return the first place where `candidate` differs from `trained`; None if no single place does.
 
     Args:
         trained: with its branches, evaluation mode, float32.
@@ -220,7 +220,7 @@ class _Walk:
         return hook
 
     def _outcome(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> _Outcome | None:
-        """What the counterpart answered, where that strays; None where it does not."""
+        """Return the wrong output of the counterpart; None if it is right."""
         try:
             got = self._candidate[name](*_cloned(args), **kwargs)
             pairs = list(zip(_arrays(got), _arrays(answer), strict=True))
@@ -244,7 +244,7 @@ class _Walk:
         return Blame(block, words, found.fault, outcome.error, outcome.floor, found.element)
 
     def _finding(self, name: str, args: tuple[Any, ...], outcome: _Outcome) -> Finding:
-        """The part of one module that is wrong."""
+        """Return the part of one module that is wrong."""
         stored, trained = self._stored[name], self._trained[name]
         if trained in self._adopted:
             trained = self._adopted[trained]

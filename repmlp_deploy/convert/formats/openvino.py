@@ -109,7 +109,7 @@ def build_ir(  # noqa: PLR0913 - the graph, and all that decides what becomes of
     calibration: Sequence[Mapping[str, NDArray[Any]]] | None = None,
     keep_fp32: Sequence[str] = (),
 ) -> IR:
-    """The IR of a serialized fp32 ONNX graph.
+    """Build the IR of a serialized fp32 ONNX graph.
 
     Args:
         graph: the model, weights inside.
@@ -158,12 +158,12 @@ def _products(model: Any) -> list[Any]:
 
 
 def _name(product: Any) -> str:
-    """A product's name in the ONNX graph."""
+    """Return a product's name in the ONNX graph."""
     return str(product.get_friendly_name()).removesuffix(_SUFFIX)
 
 
 def _weights(product: Any) -> Any:
-    """The Constant that a product multiplies by, behind what decompresses or dequantizes it; None without one."""
+    """Return the Constant that a product multiplies by, through decompression or dequantization; None without one."""
     node = product.input_value(1).get_node()
     while node.get_type_name() in ("Convert", "Multiply", "Subtract", "Reshape", "FakeQuantize"):
         node = node.input_value(0).get_node()
@@ -193,7 +193,7 @@ def _turn_point_convolutions(model: Any) -> None:
 
 
 def _in_two_axes(op: Any, flat: Mapping[str, Any]) -> Any:
-    """The twin of a node on 1×1 maps, reading the twins of what it reads; None where it stays as it is."""
+    """Return the copy of a node on 1×1 maps, reading the copies of its inputs; None if the node stays."""
     kind, sources = op.get_type_name(), [value.get_node() for value in op.input_values()]
     twins = [flat.get(source.get_friendly_name()) for source in sources]
     if kind == "Convolution" and (weights := _weights(op)) is not None and _is_on_points(op):
@@ -261,7 +261,7 @@ def _kept_nodes(model: Any, patterns: Sequence[str]) -> dict[str, str]:
 
 
 def _module(op: Any) -> str:
-    """The module whose weights a product multiplies by, `stages.0.1.fc3`; empty for what is none."""
+    """Return the module whose weights a product multiplies by, `stages.0.1.fc3`; empty if there is none."""
     weights = _weights(op) if op.get_type_name() in _PRODUCTS else None
     return "" if weights is None else str(weights.get_friendly_name()).removesuffix(".weight")
 
@@ -285,7 +285,7 @@ def _store_weights(model: Any, kind: Any, kept: Mapping[str, str]) -> dict[str, 
 
 
 def _rounded(values: NDArray[np.float32], kind: Any) -> Any:
-    """A tensor of finite values in a half-sized type, each the nearest, ties to even."""
+    """Return a tensor of finite values in a 16-bit type, each the nearest, ties to even."""
     tensor = ov.Tensor(kind, ov.Shape(values.shape))  # memory of its own: a constant keeps it, not numpy's
     if kind == ov.Type.f16:
         tensor.data[:] = values
@@ -298,7 +298,7 @@ def _rounded(values: NDArray[np.float32], kind: Any) -> Any:
 
 
 def _report(model: Any, kept: Mapping[str, str]) -> dict[str, Any]:
-    """What is stored in what: counts of products whose weights are smaller than float32, and the others by name."""
+    """Count products by the type of their weights, and name those that stay in float32."""
     lowered: Counter[str] = Counter()
     stored: Counter[str] = Counter()
     left = []
@@ -358,7 +358,7 @@ def _import_nncf() -> Any:
 
 
 def _serialized(model: Any) -> tuple[bytes, bytes]:
-    """The content of the two files of an IR, which OpenVINO writes to a folder only."""
+    """Return the content of the two files of an IR; OpenVINO writes them only to a folder."""
     with tempfile.TemporaryDirectory(prefix="repmlp-openvino-") as folder:
         path = Path(folder, "model.xml")
         ov.save_model(model, path, compress_to_fp16=False)

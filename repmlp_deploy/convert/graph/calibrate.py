@@ -69,7 +69,7 @@ class Calibration:
         return [values[order] for values in self.samples.values()]
 
     def remarks(self) -> list[str]:
-        """What a reader of the report should know."""
+        """Return what a reader of the report should know."""
         notes = [f"calibrated with {len(self)} of {self.available} samples of {self.source}"]
         if len(self) < ENOUGH:
             notes.append(
@@ -81,7 +81,7 @@ class Calibration:
 def read_calibration(
     path: str | Path, inputs: Mapping[str, Sequence[int]], preprocessing: Preprocessing | None
 ) -> Calibration:
-    """The samples in `path`.
+    """Read the samples in `path`.
 
     Args:
         path: a folder of images, searched through all its folders; or a `.npz` of arrays (n, …) that the network takes
@@ -102,7 +102,7 @@ def read_calibration(
 
 
 def take_calibration(arrays: Mapping[str, NDArray[Any]], inputs: Mapping[str, Sequence[int]]) -> Calibration:
-    """Samples that are in memory: arrays (n, …) as the network takes them, by the names of its inputs.
+    """Take samples that are in memory: arrays (n, …) as the network takes them, by the names of its inputs.
 
     Raises:
         InputError: they do not fit the network.
@@ -111,7 +111,7 @@ def take_calibration(arrays: Mapping[str, NDArray[Any]], inputs: Mapping[str, Se
 
 
 def measure_ranges(graph: bytes, calibration: Calibration, tensors: Sequence[str], method: str) -> dict[str, float]:
-    """The largest absolute value that int8 must hold, of every one of `tensors`.
+    """Measure the largest absolute value that int8 must hold, for every one of `tensors`.
 
     Args:
         graph: a serialized float32 model.
@@ -150,7 +150,7 @@ class _Feeds(CalibrationDataReader):  # type: ignore[misc]
         self._left: Iterator[Mapping[str, NDArray[Any]]] = iter(feeds)
 
     def get_next(self) -> Mapping[str, NDArray[Any]] | None:
-        """The next feed; None behind the last."""
+        """Return the next feed; None after the last."""
         return next(self._left, None)
 
 
@@ -188,7 +188,7 @@ def _read_arrays(path: Path, inputs: Mapping[str, Sequence[int]]) -> Calibration
 def _checked(
     found: dict[str, NDArray[Any]], inputs: Mapping[str, Sequence[int]], what: str, source: str
 ) -> Calibration:
-    """The arrays of the network's inputs."""
+    """Return the arrays of the network's inputs."""
     if len(inputs) == len(found) == 1:
         found = dict(zip(inputs, found.values(), strict=True))
     samples = {}

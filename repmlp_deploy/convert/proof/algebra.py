@@ -142,7 +142,7 @@ def redraw_statistics(network: nn.Module, inputs: Sequence[NDArray[Any]], seed: 
 
 @torch.no_grad()
 def compare_weights(name: str, stored: nn.Module, precise: nn.Module) -> Hop:
-    """The line of the float32 weight that is farthest from its float64 twin, in roundings to float32.
+    """Return the row of the float32 weight that is farthest from its float64 twin, in roundings to float32.
 
     A row, along the last axis that is longer than 1, rounds like its largest weight.
 

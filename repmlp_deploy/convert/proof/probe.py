@@ -34,7 +34,7 @@ _GREY, _DEVIATION = 0.449, 0.226  # of ImageNet's pixels, over 255
 
 
 def probe_inputs(shape: Sequence[int], samples: int = 3, seed: int = SEED) -> NDArray[np.float32]:
-    """(samples, C, H, W) float32 that look like normalised images to a network.
+    """Return (samples, C, H, W) float32 that look like normalised images to a network.
 
     Each sample has a colour of its own, waves of a few lengths and directions, and fine noise: something for every
     stage, from single positions to what survives global pooling, and different in every sample.
@@ -78,7 +78,7 @@ def probe_like(example: NDArray[Any], seed: int = SEED) -> NDArray[Any]:
 
 
 def _photograph(name: str, shape: Sequence[int]) -> NDArray[np.float64]:
-    """A photograph of `models/samples` as (C, H, W), normalised; other than three channels repeat red, green, blue."""
+    """Return a photograph of `models/samples` as (C, H, W), normalised; further channels repeat red, green, blue."""
     c, h, w = shape
     with Image.open(data_root() / "samples" / "photographs" / f"{name}.jpg", formats=["JPEG"]) as image:
         pixels = np.asarray(image.convert("RGB").resize((w, h), Image.Resampling.BILINEAR), np.float64)
@@ -96,7 +96,7 @@ def _impulse(shape: Sequence[int]) -> NDArray[np.float64]:
 
 @torch.no_grad()
 def run_network(network: nn.Module, *inputs: NDArray[Any]) -> NDArray[Any] | tuple[NDArray[Any], ...]:
-    """The network's output for a batch, as numpy; or its outputs, where it answers several."""
+    """Run the network on a batch and return its output as numpy, or its outputs if it has several."""
     answer = network(*(torch.from_numpy(np.ascontiguousarray(value)) for value in inputs))
     return answer.numpy() if isinstance(answer, Tensor) else tuple(x.numpy() for x in flatten_outputs(answer).values())
 

@@ -97,7 +97,7 @@ def match_weights(
 
 
 def _weights(network: nn.Module) -> dict[str, NDArray[Any]]:
-    """The float parameters and buffers, by name."""
+    """Return the float parameters and buffers, by name."""
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     return {key: t.detach().numpy() for key, t in tensors.items() if t.is_floating_point() and t.numel()}
 
@@ -108,7 +108,7 @@ def _neutral(weight: NDArray[Any]) -> bool:
 
 
 def _constants(graph: onnx.ModelProto) -> Mapping[str, onnx.TensorProto]:
-    """The constants that nodes of the graph read, by name."""
+    """Return the constants that nodes of the graph read, by name."""
     read = {name for node in graph.graph.node for name in node.input}
     found = {t.name: t for t in graph.graph.initializer if t.name in read}
     for node in graph.graph.node:
@@ -118,7 +118,7 @@ def _constants(graph: onnx.ModelProto) -> Mapping[str, onnx.TensorProto]:
 
 
 def _values(tensor: onnx.TensorProto) -> NDArray[Any]:
-    """A tensor's values: a copy, as protobuf gives no other; so one at a time."""
+    """Return the tensor's values as a new array. Call it for one tensor at a time: protobuf copies."""
     if tensor.data_type == onnx.TensorProto.FLOAT and tensor.raw_data:
         return np.frombuffer(tensor.raw_data, np.float32).reshape(tensor.dims)
     return onnx.numpy_helper.to_array(tensor)

@@ -31,7 +31,7 @@ def add_engines(
     out: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Bundle:
-    """A bundle with engines built from its ONNX graph, those of the same formats replaced.
+    """Build engines from a bundle's ONNX graph and return the bundle with them; those of the same formats are replaced.
 
     Args:
         folder: the bundle.
@@ -75,7 +75,7 @@ def add_engines(
 
 
 def verified_graph(bundle: Bundle) -> bytes:
-    """The ONNX graph of a bundle, when it is the one that its certificate is about.
+    """Return the ONNX graph of a bundle, if it is the one that its certificate is about.
 
     Raises:
         BundleError: it has none, or another one, or the certificate does not cover it.
@@ -97,7 +97,7 @@ def read_contents(bundle: Bundle) -> dict[str, bytes]:
 
 
 def graph_spec(bundle: Bundle) -> GraphSpec:
-    """What the manifest says of the ONNX graph."""
+    """Return what the manifest says of the ONNX graph."""
     manifest, entry = bundle.manifest, bundle.artifact("onnx")
     inputs: dict[str, tuple[int, ...]] = {}
     for spec in manifest.inputs:
@@ -106,7 +106,7 @@ def graph_spec(bundle: Bundle) -> GraphSpec:
 
 
 def engine_entry(name: str, engine: Engine, precision: str) -> ArtifactEntry:
-    """An engine as the manifest describes it."""
+    """Return an engine as the manifest describes it."""
     file = describe_file(f"model.{name}.engine", engine.plan)
     return ArtifactEntry.model_validate({**file.model_dump(), "precision": precision, **engine.details})
 

@@ -38,7 +38,7 @@ def derive_again(
     card: str | Path | ModelCard | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[list[Hop], list[str]]:
-    """The lines of every step from the checkpoint to the bundle's weights, and what could not be compared.
+    """Return the rows of every step from the checkpoint to the bundle's weights, and what could not be compared.
 
     Args:
         bundle: on disk.

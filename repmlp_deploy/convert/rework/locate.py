@@ -26,7 +26,7 @@ ARTIFACT = "onnx"
 
 
 def blame_bundle(bundle: Bundle, checkpoint: str | Path, card: str | Path | ModelCard | None = None) -> Blame | None:
-    """The first place where a bundle strays from a checkpoint; None where it does not.
+    """Return the first place where a bundle differs from a checkpoint; None if it does not.
 
     The network is merged, folded and traced again, each step judged by itself; then the artifact is compared with the
     trace value by value, and at last the probe with the trained network.
@@ -62,7 +62,7 @@ def blame_bundle(bundle: Bundle, checkpoint: str | Path, card: str | Path | Mode
 
 
 def load_origin(bundle: Bundle, checkpoint: str | Path, card: str | Path | ModelCard | None = None) -> Trained:
-    """The trained network of a bundle, from the checkpoint.
+    """Load the trained network of a bundle from the checkpoint.
 
     Args:
         bundle: says the network's name, input size and which of several weights.
@@ -86,7 +86,7 @@ def load_origin(bundle: Bundle, checkpoint: str | Path, card: str | Path | Model
 
 
 def _wrong_answers(bundle: Bundle, trained: Trained) -> Iterator[Blame]:
-    """A blame for every reference of the probe that the trained network does not give."""
+    """Yield one blame for every reference of the probe that the trained network does not give."""
     probe = bundle.probe()
     again = record_probe(trained.network, probe.inputs, *probe.further_inputs)
     for (reference, _), (expected, float32) in zip(probe.answers(), again.answers(), strict=True):

@@ -34,7 +34,7 @@ _FLOATS = {TensorProto.FLOAT: "", TensorProto.FLOAT16: "_float16", TensorProto.B
 def named_weights(
     state: Mapping[str, NDArray[np.float32]], graph: onnx.ModelProto, *, name: str = "checkpoint"
 ) -> dict[str, NDArray[Any]]:
-    """The weights of another network under the names and in the types of a graph's initializers.
+    """Return the weights of another network under the names and in the types of a graph's initializers.
 
     Args:
         state: the network as it is traced, parameters and buffers by name.
@@ -71,12 +71,12 @@ def named_weights(
 
 
 def _slopes(graph: onnx.ModelProto) -> dict[str, str]:
-    """Initializer to parameter, for the slopes of PReLUs."""
+    """Map initializers to parameters, for the slopes of PReLUs."""
     return {node.input[1]: f"{module_of(node)}.weight" for node in graph.graph.node if node.op_type == "PRelu"}
 
 
 def with_named_weights(graph: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> bytes:
-    """The graph with other values in the initializers of these names, serialized; `graph` itself is left alone."""
+    """Return the graph, serialized, with other values in the initializers of these names; `graph` is unchanged."""
     tensors = [
         numpy_helper.from_array(np.ascontiguousarray(weights[t.name]), t.name) if t.name in weights else t
         for t in graph.graph.initializer

@@ -47,7 +47,7 @@ def refit_bundle(
     out: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Bundle:
-    """A bundle like `folder` with the weights of `checkpoint`, verified against the network in it.
+    """Return a bundle like `folder` with the weights of `checkpoint`, verified against the network in it.
 
     Args:
         folder: a bundle with an ONNX graph in fp32, fp16 or bf16 and, if any, refittable engines.
@@ -97,7 +97,7 @@ def refit_bundle(
 
 
 def _check(bundle: Bundle) -> list[str]:
-    """The engines to refit, when everything in the bundle can be."""
+    """Return the engines to refit, if everything in the bundle can be refitted."""
     manifest = bundle.manifest
     if manifest.family not in FAMILIES:
         raise InputError(f"{manifest.name} is no family's network, whose checkpoints could be told apart: export it")
@@ -118,7 +118,7 @@ def _check(bundle: Bundle) -> list[str]:
 
 
 def _trained(bundle: Bundle, checkpoint: str | Path, weights: str | None) -> Trained:
-    """The new network, of the bundle's family and input size."""
+    """Load the new network, of the bundle's family and input size."""
     manifest = bundle.manifest
     height, width = manifest.input.shape[-2:]
     if height is None or width is None:
@@ -159,7 +159,7 @@ def _refitted(bundle: Bundle, name: str, named: dict[str, NDArray[Any]]) -> byte
 def _renewed(
     bundle: Bundle, trained: Trained, hops: list[Hop], contents: dict[str, bytes], seconds: dict[str, float]
 ) -> Bundle:
-    """The bundle with new contents and what is to be said of them."""
+    """Return the bundle with new contents and a manifest that describes them."""
     entries = {}
     for name, entry in bundle.manifest.artifacts.items():
         described = entry.model_dump() | describe_file(entry.path, contents[entry.path]).model_dump()

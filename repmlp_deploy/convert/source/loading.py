@@ -28,7 +28,7 @@ def infer_card(  # noqa: PLR0913 - each says something that shapes cannot
     input_size: tuple[int, int] | None = None,
     name: str = "checkpoint",
 ) -> tuple[ModelCard, str]:
-    """The card of the network that a state dict belongs to, and a remark on how it was found.
+    """Return the card of the network that a state dict belongs to, and a remark on how it was found.
 
     A card of `models/` with this architecture is taken, one of this layout before others. Where there is none, the
     card is made from the shapes, with the preprocessing of the card that differs in its classes alone, or else the
@@ -74,7 +74,7 @@ def infer_card(  # noqa: PLR0913 - each says something that shapes cannot
 def load_network(
     tensors: Mapping[str, Tensor], card: ModelCard, *, merged: bool, name: str = "checkpoint"
 ) -> nn.Module:
-    """The card's network with these weights: evaluation mode, float32, over the tensors' own memory.
+    """Build the card's network with these weights: evaluation mode, float32, sharing the tensors' memory.
 
     Raises:
         CheckpointError: a key is missing, unexpected or of another shape; the first few are named.

@@ -45,7 +45,7 @@ class Interface:
 
 
 def make_own_network(factory: str) -> nn.Module:
-    """What `package.module:factory` returns, in evaluation mode; modules in the working folder are found.
+    """Call `package.module:factory` and return its network in evaluation mode; modules in the working folder are found.
 
     Raises:
         InputError: there is no such factory, or it returns no module.
@@ -125,7 +125,7 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
 
 
 def default_card(network: nn.Module, interface: Interface) -> ModelCard:
-    """The card of a network that came without one: its outputs and preprocessing are its own business."""
+    """Return the card of a network that came without one; it says nothing about outputs or images."""
     sizes = [(x.shape[2], x.shape[3]) for x in interface.examples if x.ndim == _IMAGE_AXES]
     return ModelCard(
         name=re.sub(r"[^A-Za-z0-9_]", "-", type(network).__name__).strip("_-") or FAMILY,
@@ -168,7 +168,7 @@ def _require_plain(network: nn.Module) -> None:
 
 
 def _parameter_names(network: nn.Module, count: int) -> tuple[str, ...]:
-    """What `forward` calls its first inputs, or numbers where it does not say."""
+    """Return the names of `forward`'s first parameters, or numbered names if it has none."""
     parameters = inspect.signature(network.forward).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return tuple(names[:count]) if len(names) >= count else tuple(f"input_{i}" for i in range(count))

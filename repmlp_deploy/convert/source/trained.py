@@ -53,7 +53,7 @@ class Trained:
     interface: Interface | None = None
 
     def without_weights(self) -> Trained:
-        """What is left when nobody needs the weights any more, shapes and names; its own memory is given back.
+        """Return this with names and shapes only; memory of its own is freed.
 
         A network that was handed over in memory, or made by its owner's code, is the owner's and stays as it is.
         """
@@ -72,7 +72,7 @@ def load_trained(
     input_size: tuple[int, int] | None = None,
     allow_merged: bool = False,
 ) -> Trained:
-    """The trained network in a checkpoint of any layout.
+    """Load the trained network in a checkpoint of any layout.
 
     Args:
         path: `.pth`, `.pt` or `.safetensors`.
@@ -127,7 +127,7 @@ def load_trained(
 def describe_checkpoint(
     path: str | Path, *, weights: str | None = None, input_size: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """What a checkpoint is, for people: file, layout, architecture, parameters.
+    """Describe a checkpoint for people: file, layout, architecture, parameters.
 
     Raises:
         CheckpointError: it cannot be read, or is of no network we know.
@@ -169,7 +169,7 @@ def take_trained(
     *,
     allow_merged: bool,
 ) -> Trained:
-    """A network of a family, from a file or handed over in memory; arguments as in `load_trained`.
+    """Take a network of a family, from a file or from memory; arguments as in `load_trained`.
 
     Raises:
         InputError: it has no card, is in training mode, or has no branches and that is not allowed.
@@ -201,7 +201,7 @@ class OwnRequest:
 
 
 def load_own(source: nn.Module | str | Path, own: OwnRequest) -> Trained:
-    """A user's own network: handed over, or made by its factory and filled from a weights file."""
+    """Take a user's own network: from memory, or made by its factory and filled from a weights file."""
     checkpoint = state = None
     if isinstance(source, nn.Module):
         if own.module is not None:
@@ -226,7 +226,7 @@ def load_own(source: nn.Module | str | Path, own: OwnRequest) -> Trained:
 
 
 def _example(network: nn.Module, own: OwnRequest) -> Any:
-    """What was given, or what the network says, or an image of the size that was given."""
+    """Return the example that was given, the network's own, or an image of the given size."""
     example = own.example_input if own.example_input is not None else getattr(network, "example_input", None)
     if example is None and own.input_size is not None:
         return torch.zeros(1, 3, *own.input_size)

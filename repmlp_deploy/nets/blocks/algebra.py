@@ -46,7 +46,7 @@ BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch offers no pu
 
 
 def affine_of_batch_norm(bn: BatchNorm) -> tuple[Tensor, Tensor]:
-    """The (a, b) of BN(y) = a·y + b in evaluation mode, each (channels,) float64.
+    """Return the (a, b) of BN(y) = a·y + b in evaluation mode, each (channels,) float64.
 
     Raises:
         ValueError: `bn` keeps no running statistics, so it has no evaluation mode.
@@ -61,7 +61,7 @@ def affine_of_batch_norm(bn: BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def convolution_with(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """A convolution of the same geometry as `conv` with other weights, stored in its dtype."""
+    """Return a convolution of the same geometry as `conv` with other weights, stored in its dtype."""
     result = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
@@ -98,7 +98,7 @@ def check_kernel(k_h: int, k_w: int) -> None:
 
 
 def sum_kernels(kernels: Iterable[Tensor]) -> Tensor | None:
-    """The sum of kernels (..., k_h, k_w) of any odd sizes, each centred in the largest: one Toeplitz matrix serves all.
+    """Add kernels (..., k_h, k_w) of any odd sizes, each centred in the largest: one Toeplitz matrix serves all.
 
     Returns float64, or None when there is no kernel.
     """
@@ -153,7 +153,7 @@ def set_convolution(result: Tensor, matrix: Tensor, scale: Tensor, kernel: Tenso
 
 
 def _diagonal(matrix: Tensor, dy: int, dx: int) -> Tensor:
-    """The entries [(y, x), (y + dy, x + dx)] of (..., h, w, h, w), as a view (..., h - |dy|, w - |dx|)."""
+    """Return the entries [(y, x), (y + dy, x + dx)] of (..., h, w, h, w), as a view (..., h - |dy|, w - |dx|)."""
     h, w = matrix.shape[-4:-2]
     *lead, out_y, out_x, in_y, in_x = matrix.stride()
     y, x = max(0, -dy), max(0, -dx)

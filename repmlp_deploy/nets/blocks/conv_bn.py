@@ -122,7 +122,7 @@ class MergeableConvBN(Reparameterizable):
             yield from parameter_checks(self, made, "")
 
     def merged_conv(self) -> nn.Conv2d:
-        """The convolution with its BatchNorm absorbed."""
+        """Return the convolution with its BatchNorm absorbed."""
         if self.bn is None:
             raise ValueError("this convolution is merged already")
         return fuse_batch_norm(self.conv, self.bn)

@@ -203,7 +203,7 @@ class RepMLP(Reparameterizable):
         return self.fc3_bn is None
 
     def branches(self) -> list[ConvBN]:
-        """The convolution branches, in the order of `kernels`."""
+        """Return the convolution branches, in the order of `kernels`."""
         return [self.get_submodule(f"repconv{k}") for k in self.kernels]  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -323,7 +323,7 @@ class RepMLP(Reparameterizable):
         return merged
 
     def merged_perceptron(self) -> AddedPerceptron | None:
-        """The global perceptron with the BatchNorm behind the pool absorbed into FC1; None where there is none."""
+        """Return the global perceptron with the BatchNorm after the pool absorbed into FC1; None if there is none."""
         if self.fc1_fc2 is None or self.avg is None:
             return self.fc1_fc2
         fc1 = self.fc1_fc2.fc1

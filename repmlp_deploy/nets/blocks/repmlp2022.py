@@ -161,7 +161,7 @@ class RepMLPBlock(Reparameterizable):
         return self.fc3_bn is None
 
     def branches(self) -> list[ConvBN]:
-        """The convolution branches, in the order of `kernels`."""
+        """Return the convolution branches, in the order of `kernels`."""
         return [self.get_submodule(f"repconv{k}") for k in self.kernels]  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:

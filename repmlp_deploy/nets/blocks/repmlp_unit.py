@@ -149,7 +149,7 @@ class FoldedUnit(nn.Module):
 
 
 def _gate_of_affine(gp: GlobalPerceptron, a: Tensor, b: Tensor) -> GlobalPerceptron:
-    """The global perceptron of a·x + b, as one of x."""
+    """Return the global perceptron of a·x + b as a global perceptron of x."""
     return GlobalPerceptron.from_parts(conv_of_affine(gp.fc1, a, b), gp.fc2)
 
 
@@ -163,7 +163,7 @@ def _ffn_of_affine(ffn: FFN, bn: nn.BatchNorm2d) -> nn.Module:
 
 @torch.no_grad()
 def _unit_forward(trained: RepMLPUnit, x: Tensor, got: Tensor) -> Finding:
-    """What a folded unit did instead, when every tensor it holds is right.
+    """Return what a folded unit did instead, although every tensor in it is right.
 
     Args:
         trained: the unit, float64.
@@ -193,7 +193,7 @@ def _unit_forward(trained: RepMLPUnit, x: Tensor, got: Tensor) -> Finding:
 
 
 def _bias_of(block: RepMLPBlock, like: Tensor) -> Tensor:
-    """What a block answers to zeros before its gate, as a map."""
+    """Return the block's output for zeros before its gate, as a map."""
     zeros = torch.zeros_like(like)
     answer: Tensor = block(zeros) / block.gp(zeros)
     return answer
@@ -263,7 +263,7 @@ def _ffn_checks(ffn: FFN, prebn2: nn.BatchNorm2d, folded: nn.Module) -> Iterator
 
 
 def _renamed(check: Check) -> Check:
-    """The check of a convolution as that of the FFN's second."""
+    """Return a check of a convolution as a check of the FFN's second one."""
     part = "ffn_fc2 · bn fold"
 
     def faults() -> Iterator[Fault]:

@@ -197,7 +197,7 @@ class MobileFaceNet(nn.Module):
 
 
 def infer_mobilefacenet(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> MobileFaceNetSpec:
-    """The hyper-parameters of the MobileFaceNet whose state dict has these keys and shapes.
+    """Infer the hyper-parameters of a MobileFaceNet from the keys and shapes of its state dict.
 
     The global depthwise convolution is as large as the last map, so the input's size is among the shapes.
 
@@ -234,7 +234,7 @@ def infer_mobilefacenet(shapes: Mapping[str, Sequence[int]], input_size: tuple[i
 
 
 def _infer_stage(shapes: Mapping[str, Sequence[int]], stage: int) -> dict[str, Any]:
-    """What one stage says of itself under the names of the hyper-parameters."""
+    """Infer the hyper-parameters of one stage."""
     start = f"stages.{stage}."
     wide, before = shapes[f"{start}down.expand.conv.conv.weight"][:2]
     C = shapes[f"{start}down.project.conv.weight"][0]

@@ -100,13 +100,13 @@ class PSPNet(nn.Module):
 
 
 def build_pspnet(spec: PSPNetSpec, *, deploy: bool = False) -> PSPNet:
-    """The PSPNet of these hyper-parameters, with fresh weights."""
+    """Build the PSPNet of these hyper-parameters, with fresh weights."""
     head = PSPHead(spec.channels[-1], hidden=spec.hidden, bins=spec.bins, classes=spec.classes)
     return PSPNet(RepMLPTrunk(spec, deploy=deploy), head)
 
 
 def infer_pspnet(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> PSPNetSpec:
-    """The hyper-parameters of the PSPNet whose state dict has these keys and shapes; see `infer_trunk`."""
+    """Infer the hyper-parameters of a PSPNet from the keys and shapes of its state dict; see `infer_trunk`."""
     trunk = infer_trunk(
         {key.removeprefix("backbone."): shape for key, shape in shapes.items() if key.startswith("backbone.")},
         input_size,
@@ -124,7 +124,7 @@ def infer_pspnet(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int
 
 
 def _pooled(x: Tensor, n: int) -> Tensor:
-    """The means of n×n regions that cover the map, (N, C, h, w) -> (N, C, n, n), as adaptive average pooling has them.
+    """Return the means of n×n regions that cover the map, (N, C, h, w) -> (N, C, n, n), like adaptive average pooling.
 
     Region i of an edge begins at ⌊i·edge/n⌋ and ends before ⌈(i+1)·edge/n⌉; where n divides the edge this is plain
     average pooling. The mean of a rectangle is the mean of its rows' means, so the edges are taken one after another.

@@ -133,7 +133,7 @@ class PureMLP(nn.Module):
 
 
 def infer_pure_mlp(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> PureMLPSpec:
-    """The hyper-parameters of the pure MLP whose state dict has these keys and shapes.
+    """Infer the hyper-parameters of a pure MLP from the keys and shapes of its state dict.
 
     Args:
         shapes: state-dict key to shape, trained or merged.

@@ -161,7 +161,7 @@ def _shortcut(in_channels: int, channels: int, stride: int, *, deploy: bool) -> 
 
 
 def _unit(spec: RepMLPResNetSpec, stage: int, *, deploy: bool) -> nn.Module:
-    """A unit of `stage` that does not stride."""
+    """Build a unit of `stage` without a stride."""
     channels = spec.channels[stage]
     if stage not in _REPMLP_STAGES:
         return ResNetUnit(channels, channels, stride=1, deploy=deploy)
@@ -187,7 +187,7 @@ def _map_size(input_size: tuple[int, int], stage: int) -> tuple[int, int]:
 
 
 def infer_repmlp_resnet(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> RepMLPResNetSpec:
-    """The hyper-parameters of the RepMLP-ResNet whose state dict has these keys and shapes.
+    """Infer the hyper-parameters of a RepMLP-ResNet from the keys and shapes of its state dict.
 
     Args:
         shapes: state-dict key to shape, trained or merged.

@@ -98,11 +98,11 @@ class RepMLPBackboneSpec(RepMLPTrunkSpec):
         return self
 
     def taken(self) -> tuple[int, ...]:
-        """The stages whose maps are given."""
+        """Return the stages whose maps are outputs."""
         return (len(self.channels) - 1,) if self.out_indices is None else self.out_indices
 
     def output_names(self) -> tuple[str, ...]:
-        """What their maps are called."""
+        """Return the names of these maps."""
         return tuple(f"stage{i}" for i in self.taken())
 
 
@@ -143,7 +143,7 @@ class RepMLPTrunk(Reparameterizable):
         self.head_norm = nn.BatchNorm2d(channels[-1])
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """The map that every stage hands on: behind its downsampling, the last one behind the final norm.
+        """Return the map that every stage passes on: after its downsampling, the last one after the final norm.
 
         These are the places where mmpretrain's `out_indices` taps.
         """
@@ -227,13 +227,13 @@ class RepMLPBackbone(RepMLPTrunk):
 
 
 def infer_repmlpnet(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> RepMLPNetSpec:
-    """The hyper-parameters of the RepMLPNet whose state dict has these keys and shapes; see `infer_trunk`."""
+    """Infer the hyper-parameters of a RepMLPNet from the keys and shapes of its state dict; see `infer_trunk`."""
     trunk = infer_trunk(shapes, input_size)
     return RepMLPNetSpec(**trunk.model_dump(), classes=shapes["head.weight"][0])
 
 
 def infer_backbone(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> RepMLPBackboneSpec:
-    """The hyper-parameters of the backbone whose state dict has these keys and shapes, every stage's map given.
+    """Infer the hyper-parameters of a backbone from the keys and shapes of its state dict; every map is an output.
 
     Which stages were tapped is not among the weights; see `infer_trunk`.
     """
@@ -242,7 +242,7 @@ def infer_backbone(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, i
 
 
 def infer_trunk(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int] | None) -> RepMLPTrunkSpec:
-    """The hyper-parameters of the RepMLPNet whose state dict has these keys and shapes, but for its head.
+    """Infer the hyper-parameters of a RepMLPNet, except its head, from the keys and shapes of its state dict.
 
     Args:
         shapes: state-dict key to shape, trained or merged.
@@ -288,7 +288,7 @@ def infer_trunk(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int]
 
 
 def _square_input(areas: Sequence[int], patch: int) -> tuple[int, int]:
-    """The (H, W) of the only square input that makes every stage's map one partition."""
+    """Return the (H, W) of the only square input for which every stage's map is one partition."""
     edges = {math.isqrt(area) * patch * 2**i for i, area in enumerate(areas)}
     if any(math.isqrt(area) ** 2 != area for area in areas) or len(edges) != 1:
         said = ", ".join(str(area) for area in areas)
@@ -298,7 +298,7 @@ def _square_input(areas: Sequence[int], patch: int) -> tuple[int, int]:
 
 
 def _partition(area: int, map_: tuple[int, int]) -> tuple[int, int]:
-    """The (h, w) of `area` positions: the whole map, or the square that divides it."""
+    """Return the (h, w) of `area` positions: the whole map, or the square that divides it."""
     if map_[0] * map_[1] == area:
         return map_
     edge = math.isqrt(area)

@@ -35,7 +35,7 @@ class BlockShapes:
 
 
 def read_block(shapes: Mapping[str, Sequence[int]], prefix: str, *, channels: int) -> BlockShapes:
-    """The block whose keys begin with `prefix` and which maps `channels` to as many.
+    """Infer the block whose keys begin with `prefix` and that maps `channels` to `channels`.
 
     Raises:
         KeyError: it has no FC3.
@@ -55,7 +55,7 @@ def read_block(shapes: Mapping[str, Sequence[int]], prefix: str, *, channels: in
 
 
 def square_input(blocks: Sequence[tuple[int, BlockShapes]]) -> tuple[int, int]:
-    """The (H, W) of the only square input whose maps have so many partitions of such areas.
+    """Return the (H, W) of the only square input whose maps have these numbers of partitions of these areas.
 
     Args:
         blocks: stride of a block's map, and the block.
@@ -73,7 +73,7 @@ def square_input(blocks: Sequence[tuple[int, BlockShapes]]) -> tuple[int, int]:
 
 
 def partition_of(area: int, maps: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (h, w) of `area` positions that divides every map (H, W): the square, or the only rectangle.
+    """Return the (h, w) of `area` positions that divides every map (H, W): the square, or the only rectangle.
 
     Raises:
         ValueError: there is none, or several.

@@ -81,7 +81,7 @@ COMPILING = ("tensorrt", "rtx")
 def open_provider_session(
     model: bytes, settings: ort.SessionOptions, device: str, cache: Path | None = None
 ) -> ort.InferenceSession:
-    """A session with the provider of `device` in front.
+    """Open a session with the provider of `device` first.
 
     Args:
         model: a serialized ONNX graph.
@@ -114,7 +114,7 @@ _registered: set[str] = set()
 
 
 def _plugin_devices(provider: Provider) -> list[Any]:
-    """The devices that a plugin offers; it is registered once a process."""
+    """Return the devices that a plugin offers; register it once per process."""
     plugin = import_module(provider.plugin or "")
     with _registering:
         if provider.name not in _registered:

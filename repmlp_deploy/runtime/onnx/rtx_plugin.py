@@ -15,5 +15,5 @@ __all__ = ["library_path"]
 
 
 def library_path() -> Path:
-    """The library that ONNX Runtime is to load."""
+    """Return the library that ONNX Runtime loads."""
     return Path(plugin.get_library_path())

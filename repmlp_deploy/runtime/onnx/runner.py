@@ -27,7 +27,7 @@ __all__ = ["OnnxRunner", "open_cached", "open_session"]
 
 
 def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSession, str]:
-    """A session on a serialized model, and the device it really runs on.
+    """Open a session on a serialized model; return it and the device it really runs on.
 
     A device that was asked for is had or refused: ONNX Runtime itself falls back to the CPU and only logs it.
 
@@ -43,7 +43,7 @@ def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSes
 def open_cached(
     read: Callable[[], bytes], options: RunnerOptions, cache: Cache, digest: str
 ) -> tuple[ort.InferenceSession, str, str]:
-    """A session as `open_session` gives it, and where its optimised graph came from.
+    """Open a session as `open_session` does; also return where its optimised graph came from.
 
     Args:
         read: gives the serialized model; not called where the cache has it optimised.
@@ -81,7 +81,7 @@ def _settings(options: RunnerOptions) -> ort.SessionOptions:
 
 
 def _providers(device: str | None) -> tuple[str, list[str]]:
-    """The device that is wanted, and the providers to ask for."""
+    """Return the device that is asked for, and the providers to request."""
     if device is not None and device not in PROVIDERS:
         raise InputError(f"device is {device!r}; expected one of {', '.join(PROVIDERS)}")
     available = ort.get_available_providers()

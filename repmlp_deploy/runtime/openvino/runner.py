@@ -152,7 +152,7 @@ class CompiledIR:
 
     @contextmanager
     def _request(self) -> Iterator[Any]:
-        """An infer request for this caller alone."""
+        """Lend an infer request to this caller alone."""
         request = self._requests.get()
         try:
             request = self.compiled.create_infer_request() if request is None else request
@@ -162,13 +162,13 @@ class CompiledIR:
 
 
 def layer_info(node: Any, key: str) -> str:
-    """What a node of a compiled model says of itself under `key`; empty where it says nothing."""
+    """Return what a node of a compiled model records under `key`; empty if nothing."""
     info = node.get_rt_info()
     return str(info[key].astype(str)) if key in info else ""
 
 
 def _edges(port: Any) -> tuple[list[int | None], Any]:
-    """The shape and type of an input; None for an edge that is symbolic."""
+    """Return the shape and type of an input; None for a symbolic size."""
     edges = [edge.get_length() if edge.is_static else None for edge in port.get_partial_shape()]
     return edges, np.dtype(port.get_element_type().to_dtype())
 
@@ -202,7 +202,7 @@ def _settings(precision: str, options: RunnerOptions) -> dict[str, Any]:
 def _compile(
     core: Any, read: Callable[[], tuple[bytes, bytes]], settings: dict[str, Any], cache: Cache | None, key: str
 ) -> tuple[Any, str]:
-    """The compiled model, and where it came from."""
+    """Compile the model; return it and where it came from."""
     if cache is not None:
         machine = (core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"))
         key = cache_key("openvino", ov.get_version(), key, sorted(settings.items()), *machine)
@@ -224,5 +224,5 @@ def _compile(
 
 
 def _last_line(error: Exception) -> str:
-    """What OpenVINO has to say, behind the source lines it came through."""
+    """Return OpenVINO's message without the source lines before it."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

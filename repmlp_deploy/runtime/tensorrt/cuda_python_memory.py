@@ -21,7 +21,7 @@ __all__ = ["CudaPythonMemory"]
 
 
 def _checked(call: str, result: tuple[Any, ...]) -> Any:
-    """What a call returned beside its status.
+    """Return the results of a call without its status; raise if the status is an error.
 
     Raises:
         DeviceError: it failed.
@@ -84,12 +84,12 @@ class CudaPythonMemory:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The device's primary context, current in this thread; it stays so."""
+        """Make the device's primary context current in this thread; it stays current."""
         _checked("cudaSetDevice", cudart.cudaSetDevice(self._device))
         yield
 
     def allocate(self, size: int) -> int:
-        """The address of `size` bytes on the device."""
+        """Allocate `size` bytes on the device and return their address."""
         return int(_checked("cudaMalloc", cudart.cudaMalloc(size)))
 
     def free(self, address: int) -> None:
@@ -106,7 +106,7 @@ class CudaPythonMemory:
         _checked("cudaFreeHost", cudart.cudaFreeHost(array.ctypes.data))
 
     def create_stream(self) -> int:
-        """A stream that does not wait for the default stream."""
+        """Create a stream that does not wait for the default stream."""
         return int(
             _checked(
                 "cudaStreamCreateWithFlags",
@@ -149,7 +149,7 @@ class CudaPythonMemory:
         _checked("cudaStreamSynchronize", cudart.cudaStreamSynchronize(stream))
 
     def capture(self, stream: int, enqueue: Callable[[], None]) -> Any:
-        """The graph of what `enqueue` gives the stream."""
+        """Capture what `enqueue` gives the stream as a graph."""
         # thread-local: other workers may allocate meanwhile
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         _checked("cudaStreamBeginCapture", cudart.cudaStreamBeginCapture(stream, mode))

@@ -42,7 +42,7 @@ class DeviceArray:
 
 
 def as_device_array(value: Any) -> DeviceArray | None:
-    """What the array interface of `value` says; None where it has none.
+    """Return the array interface of `value`; None if it has none.
 
     Raises:
         InputError: the interface is one that an engine cannot read.

@@ -35,11 +35,11 @@ class DeviceMemory(Protocol):
     capability: str
 
     def active(self) -> AbstractContextManager[None]:
-        """The device's context, current in this thread for the duration."""
+        """Make the device's context current in this thread for the duration."""
         ...
 
     def allocate(self, size: int) -> int:
-        """The address of `size` bytes on the device."""
+        """Allocate `size` bytes on the device and return their address."""
         ...
 
     def free(self, address: int) -> None:
@@ -55,7 +55,7 @@ class DeviceMemory(Protocol):
         ...
 
     def create_stream(self) -> int:
-        """A stream that does not wait for the default stream."""
+        """Create a stream that does not wait for the default stream."""
         ...
 
     def destroy_stream(self, stream: int) -> None:
@@ -83,7 +83,7 @@ class DeviceMemory(Protocol):
         ...
 
     def capture(self, stream: int, enqueue: Callable[[], None]) -> Any:
-        """The graph of what `enqueue` gives the stream, instead of doing it."""
+        """Capture what `enqueue` gives the stream as a graph, instead of running it."""
         ...
 
     def launch(self, graph: Any, stream: int) -> None:
@@ -103,7 +103,7 @@ DEVICE_MEMORY = {
 
 
 def open_memory(name: str, device: int | None = None) -> DeviceMemory:
-    """A back end on one device.
+    """Open a back end on one device.
 
     Args:
         name: an entry of `DEVICE_MEMORY`.

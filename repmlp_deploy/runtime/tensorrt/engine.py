@@ -91,7 +91,7 @@ class EngineRecord(_Record):
 
     @classmethod
     def of(cls, bundle: Bundle, artifact_format: str) -> EngineRecord:
-        """The record in a bundle's manifest.
+        """Return the record in a bundle's manifest.
 
         Raises:
             BundleError: there is none, or it is not an engine's.
@@ -139,7 +139,7 @@ class LoadedEngine:
     outputs: tuple[Tensor, ...]
 
     def find_profile(self, batch: int) -> int | None:
-        """The profile that serves a batch size, the tightest of several; None for none."""
+        """Return the profile that serves a batch size, the tightest of several; None if none does."""
         fitting = [(hi - lo, i) for i, (lo, hi) in enumerate(self.batches()) if lo <= batch <= hi]
         return min(fitting)[1] if fitting else None
 
@@ -148,13 +148,13 @@ class LoadedEngine:
         return [_batches(profile) for profile in self.record.profiles]
 
     def last_error(self) -> str:
-        """What TensorRT said last."""
+        """Return TensorRT's last message."""
         message: str = shared_logger(self.trt).last_error
         return message
 
 
 def import_flavour(artifact_format: str) -> Any:
-    """The Python module that runs a format.
+    """Import the Python module that runs a format.
 
     Raises:
         MissingDependency: it is not installed.
@@ -231,7 +231,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _batches(profile: Mapping[str, ShapeRange]) -> tuple[int, int]:
-    """The batch sizes that all inputs of a profile serve."""
+    """Return the batch sizes that all inputs of a profile serve."""
     return max(lo[0] for lo, _, _ in profile.values()), min(hi[0] for _, _, hi in profile.values())
 
 
@@ -275,7 +275,7 @@ def _join(shape: tuple[int | None, ...]) -> str:
 
 
 def load_engine(trt: Any, plan: bytes, record: EngineRecord, manifest: Manifest) -> LoadedEngine:
-    """The engine in `plan`, its inputs and outputs compared with the manifest.
+    """Deserialise the engine in `plan` and compare its inputs and outputs with the manifest.
 
     Args:
         trt: the flavour's module.

@@ -55,7 +55,7 @@ class Recording:
 
 
 def shared_logger(trt: Any) -> Any:
-    """The one logger of a module; outside a recording only errors are told, on stderr. `last_error` is the last one."""
+    """Return the one logger of a module; outside a recording only errors are printed. `last_error` is the last one."""
     with _making:
         if trt.__name__ not in _loggers:
             _loggers[trt.__name__] = _make_logger(trt)
@@ -64,7 +64,7 @@ def shared_logger(trt: Any) -> Any:
 
 @contextmanager
 def recording(trt: Any, verbosity: str = "error") -> Iterator[Recording]:
-    """What a module says inside; one recording at a time, others wait."""
+    """Record what a module logs inside; one recording at a time, others wait."""
     with _recording:
         logger, record = shared_logger(trt), Recording(verbosity)
         logger.record = record

@@ -69,7 +69,7 @@ class PyCudaMemory:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The service's context, current in this thread for the duration."""
+        """Make the service's context current in this thread for the duration."""
         try:
             self._context.push()
             try:
@@ -80,7 +80,7 @@ class PyCudaMemory:
             raise DeviceError(f"PyCUDA: {error}") from None
 
     def allocate(self, size: int) -> int:
-        """The address of `size` bytes on the device."""
+        """Allocate `size` bytes on the device and return their address."""
         allocation = cuda.mem_alloc(size)
         self._allocations[int(allocation)] = allocation
         return int(allocation)
@@ -99,7 +99,7 @@ class PyCudaMemory:
         array.base.free()  # type: ignore[union-attr]
 
     def create_stream(self) -> int:
-        """A stream that does not wait for the default stream."""
+        """Create a stream that does not wait for the default stream."""
         stream = cuda.Stream(1)  # CU_STREAM_NON_BLOCKING, which PyCUDA gives no name
         self._streams[int(stream.handle)] = stream
         return int(stream.handle)

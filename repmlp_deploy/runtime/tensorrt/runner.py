@@ -135,7 +135,7 @@ class TensorRTRunner:
             self._pool.forget()
 
     def _buckets(self, bundle: Bundle, settings: EngineSettings) -> frozenset[int]:
-        """The batch sizes that workers capture graphs for."""
+        """Return the batch sizes that workers capture graphs for."""
         assert self._loaded is not None  # noqa: S101 - it was loaded above
         if not settings.cuda_graphs or self._jit.config is not None or not self._memory.captures:
             return frozenset()
@@ -153,12 +153,12 @@ class TensorRTRunner:
 
 
 def open_trt_runner(bundle: Bundle, options: RunnerOptions) -> TensorRTRunner:
-    """The runner of a bundle's TensorRT engine."""
+    """Open the runner of a bundle's TensorRT engine."""
     return TensorRTRunner(bundle, options, artifact_format="trt")
 
 
 def open_rtx_runner(bundle: Bundle, options: RunnerOptions) -> TensorRTRunner:
-    """The runner of a bundle's TensorRT-RTX engine."""
+    """Open the runner of a bundle's TensorRT-RTX engine."""
     return TensorRTRunner(bundle, options, artifact_format="trt-rtx")
 
 
@@ -176,7 +176,7 @@ class _Pool:
 
     @contextmanager
     def worker(self) -> Iterator[Worker]:
-        """A worker for this thread alone. One that fails is given back for good, and another takes its place."""
+        """Lend a worker to this thread alone. One that fails is closed for good and replaced."""
         worker = self._take()
         try:
             yield worker
@@ -249,7 +249,7 @@ class _Jit:
         self.config = config
 
     def details(self) -> dict[str, str]:
-        """What became of the cache."""
+        """Describe what happened to the cache."""
         return {} if self.config is None else {"runtime_cache": f"{self._file.path}: {self._file.note}"}
 
     def save_first(self) -> bool:
@@ -272,7 +272,7 @@ class _Jit:
 
 
 def _cache_file(bundle: Bundle, options: RunnerOptions, record: EngineRecord, capability: str) -> Path:
-    """The runtime cache of one engine, release and kind of GPU: in the options' folder, or beside the bundle."""
+    """Return the runtime cache of one engine, release and kind of GPU: in the options' folder, or beside the bundle."""
     name = f"{bundle.manifest.name}-{record.flavour}-{record.version}-sm{capability.replace('.', '')}.cache"
     engine = bundle.artifact(record.flavour).sha256[:12]
     if options.cache is not None or bundle.folder is None:
@@ -289,7 +289,7 @@ def _check_options(artifact_format: str, options: RunnerOptions, settings: Engin
 
 
 def _as_input(tensor: Tensor, value: Any) -> Input:
-    """What a worker takes, its type and shape checked.
+    """Return an input as a worker takes it, its type and shape checked.
 
     Raises:
         InputError: it is no array, or not of the engine's type or shape.
@@ -308,7 +308,7 @@ def _as_input(tensor: Tensor, value: Any) -> Input:
 
 
 def _common_batch(loaded: LoadedEngine, arrays: list[Input]) -> int:
-    """The batch size of all inputs, which a profile serves.
+    """Return the batch size of all inputs; a profile must serve it.
 
     Raises:
         InputError: it differs between inputs, or no profile serves it.

@@ -34,7 +34,7 @@ class RuntimeCache:
         self._kept = b""
 
     def read(self) -> bytes | None:
-        """The vendor's bytes; None where there are none, or they are not what was written."""
+        """Read the vendor's bytes; None if there are none, or they are not what was written."""
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
@@ -50,7 +50,7 @@ class RuntimeCache:
         return content
 
     def refused(self) -> None:
-        """What `read` gave is of no use here."""
+        """Discard what `read` returned: it is useless here."""
         self._kept, self.note = b"", "started anew: the file is of another GPU, driver or release"
 
     def write(self, content: bytes) -> None:

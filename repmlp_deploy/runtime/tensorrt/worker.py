@@ -31,7 +31,7 @@ _ALIGNMENT = 256  # bytes; what cudaMalloc gives, and TensorRT's kernels may rel
 
 
 def batch_buckets(smallest: int, largest: int, best: Sequence[int]) -> frozenset[int]:
-    """The batch sizes that get a graph: the ends, the profiles' best, and the powers of two between."""
+    """Return the batch sizes that get a graph: the ends, the profiles' best, and the powers of two between."""
     powers = {1 << i for i in range(largest.bit_length())}
     return frozenset(n for n in {smallest, largest, *best, *powers} if smallest <= n <= largest)
 
@@ -55,7 +55,7 @@ class Contexts:
         return max(1, int(self.loaded.engine.device_memory_size_v2)) if self.buckets else 0
 
     def create(self, scratch: int | None) -> Any:
-        """An execution context.
+        """Create an execution context.
 
         Args:
             scratch: address of the shared scratch memory, or None.
@@ -116,7 +116,7 @@ class _Bound:
         self._require(self._context.execute_async_v3(stream), "inference")
 
     def output_shape(self, tensor: Tensor) -> tuple[int, ...]:
-        """The shape of an output for the selected shapes."""
+        """Return the shape of an output for the selected shapes."""
         return tuple(self._context.get_tensor_shape(tensor.name))
 
     def _require(self, accepted: bool, what: str) -> None:
@@ -244,7 +244,7 @@ class Worker:
         return bound
 
     def _enqueue_input(self, tensor: Tensor, value: Input) -> int:
-        """The device address of an input, its copy enqueued where one is needed."""
+        """Return the device address of an input; enqueue a copy if one is needed."""
         if isinstance(value, np.ndarray):
             self._memory.copy_in(self._device[tensor.name], self._host[tensor.name][: value.nbytes], self._stream)
         elif value.address % _ALIGNMENT:
@@ -259,7 +259,7 @@ class Worker:
             self._memory.copy_out(target, self._device[tensor.name], self._stream)
 
     def _view(self, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[Any]:
-        """The beginning of a tensor's pinned memory as an array."""
+        """Return the beginning of a tensor's pinned memory as an array."""
         size = int(np.prod(shape, dtype=np.int64)) * tensor.dtype.itemsize
         return self._host[tensor.name][:size].view(tensor.dtype).reshape(shape)
 

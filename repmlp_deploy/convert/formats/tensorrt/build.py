@@ -64,7 +64,7 @@ class Engine:
 
 
 def build_engine(name: str, graph: bytes, spec: GraphSpec, options: EngineOptions | None = None) -> Engine:
-    """The engine of a serialized ONNX graph.
+    """Build the engine of a serialized ONNX graph.
 
     Args:
         name: an entry of `FLAVOURS`.
@@ -136,7 +136,7 @@ def _profiles(spec: GraphSpec, options: EngineOptions) -> list[dict[str, list[li
 
 
 def _configured(trt: Any, builder: Any, options: EngineOptions) -> Any:
-    """The builder's configuration; every value is read back, because builders clamp in silence."""
+    """Set the builder's configuration and read every value back, because builders clamp silently."""
     config = builder.create_builder_config()
     flags = {
         "TF32": options.tf32,
@@ -178,7 +178,7 @@ def _add_profile(builder: Any, config: Any, ranges: Mapping[str, Sequence[Sequen
 
 
 def _timing_cache(name: str, trt: Any, options: EngineOptions, warnings: list[str]) -> TimingCache | None:
-    """The cache to use; None where the flavour measures nothing, none is wanted, or the user has no place for one."""
+    """Return the cache to use; None if the flavour measures nothing, none is asked for, or no folder can be written."""
     flavour = FLAVOURS[name]
     if options.timing_cache == "off" or not flavour.times_kernels:
         return None
@@ -192,7 +192,7 @@ def _timing_cache(name: str, trt: Any, options: EngineOptions, warnings: list[st
 
 
 def _described(options: EngineOptions) -> dict[str, Any]:
-    """The options that shape the engine, for the manifest."""
+    """Return the options that shape the engine, for the manifest."""
     names = (
         "workspace_gb",
         "tf32",
@@ -216,7 +216,7 @@ class _NodeNames:
         return f"node {node}" + (f" of {module}" if module else "")
 
     def explain(self, message: str) -> str:
-        """A builder's message, with the modules of the nodes it quotes."""
+        """Return a builder's message, with the modules of the nodes it quotes."""
         quoted = [name for name in re.findall(r"'([^']+)'", message) if name in self._modules]
         return message + "".join(f" ({self(name)})" for name in dict.fromkeys(quoted))
 

@@ -28,7 +28,7 @@ class Gpu:
 
 
 def find_gpus() -> tuple[Gpu, ...]:
-    """The GPUs in the driver's order, the one that builds by default first; none where there is no driver."""
+    """Return the GPUs in the driver's order, the default one first; empty without a driver."""
     try:
         cuda = ctypes.CDLL(LIBRARY)
     except OSError:

@@ -92,7 +92,7 @@ _NEEDS = {
 
 
 def check_flavour(name: str) -> Any:
-    """The flavour's module, when an engine can be built here.
+    """Import the flavour's module, if an engine can be built here.
 
     Raises:
         BuildError: the installed version is too old.
@@ -119,7 +119,7 @@ def check_flavour(name: str) -> Any:
 
 
 def check_options(name: str, options: EngineOptions) -> Any:
-    """The flavour's module, when it can build an engine with these options here.
+    """Import the flavour's module, if it can build an engine with these options here.
 
     Raises:
         InputError: the flavour or its version lacks an option; the message says why.
@@ -160,7 +160,7 @@ def capability_name(capability: str) -> str:
 
 
 def target_capabilities(name: str, options: EngineOptions) -> list[str] | None:
-    """The compute capabilities an engine is for; None where the builder chooses them itself."""
+    """Return the compute capabilities an engine is for; None if the builder chooses them itself."""
     if FLAVOURS[name].needs_gpu:
         return [find_gpus()[0].capability]
     return list(options.compute_capabilities) or None

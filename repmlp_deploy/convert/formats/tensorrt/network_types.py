@@ -38,7 +38,7 @@ class NetworkTypes:
     products: dict[str, str]
 
     def describe(self) -> dict[str, Any]:
-        """The counts, for the manifest."""
+        """Return the counts, for the manifest."""
         return {
             "layers": self.layers,
             "tensors": self.tensors,
@@ -49,7 +49,7 @@ class NetworkTypes:
 
 
 def read_types(network: Any) -> NetworkTypes:
-    """The layers of a network definition and their types."""
+    """Return the layers of a network definition and their types."""
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     outputs = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
     given = {network.get_input(i).name for i in range(network.num_inputs)}
@@ -91,7 +91,7 @@ def require_precision(
 
 
 def _factor_type(layer: Any, outputs: dict[str, Any]) -> str:
-    """The type of a product's factors: behind a dequantization, what is dequantized."""
+    """Return the type of a product's factors; for a dequantized one, the type before."""
     types = [_stored_type(layer.get_input(i), outputs) for i in range(layer.num_inputs) if layer.get_input(i)]
     return types[0] if len(set(types[:2])) == 1 else " × ".join(types[:2])
 

@@ -20,7 +20,7 @@ _TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "I
 
 
 def check_refit(name: str) -> Any:
-    """The flavour's module, when engines can be refitted here.
+    """Import the flavour's module, if engines can be refitted here.
 
     Raises:
         BuildError: the installed version leaves an engine that could not be refitted again.
@@ -45,7 +45,7 @@ def check_refit(name: str) -> Any:
 
 
 def refit_engine(name: str, plan: bytes, weights: Mapping[str, NDArray[Any]]) -> bytes:
-    """The plan with these weights in it, still refittable.
+    """Return the plan with these weights in it, still refittable.
 
     Args:
         name: an entry of `FLAVOURS`.

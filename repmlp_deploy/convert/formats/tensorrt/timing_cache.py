@@ -21,7 +21,7 @@ __all__ = ["TimingCache", "default_timing_cache"]
 
 
 def default_timing_cache(module: str, version: str, capability: str) -> Path:
-    """The file in the user's cache folder for one version and GPU."""
+    """Return the file in the user's cache folder for one version and GPU."""
     if sys.platform == "win32":
         root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     else:
@@ -89,7 +89,7 @@ class TimingCache:
 
 
 def _parsed(config: Any, data: bytes) -> Any:
-    """The cache in `data`; None where it holds none."""
+    """Read the cache in `data`; None if it holds none."""
     with suppress(TypeError, ValueError, RuntimeError):
         return config.create_timing_cache(data)
     return None

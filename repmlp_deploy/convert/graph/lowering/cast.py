@@ -40,7 +40,7 @@ class _Casting:
     cast: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def as_type(self, name: str, wanted: int) -> str:
-        """The name of an activation in a type, cast at most once."""
+        """Return the name of an activation in a type, cast at most once."""
         if self.types.get(name) in (wanted, None):
             return name
         if (name, wanted) not in self.cast:
@@ -50,7 +50,7 @@ class _Casting:
         return self.cast[name, wanted]
 
     def weight_as(self, tensor: TensorProto, wanted: int) -> str:
-        """The name of a float32 initializer in a type, converted at most once."""
+        """Return the name of a float32 initializer in a type, converted at most once."""
         if wanted == TensorProto.FLOAT:
             self.weights[tensor.name] = tensor
             return str(tensor.name)
@@ -119,7 +119,7 @@ def _float_tensors(graph: onnx.ModelProto) -> set[str]:
 
 
 def _in_type(tensor: TensorProto, name: str, precision: Precision) -> TensorProto:
-    """A float32 initializer in a low type.
+    """Return a float32 initializer in a low type.
 
     Raises:
         VerificationError: a value is beyond the type's range.

@@ -65,7 +65,7 @@ def set_precision(
 
 
 def product_tensors(graph: onnx.ModelProto) -> tuple[str, ...]:
-    """The tensors whose ranges int8 needs: what products with constant weights read, and what convolutions answer."""
+    """Return the tensors whose ranges int8 needs: inputs of products with constant weights, outputs of convolutions."""
     weights = {tensor.name for tensor in graph.graph.initializer}
     products = [node for node in graph.graph.node if is_product(node, weights)]
     names = [node.input[0] for node in products] + [node.output[0] for node in products if node.op_type == "Conv"]

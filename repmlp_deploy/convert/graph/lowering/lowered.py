@@ -54,7 +54,7 @@ class Lowered:
     kept: tuple[Kept, ...]
 
     def describe(self) -> dict[str, Any]:
-        """The report: counts of what was lowered; of what was not, products by name and the rest by reason."""
+        """Return the report: counts of what was lowered, products that were not by name, the rest by reason."""
         products = [k for k in self.kept if k.op in PRODUCTS]
         rest = Counter((k.op, k.reason) for k in self.kept if k.op not in PRODUCTS)
         return {

@@ -42,7 +42,7 @@ _PLAIN = {
 
 
 def with_pointwise_products(graph: onnx.ModelProto, wanted: Callable[[NodeProto], bool]) -> onnx.ModelProto:
-    """A copy of `graph` with its pairs of 1×1 convolutions as products; names of nodes, weights and activations stay.
+    """Return a copy of `graph` whose pairs of 1×1 convolutions are products; names stay.
 
     Weights are transposed, (O, C, 1, 1) -> (C, O).
 
@@ -73,7 +73,7 @@ def with_pointwise_products(graph: onnx.ModelProto, wanted: Callable[[NodeProto]
 
 
 def channels_last_values(graph: onnx.GraphProto) -> set[str]:
-    """The names of the values (N, H, W, C) that have the channels last where the network has (N, C, H, W)."""
+    """Return the names of the values that are (N, H, W, C) here and (N, C, H, W) in the network."""
     found: set[str] = set()
     for node in graph.node:
         if node.op_type == "Transpose":
@@ -98,7 +98,7 @@ class _Pair:
     second: NodeProto
 
     def as_products(self) -> Iterator[NodeProto]:
-        """The nodes that take their place."""
+        """Return the nodes that replace the pair."""
         rows, last = f"{self.first.output[0]}_rows", f"{self.second.output[0]}_rows"
         activation = NodeProto()
         activation.CopyFrom(self.between)
@@ -150,7 +150,7 @@ def _plain(value: object) -> object:
 
 
 def _product(conv: NodeProto, source: str, result: str) -> Iterator[NodeProto]:
-    """The source times Wᵀ, plus b, under the convolution's name."""
+    """Return the source times Wᵀ, plus b, under the convolution's name."""
     biased = len(conv.input) > 2 and conv.input[2]  # noqa: PLR2004 - the third input is the bias
     product = conv.output[0] + _PRODUCT if biased else result
     made = helper.make_node("MatMul", [source, conv.input[1]], [product], name=conv.name)

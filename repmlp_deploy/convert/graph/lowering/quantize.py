@@ -75,7 +75,7 @@ def _why_not_int8(node: NodeProto, weights: Iterable[str], kept_names: AbstractS
 
 
 def _transposed_for(graph: onnx.GraphProto, is_quantized: Callable[[NodeProto], bool]) -> dict[str, NodeProto]:
-    """What every transposition that quantized products alone read gives, to the transposition."""
+    """Map the output of every transposition that only quantized products read to its node."""
     readers: dict[str, list[bool]] = {value.name: [False] for value in graph.output}
     for node in graph.node:
         for i, name in enumerate(node.input):
@@ -113,7 +113,7 @@ class _Quantizing:
             self._quantize_output(made, node.output[0])
 
     def _quantized_activation(self, name: str) -> tuple[str, tuple[str, str]]:
-        """The name of an activation in 8 bits, and of its scale and zero point."""
+        """Return the name of an activation in 8 bits, and of its scale and zero point."""
         transposition = self._transposed.get(name)
         source = name if transposition is None else transposition.input[0]
         scale = self._activation_scale(name if name in self._ranges else source)
@@ -155,7 +155,7 @@ class _Quantizing:
         return pair
 
     def _weight(self, node: NodeProto) -> str:
-        """The name of a product's dequantized weights."""
+        """Return the name of a product's dequantized weights."""
         name = node.input[1]
         result = f"{name}_dequantized"
         if f"{name}_int8" in self.tensors:
@@ -176,7 +176,7 @@ class _Quantizing:
 
 
 def _output_axis(node: NodeProto, rank: int) -> int | None:
-    """The axis of a product's weights that counts its outputs; None where they have one scale."""
+    """Return the axis of a product's weights that counts its outputs; None if they have one scale."""
     if node.op_type == "Conv":
         return 0
     if node.op_type == "Gemm":
