@@ -6,7 +6,7 @@ RepMLPError
 │   ├── CheckpointError          a weights file that is damaged, unsafe, or of another network
 │   ├── BundleError              a deployed folder that is damaged or of another schema
 │   └── ImageError               an image that cannot be decoded, or is too large
-├── VerificationError        3   an output strays from the trained network's; nothing is written
+├── VerificationError        3   an output differs from the trained network's; nothing is written
 ├── MissingDependency        4   a package is not installed; the message names the exact remedy
 ├── MissingDevice            4   a device, driver or provider is not there
 ├── DeviceError              4   a device is there, and a call to it failed
@@ -71,7 +71,7 @@ class ImageError(InputError):
 
 
 class VerificationError(RepMLPError):
-    """An output strays from the trained network's by more than its tolerance."""
+    """An output differs from the trained network's by more than its tolerance."""
 
     exit_code = 3
 

@@ -62,7 +62,7 @@ class Precision:
         openvino: OpenVINO's names; None if OpenVINO has no such precision.
         emulator: "module:function" of a function (graph, precision) -> graph that rounds as a GPU does; empty if
             ONNX Runtime's CPU provider already does.
-        runs_on_cpu: whether ONNX Runtime's CPU provider runs the graph as it is.
+        runs_on_cpu: whether ONNX Runtime's CPU provider runs the graph unchanged.
         needs_calibration: whether lowering needs measured ranges.
         keeps_graph: whether ONNX Runtime's optimized graph is worth caching.
         min_opset: the first ONNX opset whose operators accept the element type; 0 for any.

@@ -2,7 +2,7 @@
 
     targets → children → cold start → check against the trained network → rounds → rows → report
 
-A row whose output strays from the trained network is not timed: the speed of a wrong answer is worth nothing.
+A row whose output differs from the trained network is not timed: the speed of a wrong answer is worth nothing.
 """
 
 from __future__ import annotations

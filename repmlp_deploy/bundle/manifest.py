@@ -54,13 +54,17 @@ class ArtifactEntry(FileEntry):
     precision: str
     companions: tuple[FileEntry, ...] = ()
 
-    def record(self, kind: type[R]) -> R:
+    def record(self, kind: type[R], called: str = "") -> R:
         """Return what the format records about itself, as a type.
+
+        Args:
+            kind: of the record.
+            called: the artifact, in a message; default: its file.
 
         Raises:
             BundleError: it is not such a record.
         """
-        return _checked(kind, self.model_extra or {}, self.path)
+        return _checked(kind, self.model_extra or {}, called or self.path)
 
 
 class TensorSpec(_Frozen):
@@ -83,7 +87,7 @@ class Hop(_Frozen):
     """One row of the certificate: what was compared with the trained network, and how close it came.
 
     Every sample has a floor of its own; `max_abs`, `floor`, `allowed`, `ratio` and `margin` are those of the sample
-    that comes closest to what it is allowed.
+    that comes closest to its limit.
 
     Attributes:
         name: the step.

@@ -19,32 +19,32 @@ PROBE = "probe.npz"
 
 @dataclass(frozen=True)
 class Probe:
-    """Seeded inputs and what the trained network answers to them.
+    """Seeded inputs and the trained network's outputs for them.
 
     Attributes:
         inputs: (n, C, H, W) float32.
         reference: (n, classes) float64, from the trained network in float64.
         float32: (n, classes) float32, the same network in float32.
-        further_inputs: of a network with several inputs, those behind the first.
-        further_answers: of a network with several outputs, `reference` and `float32` of those behind the first.
+        further_inputs: of a network with several inputs, those after the first.
+        further_outputs: of a network with several outputs, `reference` and `float32` of those after the first.
     """
 
     inputs: NDArray[np.float32]
     reference: NDArray[np.float64]
     float32: NDArray[np.float32]
     further_inputs: tuple[NDArray[Any], ...] = ()
-    further_answers: tuple[tuple[NDArray[np.float64], NDArray[np.float32]], ...] = ()
+    further_outputs: tuple[tuple[NDArray[np.float64], NDArray[np.float32]], ...] = ()
 
-    def answers(self) -> list[tuple[NDArray[np.float64], NDArray[np.float32]]]:
+    def outputs(self) -> list[tuple[NDArray[np.float64], NDArray[np.float32]]]:
         """Return (reference, float32) of every output."""
-        return [(self.reference, self.float32), *self.further_answers]
+        return [(self.reference, self.float32), *self.further_outputs]
 
     def to_bytes(self) -> bytes:
         """Return the content of `probe.npz`."""
         buffer = io.BytesIO()
         arrays = {"inputs": self.inputs, "reference": self.reference, "float32": self.float32}
         arrays |= {f"inputs.{i}": value for i, value in enumerate(self.further_inputs, 1)}
-        for i, (reference, float32) in enumerate(self.further_answers, 1):
+        for i, (reference, float32) in enumerate(self.further_outputs, 1):
             arrays |= {f"reference.{i}": reference, f"float32.{i}": float32}
         np.savez(buffer, **arrays)  # type: ignore[arg-type]
         return buffer.getvalue()
@@ -78,4 +78,4 @@ class Probe:
         """Every input and every reference of a batch of `size`, cycling through the samples from `start` on."""
         order = (start + np.arange(size)) % len(self.inputs)
         inputs = [value[order] for value in (self.inputs, *self.further_inputs)]
-        return inputs, [reference[order] for reference, _ in self.answers()]
+        return inputs, [reference[order] for reference, _ in self.outputs()]

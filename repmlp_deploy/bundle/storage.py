@@ -120,7 +120,7 @@ class Bundle:
         """
         out = Path(out)
         check_output_folder(out)
-        # resolved, so that a bundle behind a link is replaced where it lies
+        # resolved, so that a linked bundle is replaced where it lies
         target = out.resolve()
         partial = target.parent / f".{target.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
@@ -129,7 +129,7 @@ class Bundle:
             for name, content in self.contents.items():
                 write_new(partial / name, content)
             write_new(partial / MANIFEST, self.manifest.to_json().encode())
-            for name in (*self.contents, MANIFEST):  # behind all writes: the disk has been at work since the first
+            for name in (*self.contents, MANIFEST):  # after all writes: the disk has been at work since the first
                 flush(partial / name)
             flush(partial)
             take_place(partial, target)

@@ -58,7 +58,7 @@ def predict_command(  # noqa: PLR0913 - one per option
 
 @dataclass(frozen=True)
 class _Answers:
-    """The answers to images, and what of them is asked for."""
+    """The predictions for images, and what to show of them."""
 
     images: Sequence[Path]
     answers: Sequence[Any]

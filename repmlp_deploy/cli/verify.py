@@ -28,11 +28,11 @@ def verify_command(  # noqa: PLR0913 - one per option
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
     ckpt: Annotated[Path | None, typer.Option(help="The checkpoint that the bundle was made from.")] = None,
     card: Annotated[str | None, typer.Option(help="Its card, where the bundle's name is none in models/.")] = None,
-    bisect: Annotated[bool, typer.Option("--bisect", help="Name the first place that strays from --ckpt.")] = False,
+    bisect: Annotated[bool, typer.Option("--bisect", help="Name the first place that differs from --ckpt.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
-    """Check every file of a bundle, and run its artifacts against the trained network's answers again."""
+    """Check every file of a bundle, and compare its artifacts with the trained network's outputs again."""
     loaded = Bundle.load(bundle)
     if bisect:
         _bisect(loaded, ckpt, card, as_json=json)
@@ -66,7 +66,7 @@ def verify_command(  # noqa: PLR0913 - one per option
 
 
 def _bisect(bundle: Bundle, checkpoint: Path | None, card: str | None, *, as_json: bool) -> None:
-    """Report the first place where the ONNX artifact strays from the checkpoint."""
+    """Report the first place where the ONNX artifact differs from the checkpoint."""
     if checkpoint is None:
         raise InputError("--bisect compares with the checkpoint: pass --ckpt FILE")
     from repmlp_deploy.convert.rework.locate import blame_bundle  # noqa: PLC0415 - torch, which verifying alone needs not
@@ -76,6 +76,6 @@ def _bisect(bundle: Bundle, checkpoint: Path | None, card: str | None, *, as_jso
         found = None if blame is None else asdict(blame) | {"place": blame.place}
         print_json({"bundle": str(bundle.folder), "passed": blame is None, "blame": found})
     if blame is not None:
-        raise VerificationError(f"{bundle.folder} strays from {checkpoint}, {blame}")
+        raise VerificationError(f"{bundle.folder} differs from {checkpoint}, {blame}")
     if not as_json:
         print_line(f"{bundle.folder} computes what {checkpoint} does, value by value")

@@ -65,7 +65,7 @@ class Assembly:
         )
         outputs = tuple(
             TensorSpec(name=name, dtype="float32", shape=(n, *reference.shape[1:]))
-            for name, (reference, _) in zip(interface.outputs, self.probe.answers(), strict=True)
+            for name, (reference, _) in zip(interface.outputs, self.probe.outputs(), strict=True)
         )
         provenance = describe_provenance(trained, seconds) | {"graphs": dict(self.digests)}
         if job.samples is not None:

@@ -35,7 +35,7 @@ _HIGHEST_LEVEL = 5
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine is to be built. What a flavour or its version lacks is refused when it is asked for.
+    """How to build an engine. An option that a flavour or its version does not have is refused.
 
     Attributes:
         profiles: optimisation profiles; by default one, the batch sizes that the graph serves.

@@ -3,7 +3,7 @@
     trained -> merged (branches and their BatchNorms) -> folded (every other BatchNorm)
 
 This is the only module that knows this order. Export, refit, the check against a checkpoint, the search for a fault and
-the benchmark's PyTorch rows all use it, so that none of them can skip a proof.
+the benchmark's PyTorch rows all use it, so that no one of them can skip a proof.
 """
 
 from __future__ import annotations

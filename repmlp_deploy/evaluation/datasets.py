@@ -83,7 +83,7 @@ def _read_classes(path: Path, manifest: Manifest) -> Dataset:
         return _read_class_list(path, manifest.labels, classes)
     folders = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not folders:
-        raise InputError(f"--data {path} has no folders; expected one a class, or a list file of lines `path label`")
+        raise InputError(f"--data {path} has no folders; expected one per class, or a list file of lines `path label`")
     ids, remark = _match_folders([folder.name for folder in folders], manifest.labels, classes, path)
     samples = tuple(
         Sample((image,), target) for folder, target in zip(folders, ids, strict=True) for image in _images(folder)

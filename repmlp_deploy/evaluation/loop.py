@@ -96,7 +96,7 @@ def evaluate(  # noqa: PLR0913 - what meets here
         state_file: where to keep what was counted; None for nowhere.
         key: what the state belongs to; an earlier state of another key is not used.
         batch: images a batch, default the best of the bundle.
-        workers: threads that decode, default one a processor.
+        workers: threads that decode; default: one per processor.
         skip_unreadable: count images that cannot be read instead of stopping.
         progress: told after every batch.
 
@@ -186,7 +186,7 @@ def _outputs(runs: Mapping[str, Run], images: Sequence[F32]) -> dict[str, F32]:
     outputs = {name: run(inputs) for name, run in runs.items()}
     shapes = {name: output.shape for name, output in outputs.items()}
     if len(set(shapes.values())) > 1:
-        said = ", ".join(f"{name} answers {shape}" for name, shape in shapes.items())
+        said = ", ".join(f"{name} gives {shape}" for name, shape in shapes.items())
         raise InputError(f"these are different networks: {said}; give the checkpoint that the bundle was made of")
     return outputs
 

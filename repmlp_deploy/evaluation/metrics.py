@@ -40,7 +40,7 @@ class Tally(Protocol):
         """Count a batch.
 
         Args:
-            outputs: (n, …), a row an image, the images of a sample behind one another.
+            outputs: (n, …), one row per image, the images of a sample next to each other.
             samples: what they are of.
             sizes: (height, width) of every image.
             trained: the trained network's outputs for the same batch, or None.
@@ -165,7 +165,7 @@ class PairTally:
         self._trained: list[float] = []
 
     def add(self, outputs: F32, samples: Sequence[Sample], sizes: Sequence[Size], trained: F32 | None) -> None:
-        """Count a batch of (2·n, D) embeddings, a pair's behind one another."""
+        """Count a batch of (2·n, D) embeddings, the two of a pair next to each other."""
         del sizes
         found = embeddings_from_outputs(outputs)
         self._cosines += [a.similarity(b) for a, b in zip(found[::2], found[1::2], strict=True)]

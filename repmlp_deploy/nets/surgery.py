@@ -70,7 +70,7 @@ def weights_freed(root: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
 
 @torch.no_grad()
 def switch_blocks(root: nn.Module) -> None:
-    """Merge what can be merged below `root` in place; what is merged already stays as it is."""
+    """Merge every block below `root` in place; merged ones stay unchanged."""
     for module in list(root.modules()):
         switch: Callable[[], None] | None = getattr(module, "switch_to_deploy", None)
         if module is not root and switch is not None:

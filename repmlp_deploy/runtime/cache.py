@@ -1,7 +1,7 @@
 """A folder for what runtimes compile or optimise, so that the next start is quick.
 
 An entry is the SHA-256 of its content, then the content. One that was cut off, overwritten or is of something else is
-no entry: it is made again. What is cached runs as it is, so the folder must belong to whoever runs the service.
+no entry: it is made again. Entries run without another check, so the folder must belong to whoever runs the service.
 """
 
 from __future__ import annotations

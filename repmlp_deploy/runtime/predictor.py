@@ -1,4 +1,4 @@
-"""`Predictor`: a bundle as a function from images to answers, for use in services."""
+"""`Predictor`: a bundle as a function from images to predictions, for use in services."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Predictor:
         bundle: the folder that `repmlp-export` wrote.
         format: which artifact; by default the first that can be run here.
         device: `cpu` or `cuda`, for ONNX artifacts also `tensorrt` or `rtx`; by default the best that is there. One
-            that was asked for is had or refused.
+            that you name is used or refused.
         threads: of one inference; by default the runtime's choice.
         cache: folder for what the runtime compiles or optimises, where that makes the next start quicker: OpenVINO's
             compiled models, ONNX Runtime's int8 graphs. It must belong to whoever runs the service, since what is in it
@@ -108,7 +108,7 @@ class Predictor:
         OutputError: the cache cannot be written.
     """
 
-    def __init__(  # noqa: PLR0913 - one a way of running it
+    def __init__(  # noqa: PLR0913 - one per way of running it
         self,
         bundle: str | Path | Bundle,
         *,
@@ -160,7 +160,7 @@ class Predictor:
     def __call__(self, images: ImageLike | list[Any] | tuple[Any, ...]) -> Any:
         """Return the prediction for an image, or a list of them for a list.
 
-        An answer is what the bundle's task makes it: a `Prediction` for `classify`, a `Segmentation` for `segment`, an
+        The bundle's task decides the type: a `Prediction` for `classify`, a `Segmentation` for `segment`, an
         `Embedding` for `embed`. An image is a path, the bytes of a file, a Pillow image, or an (H, W, 3) or (H, W)
         uint8 array.
 

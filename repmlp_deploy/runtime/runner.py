@@ -75,7 +75,7 @@ class Runner(Protocol):
 RUNNERS = {
     "openvino": "repmlp_deploy.runtime.openvino.runner:OpenVinoRunner",
     "onnx": "repmlp_deploy.runtime.onnx.runner:OnnxRunner",
-    # behind: an engine has not run where it was built, so it is taken when it is named or there is nothing else
+    # last: an engine has not run where it was built, so it is used only if it is named or nothing else runs
     "trt": "repmlp_deploy.runtime.tensorrt.runner:open_trt_runner",
     "trt-rtx": "repmlp_deploy.runtime.tensorrt.runner:open_rtx_runner",
 }

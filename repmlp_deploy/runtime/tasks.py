@@ -1,4 +1,4 @@
-"""Tasks: what a network's outputs mean, and the answers they become.
+"""Tasks: what a network's outputs mean, and the predictions they become.
 
 A class's probability is the softmax of the logits. A mask is the largest of the logits after each class's map was
 resized to the image, so that borders are as smooth as the logits are. Embeddings are compared by their directions:
@@ -205,13 +205,13 @@ def palette(classes: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Task:
-    """How a task's outputs are called, compared and turned into answers.
+    """How a task's outputs are named, compared and turned into predictions.
 
     Attributes:
         output: name of the graph's output.
         class_axes: axes of an output whose axis 1 is classes; None where there are no classes.
         answer: (outputs (N, …), sizes (height, width) of the N images, labels) -> N answers.
-        refusal: why there are no answers to images, and what to do; empty where there are.
+        refusal: why images have no prediction, and what to do; empty if they have one.
     """
 
     output: str
@@ -228,7 +228,7 @@ TASKS: Mapping[str, Task] = {
         "features",
         None,
         lambda outputs, _sizes, _labels: list(outputs),
-        refusal="answers feature maps, which say nothing of an image by themselves: call logits() for the raw map",
+        refusal="gives feature maps, which say nothing about an image by themselves: call logits() for the raw map",
     ),
     "custom": Task(
         "output",

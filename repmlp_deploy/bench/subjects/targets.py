@@ -45,7 +45,7 @@ class Target:
 
     Attributes:
         name: of the card.
-        card: what it is.
+        card: its description.
         shape: (C, H, W) of the input.
         batches: sizes its artifacts must serve.
         checkpoint: file with trained weights; None where only a bundle was given.

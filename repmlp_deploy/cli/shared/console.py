@@ -44,7 +44,7 @@ def run_command(command: Callable[..., None], arguments: Sequence[str] | None = 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(context_settings={"help_option_names": ["-h", "--help"]})(command)
     code = _run(app, given)
-    gc.freeze()  # what PyTorch leaves behind goes with the process: looking for cycles in it takes a second
+    gc.freeze()  # PyTorch's leftovers end with the process: looking for cycles in it takes a second
     raise SystemExit(code)
 
 

@@ -1,9 +1,9 @@
 """Bisecting: the first value of an ONNX graph that is not what the traced network computes there.
 
 The exporter writes on every node which modules it came from; weights keep their names. Both give *anchors*, values that
-graph and trace have in common: what the last node of a module answers, and what the node that reads a weight answers.
+graph and trace have in common: the output of the last node of a module, and of the node that reads a weight.
 The trace is run in float64 for what they should be and in float32 for their noise floors, the graph with the anchors as
-further outputs: first those at the ends of blocks, then those inside the first block that strays.
+further outputs: first those at the ends of blocks, then those inside the first block that differs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from repmlp_deploy.runtime.runner import RunnerOptions
 
 __all__ = ["blame_graph"]
 
-_PASSED_ON = ("Cast", "DequantizeLinear", "Identity")  # a weight behind these is the weight still
+_PASSED_ON = ("Cast", "DequantizeLinear", "Identity")  # a weight after these is still the weight
 _TYPES = "|".join(entry.onnx_type.lower() for entry in PRECISIONS.values())
 _SUFFIXES = re.compile(f"_({_TYPES})$")  # of weights in a lower precision
 _AT_ONCE = 48  # further outputs of one run
@@ -92,7 +92,7 @@ def blame_graph(
 
 @dataclass(frozen=True)
 class _Straying:
-    """An anchor that strays: its largest error, None where it cannot be told, its noise floor, and what was said."""
+    """An anchor that differs: its largest error, None where it cannot be told, its noise floor, and what was said."""
 
     anchor: _Anchor
     error: float | None

@@ -2,7 +2,7 @@
 
 Both networks keep the module names of the trained one outside what was replaced, so their module trees are walked
 together while the trained network runs in float64: every module of the other is given exactly what the trained one
-was given there, and answers beside it. Errors cannot propagate, so the first module that strays, the innermost first,
+was given there, and runs beside it. Errors cannot propagate, so the first module that differs, the innermost first,
 is where the fault is. Inside a block whose parts were merged or folded away, `suspects` names the part.
 """
 
@@ -50,15 +50,15 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Blame:
-    """The first place that strays.
+    """The first place that differs.
 
     Attributes:
         block: module name of the block, `stages.2.5`; empty for the network as a whole.
         part: of the block, `fc3 · branch repconv3`; empty where the block has none.
         fault: what went wrong, where that is known.
-        error: largest absolute error of what the place answers, given the trained network's own inputs; None where
+        error: largest absolute error of the place's output, given the trained network's own inputs; None where
             it was not run.
-        floor: the noise floor of that answer.
+        floor: the noise floor of that output.
         element: the stored number that is furthest off; None where numbers are not to blame.
     """
 
@@ -98,7 +98,7 @@ def describe_blame(find: Callable[[], Blame | None]) -> str:
     except Exception as error:  # noqa: BLE001 - whatever stops the search, the failure it explains is what matters
         said = (str(error).splitlines() or [""])[0]
         return f"the place could not be found: {type(error).__name__}: {said}"
-    return "no single place strays: the error is spread over many" if blame is None else str(blame)
+    return "no single place differs: the error is spread over many" if blame is None else str(blame)
 
 
 def place_of(name: str) -> tuple[str, str]:
@@ -169,7 +169,7 @@ class _Outcome:
 
 
 class _Walk:
-    """Two networks side by side: `trained` runs, `candidate` answers the same questions."""
+    """Two networks side by side: `trained` runs, `candidate` gets the same inputs."""
 
     def __init__(self, trained: nn.Module, candidate: nn.Module) -> None:
         self._trained = dict(trained.named_modules())

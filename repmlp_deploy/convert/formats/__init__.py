@@ -101,7 +101,7 @@ def check_formats(request: Request) -> None:
 
     Raises:
         InputError: the request does not suit the format.
-        MissingDependency, MissingDevice, BuildError: this machine lacks what the format needs.
+        MissingDependency, MissingDevice, BuildError: this machine does not have what the format needs.
     """
     for name in request.formats:
         FORMATS[name].check(name, request)

@@ -348,7 +348,7 @@ def _import_nncf() -> Any:
         with captured_output("nncf"):
             import nncf  # noqa: PLC0415 - int8 alone needs it
     except ImportError:
-        raise MissingDependency("nncf", "openvino") from None
+        raise MissingDependency("nncf", "export") from None
     finally:
         if before is None:
             del os.environ["NNCF_CI"]

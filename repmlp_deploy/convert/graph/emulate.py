@@ -31,7 +31,7 @@ def emulate(graph: onnx.ModelProto, precision: str) -> onnx.ModelProto:
 
 
 def runnable_graphs(graph: onnx.ModelProto, precision: str) -> Iterator[tuple[str, onnx.ModelProto]]:
-    """Yield every way to run a graph on a CPU, with its name: as it is, and as a GPU would round."""
+    """Yield every way to run a graph on a CPU, with its name: unchanged, and as a GPU would round."""
     entry = PRECISIONS[precision]
     if entry.runs_on_cpu:
         yield f"{precision} ONNX", graph

@@ -45,7 +45,7 @@ def large_weights(model: onnx.ModelProto) -> list[onnx.TensorProto]:
 
 
 def without_weights(model: onnx.ModelProto, weights: Sequence[onnx.TensorProto], *, as_inputs: bool) -> onnx.ModelProto:
-    """Return a copy of `model` that lacks `weights`; with `as_inputs` each is an input of the graph instead."""
+    """Return a copy of `model` without `weights`; with `as_inputs` each is an input of the graph instead."""
     names = {tensor.name for tensor in weights}
     result = onnx.ModelProto()
     for field, value in model.ListFields():

@@ -42,7 +42,7 @@ def onnx_run(data: bytes) -> Callable[..., list[NDArray[Any]]]:
 
 
 def ways_to_run(model: onnx.ModelProto, data: bytes, precision: str) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and graph of every way to run a precision on a CPU: as it is, and as a GPU would round."""
+    """Yield the name and graph of every way to run a precision on a CPU: unchanged, and as a GPU would round."""
     for name, runnable in runnable_graphs(model, precision):
         yield name, data if runnable is model else serialize_model(runnable)
 

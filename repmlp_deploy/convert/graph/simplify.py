@@ -37,7 +37,7 @@ onnx.save(simplified, result)
 """
 
 Simplifier = subprocess.Popen[bytes]
-"""A child that has its imports behind it, or soon will, and waits for a graph; it serves one."""
+"""A child process that imports onnxsim in advance and waits for one graph."""
 
 
 class SimplificationFailed(Exception):  # noqa: N818 - an outcome the pipeline handles, not an error of the user's

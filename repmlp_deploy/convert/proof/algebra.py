@@ -6,7 +6,7 @@ Three things are compared, with inputs x and the trained network f, all in float
 - **redrawn statistics:** the same for f with every BatchNorm's mean, variance, weight and bias drawn anew, far from the
   identity. A checkpoint whose statistics are nearly trivial cannot hide a formula that forgets one of them. Means and
   variances are drawn around those of the map that reaches the BatchNorm, so that no gate or activation saturates, which
-  would hide what is behind it.
+  would hide what comes after it.
 - **weights:** every weight of the float32 forms that go on from here with its float64 twin. An error too small to show
   in the outputs, a thousandth on one weight of ten million, is ten thousand roundings here.
 """
@@ -93,7 +93,7 @@ def _walk(  # noqa: PLR0913 - the values that meet here
     form, references = make()  # made here, so that nobody else holds it
     for step in steps:
         form = step.transform(form)
-        hops += certifier.require_answers(f"{step.name}, {how}", _several(run_network(form, *inputs)), references)
+        hops += certifier.require_outputs(f"{step.name}, {how}", _several(run_network(form, *inputs)), references)
         if weights:
             hops += certifier.require_passed([compare_weights(f"{step.name} weights", step.stored, form)])
     return hops

@@ -55,14 +55,14 @@ class Certifier:
         self._class_axes = class_axes
         self._consequence = consequence
         self._suffixes = [f": {name}" for name in outputs] if len(outputs) > 1 else [""]
-        self._floors = [noise_floors(float32, reference) for reference, float32 in probe.answers()]
+        self._floors = [noise_floors(float32, reference) for reference, float32 in probe.outputs()]
         self.floor = float(self._floors[0].max())
 
     def floor_rows(self) -> list[Hop]:
         """Return the rows of the trained network itself in float32, one per output: the noise floor."""
         rows = np.arange(len(self._probe.inputs))
         hops = []
-        for i, (reference, float32) in enumerate(self._probe.answers()):
+        for i, (reference, float32) in enumerate(self._probe.outputs()):
             hop = self._hop("trained, float32", i, float32, reference, self._floors[i], rows)
             known = {"kind": "floor", "allowed": hop.floor, "passed": None, "margin": None, "note": "the noise floor"}
             hops.append(hop.model_copy(update=known))
@@ -90,7 +90,7 @@ class Certifier:
             starts = range(0, samples, size) if size == max(self._sizes) else (start,)
             rows = np.concatenate([(first + np.arange(size)) % samples for first in starts])
             for i, output in enumerate(self._run(name, run, size, starts)):
-                reference, floors = self._probe.answers()[i][0][rows], self._floors[i][rows]
+                reference, floors = self._probe.outputs()[i][0][rows], self._floors[i][rows]
                 try:
                     hop = self._hop(name, i, output, reference, floors, rows, precision)
                 except VerificationError as error:
@@ -112,7 +112,7 @@ class Certifier:
         inputs, references = self._probe.batches(1)
         return [x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x for x in inputs], references
 
-    def require_answers(
+    def require_outputs(
         self, name: str, outputs: Sequence[NDArray[Any]], references: Sequence[NDArray[np.float64]]
     ) -> list[Hop]:
         """Return the rows of outputs for the first samples, all passed.
@@ -129,7 +129,7 @@ class Certifier:
         hops = []
         for i, (output, reference) in enumerate(zip(outputs, references, strict=True)):
             rows = np.arange(len(reference))
-            own = np.abs(self._probe.answers()[i][0][rows]).max()
+            own = np.abs(self._probe.outputs()[i][0][rows]).max()
             floors = self._floors[i][rows] * (np.abs(reference).max() / own if own > 0 else 1.0)
             precision = "fp64" if output.dtype == np.float64 else "fp32"
             hops.append(self._hop(name, i, output, reference, floors, rows, precision))

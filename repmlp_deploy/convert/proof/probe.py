@@ -1,6 +1,6 @@
-"""The probe: seeded inputs, and what the trained network answers to them in float64 and in float32.
+"""The probe: seeded inputs, and the trained network's outputs for them in float64 and in float32.
 
-Random samples exercise everything at once. The others have a structure that random ones lack: a photograph has edges
+Random samples exercise everything at once. The others have a structure that noise does not have: a photograph has edges
 and smooth areas, an impulse reaches single columns of every FC3, and a constant shows what happens at the borders.
 """
 
@@ -86,7 +86,7 @@ def _photograph(name: str, shape: Sequence[int]) -> NDArray[np.float64]:
 
 
 def _impulse(shape: Sequence[int]) -> NDArray[np.float64]:
-    """Zero but for one place in every channel, off every axis of symmetry; a vector is a single channel."""
+    """Return zeros except one place in every channel, off every axis of symmetry; a vector is a single channel."""
     values = np.zeros(shape)
     channels = values.reshape(shape[0] if len(shape) > 1 else 1, -1)
     channel, size = np.arange(len(channels)), channels.shape[1]

@@ -3,7 +3,7 @@
 An exporter and a simplifier may rename and reshape constants, but have no reason to change a value. A weight that they
 do change may be too small to show in any output, and is still not the trained one.
 
-Where a BatchNorm is left, as in upstream's own form, exporters fuse it with the convolution in front of it; and what a
+Where a BatchNorm is left, as in upstream's own form, exporters fuse it with the convolution before it; and what a
 network of one's own does with its weights, slicing or scaling them, they may compute beforehand. Outside RepMLP blocks,
 weights of such networks are matched if they are found and counted if they are not. FC3 must always be there.
 """

@@ -1,8 +1,8 @@
 """Origins: a bundle's certificate derived once more from the checkpoint that the bundle was made of.
 
-A bundle is verified without torch against the answers in its own probe. Who doubts these, or the manifest that vouches
-for them, goes back to the checkpoint: its hash must be the manifest's, the trained network must give the probe's
-answers, merging and folding must leave no more than rounding, and the artifacts must hold the weights that come of it.
+A bundle is verified without torch against the outputs in its own probe. To check these too, go back to the checkpoint:
+its hash must be the manifest's, the trained network must give the probe's outputs, merging and folding must leave no
+more than rounding, and the artifacts must hold the weights that follow.
 """
 
 from __future__ import annotations
@@ -110,12 +110,12 @@ def _certifier(bundle: Bundle, trained: Trained, step: Clock) -> tuple[Certifier
         outputs=[spec.name for spec in manifest.outputs],
         consequence="do not use this bundle",
     )
-    references = [reference for reference, _ in again.answers()]
+    references = [reference for reference, _ in again.outputs()]
     with step("verify probe"):
-        if len(recorded.answers()) != len(references):
-            raise VerificationError(f"the probe has {len(recorded.answers())} outputs; the network {len(references)}")
-        known = [reference for reference, _ in recorded.answers()]
-        rounded = [float32 for _, float32 in recorded.answers()]
-        hops = certifier.require_answers("recorded reference", known, references)
-        hops += certifier.require_answers("recorded float32", rounded, references)
+        if len(recorded.outputs()) != len(references):
+            raise VerificationError(f"the probe has {len(recorded.outputs())} outputs; the network {len(references)}")
+        known = [reference for reference, _ in recorded.outputs()]
+        rounded = [float32 for _, float32 in recorded.outputs()]
+        hops = certifier.require_outputs("recorded reference", known, references)
+        hops += certifier.require_outputs("recorded float32", rounded, references)
     return certifier, hops

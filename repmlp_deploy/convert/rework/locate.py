@@ -58,7 +58,7 @@ def blame_bundle(bundle: Bundle, checkpoint: str | Path, card: str | Path | Mode
     further = set() if served.min == served.max else {TRACED.opt}
     batches = [probe.batches(size)[0] for size in sorted({*batch_sizes(served), *further})]
     blame = blame_graph(traced.program, data, batches, entry.precision)
-    return blame or next(_wrong_answers(bundle, trained), None)
+    return blame or next(_wrong_references(bundle, trained), None)
 
 
 def load_origin(bundle: Bundle, checkpoint: str | Path, card: str | Path | ModelCard | None = None) -> Trained:
@@ -85,11 +85,11 @@ def load_origin(bundle: Bundle, checkpoint: str | Path, card: str | Path | Model
     return load_trained(checkpoint, card, weights=weights, input_size=size, allow_merged=True)
 
 
-def _wrong_answers(bundle: Bundle, trained: Trained) -> Iterator[Blame]:
+def _wrong_references(bundle: Bundle, trained: Trained) -> Iterator[Blame]:
     """Yield one blame for every reference of the probe that the trained network does not give."""
     probe = bundle.probe()
     again = record_probe(trained.network, probe.inputs, *probe.further_inputs)
-    for (reference, _), (expected, float32) in zip(probe.answers(), again.answers(), strict=True):
+    for (reference, _), (expected, float32) in zip(probe.outputs(), again.outputs(), strict=True):
         floor = noise_floor(float32, expected)
         try:
             error = compare(reference, expected, classes=False).max_abs

@@ -2,7 +2,7 @@
 
 The exporter names an initializer as the network names its parameter, and TensorRT's parser names an engine's weights as
 the graph names its initializers. So a network of the same architecture has every weight of the graph, and of an engine
-built from it, under the same name: in float32 as it is, in a lower precision with the type behind the name. One thing
+built from it, under the same name: unchanged in float32, in a lower precision with the type after the name. One thing
 loses its name on the way, the slopes of a PReLU, which the exporter reshapes to (C, 1, 1): they are found by the module
 that the node which reads them came from.
 """
@@ -28,7 +28,7 @@ except ImportError:
 __all__ = ["named_weights", "with_named_weights"]
 
 _FLOATS = {TensorProto.FLOAT: "", TensorProto.FLOAT16: "_float16", TensorProto.BFLOAT16: "_bfloat16"}
-"""Type of an initializer to what it has behind the name of its parameter."""
+"""Type of an initializer to the suffix after the name of its parameter."""
 
 
 def named_weights(
@@ -37,7 +37,7 @@ def named_weights(
     """Return the weights of another network under the names and in the types of a graph's initializers.
 
     Args:
-        state: the network as it is traced, parameters and buffers by name.
+        state: the traced network's parameters and buffers by name.
         graph: exported from a network of the same architecture, in fp32, fp16 or bf16.
         name: of the checkpoint, for messages.
 

@@ -60,7 +60,7 @@ def refit_bundle(
         CheckpointError: the checkpoint cannot be read, or is of another architecture.
         InputError: the bundle holds what cannot be refitted (BundleError among them).
         MissingDependency, MissingDevice: it holds an engine, and this machine has not what it takes to refit it.
-        VerificationError: the refitted graph strays from the trained network; nothing is written.
+        VerificationError: the refitted graph differs from the trained network; nothing is written.
         OutputError: it could not be written; the earlier bundle is untouched.
     """
     show, started = progress or (lambda _step: None), time.perf_counter()

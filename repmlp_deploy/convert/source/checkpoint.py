@@ -148,7 +148,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is no safetensors file, or is damaged: {str(error)[:200]}") from None
-    except (KeyError, ValueError, RuntimeError) as error:  # a type that torch lacks, a shape that does not fit
+    except (KeyError, ValueError, RuntimeError) as error:  # a type that torch does not have, a shape that does not fit
         raise CheckpointError(f"{path} holds a tensor that PyTorch cannot read ({type(error).__name__})") from None
 
 

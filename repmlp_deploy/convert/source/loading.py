@@ -1,4 +1,4 @@
-"""From a state dict to a network: infer what it is, build it, fill it strictly."""
+"""From a state dict to a network: infer the architecture, build it, fill it strictly."""
 
 from __future__ import annotations
 

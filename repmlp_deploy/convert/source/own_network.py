@@ -83,13 +83,13 @@ def fill_own_network(network: nn.Module, tensors: Mapping[str, Tensor], name: st
             raise CheckpointError(f"{name}: {key} has shape {got}; {type(network).__name__} expects {wanted}")
     for key in expected:
         if key not in tensors and not key.endswith("num_batches_tracked"):
-            raise CheckpointError(f"{name} lacks {key}, which {type(network).__name__} has")
+            raise CheckpointError(f"{name} has no {key}, which {type(network).__name__} needs")
     network.load_state_dict(tensors, strict=False)
 
 
 @torch.no_grad()
 def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Module, Interface]:
-    """`network` as something called by position that answers tensors, and how it is called.
+    """Return `network` as a function from tensors by position to tensors, and how it is called.
 
     Args:
         network: in evaluation mode, float32, on the CPU.
@@ -109,7 +109,7 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{called} does not run on example_input: {_first_line(error)}") from None
     if not outputs:
-        raise InputError(f"{called} answers no tensor")
+        raise InputError(f"{called} returns no tensor")
     batch = len(examples[0])
     for name, value in outputs.items():
         if not value.ndim or len(value) != batch:

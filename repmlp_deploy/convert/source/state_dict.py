@@ -1,7 +1,7 @@
 """Find the state dict in what a checkpoint holds, and bring its keys under our networks' names.
 
 Training code stores weights in many ways: at the top level, under `model` or `state_dict`, beside an exponential moving
-average, behind the prefixes of wrappers (`module.`, `_orig_mod.`, `model.`). Nothing of this is a fixed list here:
+average, after the prefixes of wrappers (`module.`, `_orig_mod.`, `model.`). Nothing of this is a fixed list here:
 
 - a state dict is any mapping with tensors in it, at most three levels deep;
 - the prefix is what stands before the key that every network of a layout has, its anchor;

@@ -36,7 +36,7 @@ class Trained:
 
     Attributes:
         network: evaluation mode, float32.
-        card: what it is.
+        card: its description.
         checkpoint: the file; None for a network that was handed over in memory.
         state: the file's state dict and its layout; None likewise.
         merged: whether its branches are merged already.
@@ -55,7 +55,7 @@ class Trained:
     def without_weights(self) -> Trained:
         """Return this with names and shapes only; memory of its own is freed.
 
-        A network that was handed over in memory, or made by its owner's code, is the owner's and stays as it is.
+        A network that was handed over in memory, or made by its owner's code, is the owner's and stays unchanged.
         """
         if self.checkpoint is None or self.interface is not None:
             return self

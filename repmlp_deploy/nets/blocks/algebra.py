@@ -10,7 +10,7 @@ A k×k convolution with padding k//2 on an (h, w) map is the product with a doub
 so k² diagonals, which never meet, hold all of it. They are reached as strided views of the matrix, which takes
 milliseconds where convolving an identity takes seconds, and works in any dtype.
 
-A RepMLP block sums FC3 and its branches, each behind a BatchNorm, so for every group
+A RepMLP block sums FC3 and its branches, each followed by a BatchNorm, so for every group
 
     W' = a₃ W₃ + Σ_k T(a_k K_k),      b' = b₃ + Σ_k b_k.
 

@@ -136,7 +136,7 @@ class MergeableConvBN(Reparameterizable):
 
 
 class FoldedConv(nn.Module):
-    """A convolution with a bias, optionally a ReLU behind it."""
+    """A convolution with a bias, optionally followed by a ReLU."""
 
     def __init__(self, conv: nn.Conv2d, *, relu: bool) -> None:
         super().__init__()

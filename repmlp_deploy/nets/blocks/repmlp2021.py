@@ -7,7 +7,7 @@ every partition, normalised, passes two linear layers, and the result is added t
 where there is more than one partition. FC3, the *partition perceptron*, then takes C·h·w values to O·h·w in g groups;
 convolutions from C to O in as many groups run beside it while training.
 
-Merging (section 3.2) absorbs the branches and `fc3_bn` into FC3, and the BatchNorm behind the pool, p ↦ a p + b per
+Merging (section 3.2) absorbs the branches and `fc3_bn` into FC3, and the BatchNorm after the pool, p ↦ a p + b per
 channel, into FC1, whose columns are (channel, partition): FC1(a p + b) = (FC1·diag(a)) p + (FC1 b + c₁).
 """
 
@@ -66,7 +66,7 @@ class AddedPerceptron(nn.Module):
 
 
 class PooledNorm(nn.Module):
-    """The BatchNorm behind the average pool: (N, C, rows, columns) -> (N, C, rows, columns)."""
+    """The BatchNorm after the average pool: (N, C, rows, columns) -> (N, C, rows, columns)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -183,7 +183,7 @@ def _unit_forward(trained: RepMLPUnit, x: Tensor, got: Tensor) -> Finding:
         ("global perceptron", "gate not applied", x + ungated),
         ("prebn1 fold", "shift not applied", x + (ungated - shift) * gate),
         ("prebn1 fold", "scale not applied", x + ((ungated - shift) / a + shift) * gate),
-        ("global perceptron", "gate of the map behind prebn1", x + ungated * block.gp(trained.prebn1(normal))),
+        ("global perceptron", "gate of the map after prebn1", x + ungated * block.gp(trained.prebn1(normal))),
         ("residual", "forgotten", y),
     ):
         z = first + trained.ffn_block(trained.prebn2(first))

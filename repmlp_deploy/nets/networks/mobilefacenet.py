@@ -38,14 +38,14 @@ class MobileFaceNetSpec(BaseModel):
         stem: channels of the stem.
         channels: C.
         down: expansion of the bottleneck that begins a stage.
-        depths: units behind it.
+        depths: units after it.
         units: what they are, an entry of `UNITS`.
         sharesets: S of `repmlp` units; divides C.
         kernels: branch kernels k of `repmlp` units, odd.
         reduction: C over the width of the global perceptron.
         expansion: width over C inside every unit.
         final: channels before the global depthwise convolution.
-        embedding: length of the answer.
+        embedding: its length.
         in_channels: 3 for RGB.
     """
 
@@ -142,11 +142,11 @@ def _repmlp_unit(spec: MobileFaceNetSpec, stage: int, *, deploy: bool) -> nn.Mod
 
 
 UNITS: dict[str, Callable[..., nn.Module]] = {"bottleneck": _bottleneck_unit, "repmlp": _repmlp_unit}
-"""What a stage repeats behind its downsampling: (spec, stage, deploy=…) -> a module of (N, C, H, W) -> (N, C, H, W)."""
+"""What a stage repeats after its downsampling: (spec, stage, deploy=…) -> a module of (N, C, H, W) -> (N, C, H, W)."""
 
 
 class FaceStage(nn.Module):
-    """A downsampling bottleneck and the units behind it: (N, C, H, W) -> (N, O, H/2, W/2)."""
+    """A downsampling bottleneck and the units after it: (N, C, H, W) -> (N, O, H/2, W/2)."""
 
     def __init__(self, spec: MobileFaceNetSpec, stage: int, *, deploy: bool) -> None:
         super().__init__()

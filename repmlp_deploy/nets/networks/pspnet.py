@@ -52,7 +52,7 @@ class PSPHead(nn.Module):
 
     Args:
         channels: C.
-        hidden: width behind the stacked maps; every pooling is narrowed to C over the number of poolings.
+        hidden: width after the stacked maps; every pooling is narrowed to C over the number of poolings.
         bins: regions an edge is cut into.
         classes: width of the classifier.
     """

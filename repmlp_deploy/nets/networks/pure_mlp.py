@@ -3,8 +3,8 @@
 The paper (arXiv 2105.01883, section 4.1, on CIFAR-10) specifies: no kernel above 1×1 at inference; RepMLP blocks
 interleaved with regular FC layers, that is 1×1 convolutions; three stages of 16, 32 and 64 channels with max pooling
 between them, on 32×32 images. No code or weights of it were released. Ours are the choices it leaves open: a 1×1 layer
-from the image to the first stage and from stage to stage, behind the pool; a BatchNorm and a ReLU behind every 1×1
-layer and a ReLU behind every RepMLP block; how many units a stage has, their partitions, groups and branches; and a
+from the image to the first stage and from stage to stage, after the pool; a BatchNorm and a ReLU after every 1×1
+layer and a ReLU after every RepMLP block; how many units a stage has, their partitions, groups and branches; and a
 linear head on the mean of the last map.
 """
 
@@ -62,7 +62,7 @@ class PureMLPSpec(BaseModel):
 
 
 class PureUnit(nn.Module):
-    """A RepMLP block and an FC layer over channels, a ReLU behind each: (N, C, H, W) -> (N, C, H, W)."""
+    """A RepMLP block and an FC layer over channels, a ReLU after each: (N, C, H, W) -> (N, C, H, W)."""
 
     def __init__(self, repmlp: RepMLP, *, deploy: bool) -> None:
         super().__init__()

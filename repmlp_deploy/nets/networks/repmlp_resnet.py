@@ -39,8 +39,8 @@ class RepMLPResNetSpec(BaseModel):
         input_size: (H, W) of the images; part of the model, as FC3 is tied to positions. Multiples of 16.
         block: what replaces the bottlenecks of stages 2 and 3.
         depths: units.
-        channels: C, behind each stage.
-        stem: channels behind the first convolution.
+        channels: C, after each stage.
+        stem: channels after the first convolution.
         partition: (h, w) of every RepMLP block.
         groups: of FC3 and its branches.
         kernels: branch kernels k, odd.

@@ -1,6 +1,6 @@
 """ONNX Runtime's execution providers: what each device name stands for, and how a session is opened on it.
 
-A provider that ONNX Runtime lacks is refused here, before the session; whether the session really got it is for the
+A provider that is not in ONNX Runtime is refused here, before the session; whether the session really got it is for the
 caller to compare with `get_providers()`, because ONNX Runtime falls back to the CPU and only logs it.
 """
 

@@ -29,7 +29,7 @@ __all__ = ["OnnxRunner", "open_cached", "open_session"]
 def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSession, str]:
     """Open a session on a serialized model; return it and the device it really runs on.
 
-    A device that was asked for is had or refused: ONNX Runtime itself falls back to the CPU and only logs it.
+    If you name a device, the session runs on it or this raises: ONNX Runtime itself falls back and only logs it.
 
     Raises:
         InputError: there is no such device name.

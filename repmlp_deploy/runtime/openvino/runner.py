@@ -1,7 +1,7 @@
 """OpenVINO: a model compiled for the CPU in the precision its artifact records, with a pool of infer requests.
 
-OpenVINO takes bfloat16 by itself wherever the CPU has it, and emulates it slowly where AVX-512 lacks it; so the
-precision is always named, and what the plugin answers is compared with what was asked.
+OpenVINO takes bfloat16 by itself wherever the CPU has it, and emulates it slowly on AVX-512 without it. So the
+precision is always named, and the plugin's reply is compared with the request.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class CompiledIR:
 
     Raises:
         InputError: a device other than the CPU, or no threads.
-        MissingDevice: the CPU lacks the precision.
+        MissingDevice: the CPU does not compute in the precision.
         BundleError: OpenVINO refuses the model.
     """
 
@@ -128,7 +128,7 @@ class CompiledIR:
         """Every output for every input, both in the model's order; inputs are copied, outputs are the caller's.
 
         Raises:
-            InputError: an input has another shape than the model's; OpenVINO itself answers some of them all the same.
+            InputError: an input has another shape than the model's; OpenVINO itself runs some of them all the same.
         """
         for value, (edges, dtype) in zip(inputs, self._inputs, strict=True):
             fits = len(value.shape) == len(edges) and all(

@@ -1,4 +1,4 @@
-"""Device memory behind one small protocol, and the table of the packages that offer it.
+"""Device memory through one small protocol, and the table of the packages that offer it.
 
 An address is an integer, a stream its CUDA handle as an integer: what engines take. A back end counts nothing and
 pools nothing; who allocates also frees. Calls that concern the device are made inside `active()`.

@@ -96,7 +96,7 @@ class EngineRecord(_Record):
         Raises:
             BundleError: there is none, or it is not an engine's.
         """
-        return bundle.artifact(artifact_format).record(cls)
+        return bundle.artifact(artifact_format).record(cls, f"{artifact_format} artifact")
 
 
 @dataclass(frozen=True)

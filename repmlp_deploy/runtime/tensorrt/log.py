@@ -1,6 +1,6 @@
 """What TensorRT says: one logger a library and process, because it keeps the first it is given and ignores others.
 
-Builders, runtimes and refitters of one module all get `shared_logger(module)`; who wants to know what was said while it
+Builders, runtimes and refitters of one module all get `shared_logger(module)`; to know what was logged while it
 worked opens a `recording`.
 """
 

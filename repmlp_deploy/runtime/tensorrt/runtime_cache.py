@@ -54,7 +54,7 @@ class RuntimeCache:
         self._kept, self.note = b"", "started anew: the file is of another GPU, driver or release"
 
     def write(self, content: bytes) -> None:
-        """Keep `content`. A folder that cannot be written to costs time at the next start, not this one's answers."""
+        """Keep `content`. A folder that cannot be written to costs time at the next start and changes nothing else."""
         if content == self._kept:
             return
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")

@@ -195,7 +195,7 @@ def test_a_failed_verification_ends_with_the_blame_and_nothing_else_does() -> No
         blamed(lambda: Blame("head", "", "doubled")),
     ):
         raise VerificationError("merged differs")
-    with pytest.raises(VerificationError, match="differs; no single place strays"), blamed(lambda: None):
+    with pytest.raises(VerificationError, match="differs; no single place differs"), blamed(lambda: None):
         raise VerificationError("merged differs")
     with pytest.raises(ValueError, match=r"^other$"), blamed(lambda: Blame("head")):
         raise ValueError("other")

@@ -171,7 +171,7 @@ def test_what_is_no_graph_is_refused() -> None:
 
 def test_without_nncf_int8_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nncf", None)
-    with pytest.raises(MissingDependency, match=r'nncf is not installed: pip install "repmlp-deploy\[openvino\]"'):
+    with pytest.raises(MissingDependency, match=r'nncf is not installed: pip install "repmlp-deploy\[export\]"'):
         check_precision("int8")
     check_precision("fp16")
 

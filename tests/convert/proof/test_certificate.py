@@ -81,11 +81,11 @@ def test_a_sample_without_any_output_has_a_floor(probe: Probe) -> None:
 def test_answers_in_float64_are_judged_by_float64s_row(probe: Probe) -> None:
     certifier = Certifier(probe, (5,))
     off = probe.reference + 1e-9 * SIZES[:, None]
-    certifier.require_answers("rounded", [off.astype(np.float32)], [probe.reference])
-    certifier.require_answers("exact", [probe.reference * (1 + 1e-15)], [probe.reference])
+    certifier.require_outputs("rounded", [off.astype(np.float32)], [probe.reference])
+    certifier.require_outputs("exact", [probe.reference * (1 + 1e-15)], [probe.reference])
     with pytest.raises(VerificationError, match=r"off at batch 5 differs .* fp64 allows"):
-        certifier.require_answers("off", [off], [probe.reference])
-    certifier.require_answers("scaled", [probe.reference[:1] * 1e6], [probe.reference[:1] * 1e6])
+        certifier.require_outputs("off", [off], [probe.reference])
+    certifier.require_outputs("scaled", [probe.reference[:1] * 1e6], [probe.reference[:1] * 1e6])
 
 
 def test_the_verdict_is_the_closest_hop(probe: Probe) -> None:

@@ -74,7 +74,7 @@ def build_engine(name: str, graph: bytes, spec: GraphSpec, options: EngineOption
 
     Raises:
         BuildError: the parser or the builder refuses the graph; the message names the node and its module.
-        InputError: the flavour lacks an option, or a profile is beyond what the graph serves.
+        InputError: the flavour does not have an option, or a profile is beyond what the graph serves.
         MissingDependency: the flavour's package is not installed.
         MissingDevice: it, or an option, needs a GPU.
         OutputError: the timing cache cannot be written.

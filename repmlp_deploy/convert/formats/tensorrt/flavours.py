@@ -1,4 +1,4 @@
-"""NVIDIA's two builders: what each is for, what it lacks, and what differs between their versions.
+"""NVIDIA's two builders: what each is for, what it cannot do, and what differs between their versions.
 
 `trt` (package tensorrt) builds for the GPU at hand; `trt-rtx` (package tensorrt-rtx) builds ahead of time on any
 machine, for RTX GPUs. What a version can do is asked of its module; no bit and no version number stands for it.
@@ -122,7 +122,7 @@ def check_options(name: str, options: EngineOptions) -> Any:
     """Import the flavour's module, if it can build an engine with these options here.
 
     Raises:
-        InputError: the flavour or its version lacks an option; the message says why.
+        InputError: the flavour or its version does not have an option; the message says why.
         BuildError, MissingDependency, MissingDevice: as `check_flavour`; the last also where an option needs a GPU.
     """
     flavour = FLAVOURS[name]
@@ -133,7 +133,7 @@ def check_options(name: str, options: EngineOptions) -> Any:
     trt = check_flavour(name)
     for option in asked:
         if option in _NEEDS and not has_name(trt, _NEEDS[option]):
-            raise InputError(f"{flavour.module} {trt.__version__} has no {FLAGS[option]}: it lacks {_NEEDS[option]}")
+            raise InputError(f"{flavour.module} {trt.__version__} has no {FLAGS[option]}: it has no {_NEEDS[option]}")
     for capability in options.compute_capabilities:
         if not has_name(trt, f"ComputeCapability.{capability_name(capability)}"):
             known = ", ".join(_capabilities(trt))

@@ -1,7 +1,7 @@
 """What a builder's network holds: kinds of layers, and the types that its products compute in.
 
 Networks are strongly typed, so these are the types of the engine. They are read back because a graph that was asked for
-in float16 and came out in float32 is as correct as it is slow: nothing else would notice.
+in float16 and came out in float32 is correct but slow: nothing else would notice.
 """
 
 from __future__ import annotations

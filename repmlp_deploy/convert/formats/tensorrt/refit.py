@@ -53,7 +53,7 @@ def refit_engine(name: str, plan: bytes, weights: Mapping[str, NDArray[Any]]) ->
         weights: every initializer of the graph, in the graph's types; what the engine does not hold is left over.
 
     Raises:
-        BuildError: the engine cannot be read here, or is not refittable, or lacks or refuses a weight.
+        BuildError: the engine cannot be read here, or is not refittable, or does not have or refuses a weight.
         MissingDependency, MissingDevice: as `check_refit`.
     """
     trt = check_refit(name)

@@ -19,8 +19,8 @@ class Difference:
 
     Attributes:
         since: the first version that has it; None if the oldest supported one does.
-        until: the first version that lacks it again; None if the newest supported one has it.
-        without: what our code does in a version that lacks it.
+        until: the first version without it again; None if the newest supported one has it.
+        without: what our code does in a version without it.
     """
 
     since: str | None

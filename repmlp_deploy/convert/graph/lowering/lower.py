@@ -42,7 +42,7 @@ def set_precision(
         keep_fp32: patterns as in a shell, of node names or of module names such as `stages.0.*`.
 
     Raises:
-        InputError: a pattern matches nothing, or nothing is left to lower, or int8 lacks its ranges.
+        InputError: a pattern matches nothing, or nothing is left to lower, or int8 has no ranges.
         VerificationError: a weight is beyond float16's range.
     """
     entry = PRECISIONS[precision]

@@ -6,7 +6,7 @@ all positions, (N, H, W, C) × (C, O) + b, and the same arithmetic:
     (N, C, H, W) → transposed → × W₁ᵀ + b₁ → activation → × W₂ᵀ + b₂ → transposed back.
 
 In 8 bits this spares rounding between the product and the activation. An 8-bit convolution is one only with an 8-bit
-result, which is unpacked for the activation and packed again for the next convolution; an 8-bit product may answer in
+result, which is unpacked for the activation and packed again for the next convolution; an 8-bit product may return
 float32. That is two passes less over a map with four times the channels of any other, and one rounding less.
 """
 
@@ -29,7 +29,7 @@ __all__ = ["channels_last_values", "with_bias_added", "with_pointwise_products"]
 _BETWEEN = ("Gelu", "Relu")
 _KEEPING_AXES = ("MatMul", "Add", *_BETWEEN, "QuantizeLinear", "DequantizeLinear")
 _CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
-_PRODUCT = "_product"  # behind the name of what a convolution answered: the product without its bias
+_PRODUCT = "_product"  # after the name of a convolution's output: the product without its bias
 _PLAIN = {
     "dilations": (1, 1),
     "group": 1,
@@ -85,7 +85,7 @@ def channels_last_values(graph: onnx.GraphProto) -> set[str]:
 
 
 def with_bias_added(graph: onnx.GraphProto) -> dict[str, NodeProto]:
-    """Every product that was a convolution, by what it answers, to the node that answers what the convolution did."""
+    """Map every product that was a convolution, by its output, to the node that gives the convolution's output."""
     return {node.input[0]: node for node in graph.node if node.op_type == "Add" and node.input[0].endswith(_PRODUCT)}
 
 

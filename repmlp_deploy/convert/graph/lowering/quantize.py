@@ -1,13 +1,13 @@
 """Lowering by quantization.
 
 **int8.** Explicit QuantizeLinear/DequantizeLinear pairs, symmetric (zero point 0), as TensorRT asks for: on the
-activations of every product with constant weights, on the weights themselves, per output channel, and behind every
+activations of every product with constant weights, on the weights themselves, per output channel, and after every
 convolution, without which ONNX Runtime computes it in float32. With ranges measured as ±r,
 
     x ≈ (r/127) · clip(round(127 x / r), −128, 127).
 
-Pairs of 1×1 convolutions become products over channels first (`pointwise`), which need no pair behind them: a fifth of
-the whole network's time in ONNX Runtime. An activation that is only transposed for a product is quantized in front of
+Pairs of 1×1 convolutions become products over channels first (`pointwise`), which need no pair after them: a fifth of
+the whole network's time in ONNX Runtime. An activation that is only transposed for a product is quantized before
 the transposition, which then moves a quarter of the bytes.
 
 FC3 of several sharesets, (S, h·w, h·w), has one scale: DequantizeLinear takes scales along one axis, and ONNX Runtime
@@ -85,7 +85,7 @@ def _transposed_for(graph: onnx.GraphProto, is_quantized: Callable[[NodeProto], 
 
 
 class _Quantizing:
-    """The graph under construction; `transposed` are transpositions that move behind QuantizeLinear."""
+    """The graph under construction; `transposed` are transpositions that move after QuantizeLinear."""
 
     def __init__(
         self, ranges: Mapping[str, float], weights: Mapping[str, TensorProto], transposed: Mapping[str, NodeProto]
@@ -96,12 +96,12 @@ class _Quantizing:
         self._quantized: set[str] = set()
 
     def keep(self, node: NodeProto) -> None:
-        """Copy a node as it is."""
+        """Copy a node unchanged."""
         self.nodes.append(node)
         self._use(node.input)
 
     def quantize(self, node: NodeProto) -> None:
-        """Copy a product between its pairs. Every product has a DequantizeLinear of its own, as fusions want it."""
+        """Copy a product between its pairs. Every product has a DequantizeLinear of its own, as fusions need."""
         made = NodeProto()
         made.CopyFrom(node)
         quantized, scale = self._quantized_activation(node.input[0])

@@ -124,9 +124,9 @@ def test_an_option_that_the_version_lacks_is_refused(monkeypatch: pytest.MonkeyP
     poor = SimpleNamespace(__version__="10.13.0", BuilderFlag=SimpleNamespace(TF32=0), MemoryPoolType=SimpleNamespace())
     monkeypatch.setattr(flavours, "import_module", lambda _name: poor)
     assert check_options("trt", EngineOptions(tf32=True)) is poor
-    with pytest.raises(InputError, match=r"10.13.0 has no --refittable: it lacks BuilderFlag.REFIT"):
+    with pytest.raises(InputError, match=r"10.13.0 has no --refittable: it has no BuilderFlag.REFIT"):
         check_options("trt", EngineOptions(refittable=True))
-    with pytest.raises(InputError, match=r"has no --workspace-gb: it lacks MemoryPoolType.WORKSPACE"):
+    with pytest.raises(InputError, match=r"has no --workspace-gb: it has no MemoryPoolType.WORKSPACE"):
         check_options("trt", EngineOptions(workspace_gb=1))
 
 
