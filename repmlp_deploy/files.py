@@ -1,4 +1,8 @@
-"""Write files so that a reader sees the old content or the new one, and lock files between processes."""
+"""Write files so that a reader sees the old content or the new one, lock them between processes, and place caches.
+
+This is the only module that renames or locks files. Caches lie in the folder that the environment variable
+`REPMLP_CACHE` names, otherwise in `repmlp-deploy` in the user's cache folder.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,51 @@ import os
 import re
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["flush", "locked", "remove_abandoned", "take_place", "write_new"]
+__all__ = ["cache_folder", "flush", "locked", "remove_abandoned", "replace_file", "take_place", "write_new"]
+
+
+def cache_folder(*parts: str) -> Path:
+    """Return the folder for what can be made again; it may not exist yet.
+
+    Args:
+        parts: folders inside it.
+    """
+    named = os.environ.get("REPMLP_CACHE")
+    if named:
+        return Path(named, *parts)
+    if sys.platform == "win32":
+        user = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(user, "repmlp-deploy", *parts)
+
+
+def replace_file(path: Path, *pieces: bytes, durable: bool = False) -> None:
+    """Write a file so that a reader sees the old content or all of the new one.
+
+    Args:
+        path: the file.
+        pieces: its content, in parts so that they need not be joined in memory.
+        durable: wait until the content is on the disk.
+
+    Raises:
+        OSError: it cannot be written; the old content is untouched.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    try:
+        with partial.open("xb") as file:
+            file.writelines(pieces)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

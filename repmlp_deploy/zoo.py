@@ -20,6 +20,7 @@ from torch import nn
 from repmlp_deploy.card import ModelCard, data_root, load_card, load_labels
 from repmlp_deploy.convert.source.trained import load_trained
 from repmlp_deploy.errors import CardError, InputError
+from repmlp_deploy.files import cache_folder
 from repmlp_deploy.nets.families import build_network
 from repmlp_deploy.runtime.images import ImageLike, preprocess, to_image
 from repmlp_deploy.runtime.tasks import predictions_from_logits
@@ -79,13 +80,6 @@ def inference_model(model: nn.Module | str, image: ImageLike) -> dict[str, Any]:
     if prediction.pred_class is None:
         del result["pred_class"]
     return result
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: `$REPMLP_CACHE`, or `repmlp_deploy` in the user's cache folder."""
-    if "REPMLP_CACHE" in os.environ:
-        return Path(os.environ["REPMLP_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "repmlp_deploy"
 
 
 def download_weights(card: ModelCard, *, progress: bool = True) -> Path:

@@ -41,6 +41,7 @@ COVERED_BY = {
     "repmlp_deploy.nets.networks.input_size": "nets/test_networks_of_2021.py",
     "repmlp_deploy.nets.networks.mobilefacenet": "nets/test_task_networks.py",
     "repmlp_deploy.nets.networks.shapes": "nets/test_networks_of_2021.py",
+    "repmlp_deploy.runtime.tensorrt.flavours": "runtime/tensorrt/test_engine.py",
     "repmlp_deploy.runtime.tensorrt.device_arrays": "runtime/tensorrt/test_runner.py",
 }
 

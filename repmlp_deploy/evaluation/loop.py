@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from repmlp_deploy.bundle import Manifest
 from repmlp_deploy.errors import ImageError, InputError, OutputError
 from repmlp_deploy.evaluation.datasets import Dataset, Sample
 from repmlp_deploy.evaluation.metrics import TALLIES, Tally
+from repmlp_deploy.files import cache_folder, replace_file
 from repmlp_deploy.runtime.images import preprocess, to_image
 
 __all__ = ["TRAINED", "Evaluation", "Progress", "evaluate", "state_folder", "state_key"]
@@ -142,11 +142,8 @@ def state_key(manifest: Manifest, formats: Sequence[str], dataset: Dataset, *, c
 
 
 def state_folder() -> Path:
-    """Where states are kept: `eval` in `$REPMLP_CACHE`, or in `repmlp_deploy` of the user's cache folder."""
-    cache = os.environ.get("REPMLP_CACHE")
-    if cache:
-        return Path(cache) / "eval"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repmlp_deploy" / "eval"
+    """Return the folder that keeps states, `eval` in the cache folder."""
+    return cache_folder("eval")
 
 
 def _count(
@@ -245,17 +242,10 @@ def _save(path: Path | None, key: str, state: _State, tallies: Mapping[str, Tall
         return
     data = {"key": key, "done": state.done, "unreadable": state.unreadable}
     data["tallies"] = {name: tally.state() for name, tally in tallies.items()}
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        replace_file(path, json.dumps(data).encode(), durable=True)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise OutputError(
             f"could not keep the state in {path}: {error.strerror or error}; name another --state"
         ) from None

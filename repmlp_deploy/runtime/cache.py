@@ -7,13 +7,11 @@ no entry: it is made again. Entries run without another check, so the folder mus
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
-import uuid
-from collections.abc import Iterable
 from pathlib import Path
 
 from repmlp_deploy.errors import OutputError
+from repmlp_deploy.files import replace_file
 
 __all__ = ["Cache", "cache_key", "describe_processor"]
 
@@ -65,19 +63,10 @@ class Cache:
             OutputError: it cannot be written.
         """
         path = self._path(key)
-        partial = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
         try:
-            _write(partial, (hashlib.sha256(content).digest(), content))
-            partial.replace(path)
+            replace_file(path, hashlib.sha256(content).digest(), content)
         except OSError as error:
             raise OutputError(f"cache {path}: {error.strerror or error}; name a folder that can be written") from None
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.bin"
-
-
-def _write(path: Path, pieces: Iterable[bytes]) -> None:
-    with path.open("xb") as file:
-        file.writelines(pieces)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import InputError, MissingDependency, MissingDevice
 
-__all__ = ["DEVICES", "RUNNERS", "EngineSettings", "Runner", "RunnerOptions", "open_runner"]
+__all__ = ["RUNNERS", "EngineSettings", "Runner", "RunnerOptions", "open_runner"]
 
 
 @dataclass(frozen=True)
@@ -72,22 +72,33 @@ class Runner(Protocol):
         ...
 
 
-RUNNERS = {
-    "openvino": "repmlp_deploy.runtime.openvino.runner:OpenVinoRunner",
-    "onnx": "repmlp_deploy.runtime.onnx.runner:OnnxRunner",
-    # last: an engine has not run where it was built, so it is used only if it is named or nothing else runs
-    "trt": "repmlp_deploy.runtime.tensorrt.runner:open_trt_runner",
-    "trt-rtx": "repmlp_deploy.runtime.tensorrt.runner:open_rtx_runner",
-}
-"""Artifact format to the class or function that opens its runner, the preferred one first."""
+@dataclass(frozen=True)
+class Entry:
+    """A runtime.
 
-DEVICES = {
-    "openvino": ("cpu",),
-    "onnx": ("cpu", "cuda", "tensorrt", "rtx"),
-    "trt": ("cuda",),
-    "trt-rtx": ("cuda",),
+    Attributes:
+        opens: `module:function` from (bundle, options) to a `Runner`; the module is imported when it is needed.
+        devices: names of the devices it knows.
+    """
+
+    opens: str
+    devices: tuple[str, ...]
+
+    def open(self, bundle: Bundle, options: RunnerOptions) -> Runner:
+        """Return the runner of a bundle's artifact."""
+        module, _, name = self.opens.partition(":")
+        make: Callable[[Bundle, RunnerOptions], Runner] = getattr(import_module(module), name)
+        return make(bundle, options)
+
+
+RUNNERS = {
+    "openvino": Entry("repmlp_deploy.runtime.openvino.runner:OpenVinoRunner", ("cpu",)),
+    "onnx": Entry("repmlp_deploy.runtime.onnx.runner:OnnxRunner", ("cpu", "cuda", "tensorrt", "rtx")),
+    # last: an engine has not run where it was built, so it is used only if it is named or nothing else runs
+    "trt": Entry("repmlp_deploy.runtime.tensorrt.runner:open_trt_runner", ("cuda",)),
+    "trt-rtx": Entry("repmlp_deploy.runtime.tensorrt.runner:open_rtx_runner", ("cuda",)),
 }
-"""Artifact format to the devices its runner knows."""
+"""Artifact format to what runs it, the preferred one first. Adding a runtime costs a module and an entry."""
 
 
 def open_runner(bundle: Bundle, artifact_format: str | None, options: RunnerOptions) -> Runner:
@@ -106,9 +117,9 @@ def open_runner(bundle: Bundle, artifact_format: str | None, options: RunnerOpti
     if not runnable:
         have, can = ", ".join(bundle.manifest.artifacts), ", ".join(RUNNERS)
         raise InputError(f"{bundle.manifest.name} holds {have}; Predictor runs {can}: export one of these too")
-    fitting = [name for name in runnable if options.device is None or options.device in DEVICES[name]]
+    fitting = [name for name in runnable if options.device is None or options.device in RUNNERS[name].devices]
     if not fitting:
-        known = dict.fromkeys(device for name in runnable for device in DEVICES[name])
+        known = dict.fromkeys(device for name in runnable for device in RUNNERS[name].devices)
         raise InputError(f"device is {options.device!r}; expected one of {', '.join(known)}")
     errors: dict[str, MissingDependency | MissingDevice] = {}
     for name in fitting:
@@ -127,6 +138,4 @@ def _open(bundle: Bundle, artifact_format: str, options: RunnerOptions) -> Runne
     bundle.artifact(artifact_format)
     if artifact_format not in RUNNERS:
         raise InputError(f"Predictor cannot run {artifact_format}; it runs {', '.join(RUNNERS)}")
-    module, name = RUNNERS[artifact_format].split(":")
-    build: Callable[[Bundle, RunnerOptions], Runner] = getattr(import_module(module), name)
-    return build(bundle, options)
+    return RUNNERS[artifact_format].open(bundle, options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib.metadata
 import os
 import platform
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import repmlp_deploy
+from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.errors import MissingDependency
 
 try:
@@ -44,8 +44,8 @@ def usable_cores() -> int:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether an NVIDIA driver is there."""
-    return ctypes.util.find_library("cuda") is not None
+    """Return whether the driver names an NVIDIA GPU."""
+    return bool(find_gpus())
 
 
 def describe_machine() -> dict[str, Any]:
@@ -63,7 +63,7 @@ def describe_machine() -> dict[str, Any]:
         "virtual_machine": "hypervisor" in cpu.get("flags", "").split(),
         "load_average": [round(load, 2) for load in psutil.getloadavg()],
         "memory_bytes": psutil.virtual_memory().total,
-        "gpu": _nvidia("name"),
+        "gpu": ", ".join(gpu.name for gpu in find_gpus()) or None,
         "gpu_driver": _nvidia("driver_version"),
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -17,12 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from repmlp_deploy.bundle import Bundle, Manifest, TensorSpec
 from repmlp_deploy.errors import BundleError, MissingDependency, MissingDevice
+from repmlp_deploy.runtime.tensorrt.flavours import FLAVOURS
 from repmlp_deploy.runtime.tensorrt.log import recording, shared_logger
 
 __all__ = [
     "FLAVOURS",
     "EngineRecord",
-    "Flavour",
     "LoadedEngine",
     "Tensor",
     "check_engine",
@@ -30,27 +30,6 @@ __all__ = [
     "load_engine",
 ]
 
-
-@dataclass(frozen=True)
-class Flavour:
-    """What runs a format.
-
-    Attributes:
-        module: its Python module.
-        extra: the extra of this project that brings it.
-        compiles: whether it compiles kernels where the engine runs, keeps them in a cache, and captures graphs itself.
-    """
-
-    module: str
-    extra: str
-    compiles: bool
-
-
-FLAVOURS = {
-    "trt": Flavour("tensorrt", "trt", compiles=False),
-    "trt-rtx": Flavour("tensorrt_rtx", "rtx", compiles=True),
-}
-"""Artifact format to what runs it."""
 
 _OLDEST_BY_DEFAULT = (8, 0)  # what trt-rtx builds for unless GPUs are named, and hardware-compatible engines run on
 

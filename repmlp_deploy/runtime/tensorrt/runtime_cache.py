@@ -7,11 +7,9 @@ GPU, driver or release) is started anew. Processes share it: it is replaced whol
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
 from pathlib import Path
 
-from repmlp_deploy.files import locked
+from repmlp_deploy.files import locked, replace_file
 
 __all__ = ["RuntimeCache"]
 
@@ -57,15 +55,10 @@ class RuntimeCache:
         """Keep `content`. A folder that cannot be written to costs time at the next start and changes nothing else."""
         if content == self._kept:
             return
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with locked(self.path):
-                try:
-                    partial.write_bytes(hashlib.sha256(content).digest() + content)
-                    partial.replace(self.path)
-                finally:
-                    partial.unlink(missing_ok=True)
+                replace_file(self.path, hashlib.sha256(content).digest(), content)
         except OSError as error:
             self.note = f"not written: {error.strerror or error}"
             return

@@ -15,6 +15,7 @@ from repmlp_deploy.convert.engine_options import FLAGS, EngineOptions
 from repmlp_deploy.convert.formats.tensorrt.driver import LIBRARY, find_gpus
 from repmlp_deploy.convert.formats.tensorrt.versions import find_name, has_name
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency, MissingDevice
+from repmlp_deploy.runtime.tensorrt.flavours import FLAVOURS as RUNTIMES
 
 __all__ = [
     "FLAVOURS",
@@ -55,8 +56,8 @@ class Flavour:
 FLAVOURS = {
     "trt": Flavour(
         "trt",
-        "tensorrt",
-        "trt",
+        RUNTIMES["trt"].module,
+        RUNTIMES["trt"].extra,
         oldest=(10, 13),
         needs_gpu=True,
         lacks={"compute_capabilities": "it builds for the GPU at hand; trt-rtx builds for GPUs that are named"},
@@ -64,8 +65,8 @@ FLAVOURS = {
     ),
     "trt-rtx": Flavour(
         "trt-rtx",
-        "tensorrt_rtx",
-        "rtx",
+        RUNTIMES["trt-rtx"].module,
+        RUNTIMES["trt-rtx"].extra,
         oldest=(1, 2),
         needs_gpu=False,
         needs_gpu_for=("refittable", "strip_weights"),

@@ -7,26 +7,19 @@ report says so.
 
 from __future__ import annotations
 
-import os
-import sys
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from repmlp_deploy.errors import OutputError
-from repmlp_deploy.files import locked
+from repmlp_deploy.files import cache_folder, locked, replace_file
 
 __all__ = ["TimingCache", "default_timing_cache"]
 
 
 def default_timing_cache(module: str, version: str, capability: str) -> Path:
     """Return the file in the user's cache folder for one version and GPU."""
-    if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "repmlp-deploy" / f"{module}-{version}-sm{capability.replace('.', '')}.timing"
+    return cache_folder() / f"{module}-{version}-sm{capability.replace('.', '')}.timing"
 
 
 class TimingCache:
@@ -73,12 +66,7 @@ class TimingCache:
                 others = None if self.state.startswith("replaced") else _parsed(config, self._read())
                 if others is not None:
                     learned.combine(others, False)
-                partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}")
-                try:
-                    partial.write_bytes(bytes(learned.serialize()))
-                    partial.replace(self.path)
-                finally:
-                    partial.unlink(missing_ok=True)
+                replace_file(self.path, bytes(learned.serialize()))
         except OSError as error:
             raise OutputError(f"--timing-cache {self.path}: {error.strerror or error}") from None
 

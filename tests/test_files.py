@@ -1,0 +1,50 @@
+"""Files are replaced whole or not at all, and caches have one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from repmlp_deploy.convert.formats.tensorrt.timing_cache import default_timing_cache
+from repmlp_deploy.evaluation.loop import state_folder
+from repmlp_deploy.files import cache_folder, replace_file
+
+
+def test_a_reader_sees_the_old_content_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    replace_file(path, b"old")
+    replace_file(path, b"ne", b"w", durable=True)
+    assert path.read_bytes() == b"new"
+
+    def full(_self: Path, _target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, b"newer")
+    assert path.read_bytes() == b"new"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_every_cache_follows_one_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPMLP_CACHE", str(tmp_path / "ours"))
+    assert cache_folder("a", "b") == tmp_path / "ours" / "a" / "b"
+    assert state_folder().is_relative_to(tmp_path / "ours")
+    assert default_timing_cache("tensorrt", "11.4", "8.6").parent == tmp_path / "ours"
+    monkeypatch.delenv("REPMLP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert cache_folder() == tmp_path / "user" / "repmlp-deploy"
+    assert default_timing_cache("tensorrt", "11.4", "8.6").name == "tensorrt-11.4-sm86.timing"
+
+
+def test_only_one_module_renames_or_locks() -> None:
+    """The one exception is the probe of a folder's rights, which renames nothing."""
+    package = Path(__file__).resolve().parents[1] / "repmlp_deploy"
+    renaming = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if any(word in line for word in ("os.replace(", "os.rename(", ".rename(", "fcntl.flock", "partial.replace("))
+    }
+    assert renaming == {"files.py"}
