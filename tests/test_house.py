@@ -9,6 +9,7 @@ import pytest
 import house
 
 COVERED_BY = {
+    "repmlp_deploy.bench.targets": "bench/test_session.py",
     "repmlp_deploy.__main__": "cli/test_missing_packages.py",
     "repmlp_deploy.bench.measure.machine": "bench/test_session.py",
     "repmlp_deploy.bench.measure.profiling": "bench/test_subjects.py",

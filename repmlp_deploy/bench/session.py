@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from repmlp_deploy.bench.measure.crew import Child, ChildFailed
+from repmlp_deploy.bench.crew import Child, ChildFailed
 from repmlp_deploy.bench.measure.machine import describe_machine, usable_cores
 from repmlp_deploy.bench.measure.peaks import best_of, roofline
+from repmlp_deploy.bench.measure.results import ColdStart, Error, Machine, Memory, ProfileLine, Report, Row
 from repmlp_deploy.bench.measure.timing import Warmup, compare_rounds, summarize
-from repmlp_deploy.bench.report.results import ColdStart, Error, Machine, Memory, ProfileLine, Report, Row
 from repmlp_deploy.bench.settings import Settings
 from repmlp_deploy.bench.subjects.table import SUBJECTS, chosen_rows, why_not
-from repmlp_deploy.bench.subjects.targets import Target, Unavailable, counts_key, find_targets
+from repmlp_deploy.bench.targets import Target, Unavailable, counts_key, find_targets
 
 __all__ = ["run_benchmark"]
 

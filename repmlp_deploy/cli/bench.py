@@ -25,7 +25,7 @@ from repmlp_deploy.errors import InputError, OutputError, VerificationError
 from repmlp_deploy.precision import PRECISIONS
 
 if TYPE_CHECKING:
-    from repmlp_deploy.bench.report.results import Report
+    from repmlp_deploy.bench.measure.results import Report
 
 __all__ = ["main"]
 
@@ -101,7 +101,7 @@ def _measured(
     with progress() as show:
         show("loading")
         # seconds of imports: not for --help or a path that cannot be written
-        from repmlp_deploy.bench.report.results import load_report  # noqa: PLC0415
+        from repmlp_deploy.bench.measure.results import load_report  # noqa: PLC0415
         from repmlp_deploy.bench.session import run_benchmark  # noqa: PLC0415
         from repmlp_deploy.bench.settings import read_settings  # noqa: PLC0415
 

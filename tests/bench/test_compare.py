@@ -2,8 +2,8 @@
 
 import pytest
 
+from repmlp_deploy.bench.measure.results import Report, load_report
 from repmlp_deploy.bench.report.compare import compare_reports, comparison_table
-from repmlp_deploy.bench.report.results import Report, load_report
 from repmlp_deploy.errors import InputError
 from support.bench_reports import MACHINE, make_report
 

@@ -7,11 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from repmlp_deploy.bench import session
-from repmlp_deploy.bench.measure.crew import Child
+from repmlp_deploy.bench import session, targets
+from repmlp_deploy.bench.crew import Child
 from repmlp_deploy.bench.session import run_benchmark
 from repmlp_deploy.bench.settings import Settings
-from repmlp_deploy.bench.subjects import targets
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.card import data_root
 from repmlp_deploy.cli.bench import bench_command

@@ -9,12 +9,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from repmlp_deploy.bench.measure import worker
-from repmlp_deploy.bench.measure.crew import Child, ChildFailed
-from repmlp_deploy.bench.measure.worker import Worker, image_like, synthetic_jpeg
+from repmlp_deploy.bench import worker
+from repmlp_deploy.bench.crew import Child, ChildFailed
 from repmlp_deploy.bench.settings import Settings, read_settings
 from repmlp_deploy.bench.subjects import table as subjects
 from repmlp_deploy.bench.subjects.table import SUBJECTS, chosen_rows, why_not
+from repmlp_deploy.bench.worker import Worker, image_like, synthetic_jpeg
 from repmlp_deploy.card import load_card
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.images import open_image
@@ -126,7 +126,7 @@ def test_a_child_that_fails_or_dies_says_why():
 
 def test_a_worker_needs_no_framework_that_its_subject_does_not_use():
     """Its memory and cold start are the subject's, so the child imports neither torch nor onnx of its own."""
-    code = "import sys, repmlp_deploy.bench.measure.worker; print({'torch', 'onnx', 'openvino'} & set(sys.modules))"
+    code = "import sys, repmlp_deploy.bench.worker; print({'torch', 'onnx', 'openvino'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -4,8 +4,8 @@ import numpy as np
 
 from repmlp_deploy.bench.counting.counts import Counts, OpCount
 from repmlp_deploy.bench.measure.peaks import roofline
+from repmlp_deploy.bench.measure.results import ColdStart, Error, Machine, Memory, ProfileLine, Report, Row
 from repmlp_deploy.bench.measure.timing import compare_rounds, summarize
-from repmlp_deploy.bench.report.results import ColdStart, Error, Machine, Memory, ProfileLine, Report, Row
 
 MEDIANS = {
     "torch-merged fp32": 40.0,

@@ -16,7 +16,7 @@ import onnx
 import torch
 
 from repmlp_deploy.bench.counting.counts import Counts
-from repmlp_deploy.bench.report.results import Machine, Roofline
+from repmlp_deploy.bench.measure.results import Machine, Roofline
 
 __all__ = ["best_of", "measure_peaks", "roofline"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 
 from repmlp_deploy.bench.counting.counts import stage_of
-from repmlp_deploy.bench.report.results import ProfileLine
+from repmlp_deploy.bench.measure.results import ProfileLine
 
 __all__ = ["gather_times", "node_stages", "profile_lines"]
 

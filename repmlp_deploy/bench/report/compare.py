@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
+from repmlp_deploy.bench.measure.results import Report, Row
 from repmlp_deploy.bench.measure.timing import compare_rounds
-from repmlp_deploy.bench.report.results import Report, Row
 from repmlp_deploy.bench.report.tables import Table
 
 __all__ = ["Change", "Comparison", "compare_reports", "comparison_table"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from importlib.resources import files
 
+from repmlp_deploy.bench.measure.results import Report, Row
 from repmlp_deploy.bench.report.plots import report_plots
-from repmlp_deploy.bench.report.results import Report, Row
 from repmlp_deploy.bench.report.tables import conventions, facts, tables
 from repmlp_deploy.errors import MissingDependency
 

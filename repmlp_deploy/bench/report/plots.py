@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from repmlp_deploy.bench.report.results import Report, Row
+from repmlp_deploy.bench.measure.results import Report, Row
 from repmlp_deploy.bench.report.tables import groups
 from repmlp_deploy.errors import MissingDependency
 

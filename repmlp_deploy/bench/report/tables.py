@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from repmlp_deploy.bench.report.results import Report, Row
+from repmlp_deploy.bench.measure.results import Report, Row
 
 __all__ = ["Table", "conventions", "facts", "groups", "tables", "to_csv", "to_markdown"]
 

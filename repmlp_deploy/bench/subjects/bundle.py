@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repmlp_deploy.bench.report.results import ProfileLine
+from repmlp_deploy.bench.measure.results import ProfileLine
 from repmlp_deploy.bench.subjects.table import SUBJECTS, Job
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import InputError

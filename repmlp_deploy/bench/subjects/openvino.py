@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmlp_deploy.bench.counting.counts import stage_of
-from repmlp_deploy.bench.report.results import ProfileLine
+from repmlp_deploy.bench.measure.results import ProfileLine
 from repmlp_deploy.bench.subjects.table import Job
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import InputError, MissingDependency

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from repmlp_deploy.bench.report.results import ProfileLine
+from repmlp_deploy.bench.measure.results import ProfileLine
 from repmlp_deploy.bench.subjects.table import Job
 from repmlp_deploy.convert.reparam.merge import upstream_form
 from repmlp_deploy.convert.source.trained import Trained, load_trained

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from repmlp_deploy.bench.measure.machine import has_nvidia_gpu
-from repmlp_deploy.bench.report.results import ProfileLine
+from repmlp_deploy.bench.measure.results import ProfileLine
 from repmlp_deploy.card import ModelCard
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
 from repmlp_deploy.convert.options import require_choice

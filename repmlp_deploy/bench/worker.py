@@ -4,7 +4,7 @@ Each subject has a process of its own, so that its memory is its own, thread poo
 another, and a crash is a row and not the end of the run. Commands and answers are JSON objects, a line each; whatever
 libraries print goes to stderr.
 
-    python -m repmlp_deploy.bench.measure.worker
+    python -m repmlp_deploy.bench.worker
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from repmlp_deploy.bench.measure import machine
+from repmlp_deploy.bench.measure.results import ColdStart, Error
 from repmlp_deploy.bench.measure.timing import time_calls, warm_up
-from repmlp_deploy.bench.report.results import ColdStart, Error
 from repmlp_deploy.bench.subjects.table import SUBJECTS, Job, OpenedSubject, open_subject
 from repmlp_deploy.bundle import Probe
 from repmlp_deploy.errors import InputError, RepMLPError

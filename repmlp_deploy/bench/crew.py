@@ -22,7 +22,7 @@ class ChildFailed(Exception):  # noqa: N818 - an outcome that becomes a row's re
 
 
 class Child:
-    """A process that runs `repmlp_deploy.bench.measure.worker`; a context manager that ends it.
+    """A process that runs `repmlp_deploy.bench.worker`; a context manager that ends it.
 
     Args:
         threads: that every library in it may use.
@@ -32,7 +32,7 @@ class Child:
         limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "repmlp_deploy.bench.measure.worker"],
+            [sys.executable, "-P", "-m", "repmlp_deploy.bench.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
