@@ -81,7 +81,7 @@ class Worker:
         return Error(max_abs=result.max_abs, max_rel=result.max_rel, top1=result.top1, allowed=allowed).model_dump()
 
     def warm(self, batch: int, mode: str, seconds: float, gap_ms: float) -> dict[str, Any]:
-        """Warm up; the peak of resident memory begins anew."""
+        """Warm up, and start the peak of resident memory again."""
         machine.reset_peak()
         return warm_up(self._call(batch, mode), seconds, gap_ms=gap_ms).model_dump()
 

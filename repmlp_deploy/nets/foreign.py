@@ -1,6 +1,6 @@
 """Blocks of other implementations, recognised by their structure and made ours, without importing them.
 
-Every branched block type of the table says by `adopted` which structure it recognises, as it is in the official
+Every branched block type of the table says by `adopted` which structure it recognises, as in the official
 releases, in mmpretrain, and in most copies of them.
 
 Names prove nothing. A foreign block is taken for ours only after both have computed the same, ours merged and both in

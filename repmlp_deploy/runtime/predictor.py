@@ -96,7 +96,7 @@ class Predictor:
         threads: of one inference; by default the runtime's choice.
         cache: folder for what the runtime compiles or optimises, where that makes the next start quicker: OpenVINO's
             compiled models, ONNX Runtime's int8 graphs. It must belong to whoever runs the service, since what is in it
-            runs as it is. By default nothing is kept but what TensorRT-RTX compiles, beside the bundle.
+            runs without another check. By default only what TensorRT-RTX compiles is kept, beside the bundle.
         engine: how a TensorRT engine is run: device memory, GPU, workers, CUDA graphs.
         array_order: channel order of image arrays, `RGB` or `BGR`.
 

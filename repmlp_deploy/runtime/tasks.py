@@ -115,7 +115,7 @@ class Segmentation:
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """What the network knows a face by.
+    """The vector that the network gives for a face.
 
     Attributes:
         vector: (D,) float32 of length 1.

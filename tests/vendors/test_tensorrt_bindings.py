@@ -242,5 +242,5 @@ def test_refitting_is_refused_where_the_engine_could_not_be_refitted_again(monke
     monkeypatch.setattr(refit, "check_flavour", lambda _: bindings(NEWEST))
     assert refit.check_refit("trt").__version__ == NEWEST
     monkeypatch.setattr(refit, "check_flavour", lambda _: bindings(OLDEST))
-    with pytest.raises(BuildError, match=r"tensorrt 10\.13\.3\.9 lacks .*INCLUDE_REFIT.* tensorrt 10\.14 has it"):
+    with pytest.raises(BuildError, match=r"tensorrt 10\.13\.3\.9 has no .*INCLUDE_REFIT.* tensorrt 10\.14 has it"):
         refit.check_refit("trt")

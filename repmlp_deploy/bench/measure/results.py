@@ -1,4 +1,4 @@
-"""Results: what one run of the benchmark found, as it is kept in JSON and compared with later runs."""
+"""Results: what one run of the benchmark found, as JSON keeps it for comparison with later runs."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Row(_Frozen):
         precision: that the row computes in.
         batch: images a call.
         mode: `steady`, calls back to back; `idle`, with a gap before each; `end-to-end`, from JPEG bytes to classes.
-        title: what it is, for people.
+        title: its name for people.
         graph: whose counts apply: trained, merged or folded.
         status: whether there are figures.
         reason: why there are none, or fewer than asked for.

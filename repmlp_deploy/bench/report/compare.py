@@ -60,7 +60,7 @@ class Comparison:
     """Two runs.
 
     Attributes:
-        changes: one a row that both measured.
+        changes: one per row that both measured.
         notes: what a reader must know: rows in one run only, other machines or versions.
         drift: new over old that all groups share: the smallest of theirs.
         drifted: whether that is a slowdown which the machine does not explain.

@@ -1,4 +1,4 @@
-"""Reports: one set of tables, for the terminal, Markdown and the page; and a CSV with a line a row."""
+"""Reports: one set of tables, for the terminal, Markdown and the page; and a CSV with one line per row."""
 
 from __future__ import annotations
 

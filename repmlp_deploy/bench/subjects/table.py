@@ -72,7 +72,7 @@ class Subject:
     """One format that can be compared.
 
     Attributes:
-        title: what it is, for people.
+        title: its name for people.
         graph: the form of the network it computes: trained, merged or folded.
         needs: `checkpoint`, or the artifact of a bundle.
         precisions: those it computes in.
@@ -145,7 +145,7 @@ SUBJECTS: dict[str, Subject] = {
         *("folded", "trt-rtx", _IN_TENSORRT, _BUNDLE, FLAVOURS["trt-rtx"].module, "rtx"),
     ),
 }
-"""Format to what it is, in the order of reports."""
+"""Format to its entry, in the order of reports."""
 
 
 def chosen_rows(formats: Sequence[str] | None, precisions: Sequence[str]) -> list[tuple[str, str]]:

@@ -282,7 +282,7 @@ class _Tensors:
         try:
             info = archive.getinfo(self._structure["root"] + key)
         except KeyError:
-            raise CheckpointError(f"{self._path} is damaged: it lacks the data of a tensor") from None
+            raise CheckpointError(f"{self._path} is damaged: the data of a tensor are missing") from None
         if info.file_size < size or (
             info.compress_type == zipfile.ZIP_STORED and info.file_size > self._path.stat().st_size
         ):
@@ -299,7 +299,7 @@ class _Tensors:
     def _piece(self, key: str, file: Any) -> bytearray:
         place = self._structure["places"].get(key)
         if place is None:
-            raise CheckpointError(f"{self._path} is damaged: it lacks the data of a tensor")
+            raise CheckpointError(f"{self._path} is damaged: the data of a tensor are missing")
         start, size = place
         data = bytearray(size)
         file.seek(start)

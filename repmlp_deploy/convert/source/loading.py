@@ -48,7 +48,7 @@ def infer_card(  # noqa: PLR0913 - each says something that shapes cannot
     try:
         spec = FAMILIES[family].infer(shapes, input_size)
     except KeyError as error:
-        raise CheckpointError(f"{name} lacks the key {error.args[0]}, which every {family} has") from None
+        raise CheckpointError(f"{name} has no key {error.args[0]}, which every {family} has") from None
     except (ValidationError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from None
     cards = [card for card in map(load_card, list_cards()) if card.family == family]

@@ -321,7 +321,7 @@ def _recognise(keys: Mapping[str, str], name: str) -> tuple[Layout, str]:
     if blocks is not None:
         anchors = dict.fromkeys(layout.anchor for layout in LAYOUTS)
         raise CheckpointError(
-            f"{name} has RepMLP blocks ({blocks}) but no known network's frame: it lacks {' or '.join(anchors)}"
+            f"{name} has RepMLP blocks ({blocks}) but no known network's frame: it has no {' or '.join(anchors)}"
         )
     some = ", ".join(list(keys.values())[:3])
     raise CheckpointError(f"{name} is no RepMLP: no key ends in fc3.weight; it begins with {some}")

@@ -1,4 +1,4 @@
-"""The check of what a network is given."""
+"""Check the shape of a network's input."""
 
 from __future__ import annotations
 

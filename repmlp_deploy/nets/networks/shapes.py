@@ -1,4 +1,4 @@
-"""What the shapes of a RepMLP block of 2021 tell of it, trained or merged.
+"""Infer a RepMLP block of 2021, trained or merged, from the shapes of its weights.
 
 FC3 holds the area of a partition, FC1 the number of partitions: their product is the area of the map. Edges are not
 told, so that squares are assumed unless the input's size is known.

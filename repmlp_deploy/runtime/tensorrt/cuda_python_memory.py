@@ -93,7 +93,7 @@ class CudaPythonMemory:
         return int(_checked("cudaMalloc", cudart.cudaMalloc(size)))
 
     def free(self, address: int) -> None:
-        """Give them back."""
+        """Free the bytes at this address."""
         _checked("cudaFree", cudart.cudaFree(address))
 
     def allocate_pinned(self, size: int) -> Bytes:
@@ -102,7 +102,7 @@ class CudaPythonMemory:
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def free_pinned(self, array: Bytes) -> None:
-        """Give them back."""
+        """Free the bytes at this address."""
         _checked("cudaFreeHost", cudart.cudaFreeHost(array.ctypes.data))
 
     def create_stream(self) -> int:

@@ -164,7 +164,7 @@ def test_a_fine_tuned_network_keeps_the_preprocessing_and_loses_the_labels(digit
 
 def test_a_key_that_every_network_has_is_named_when_it_lacks(digits_state: State) -> None:
     lacking = {key: value for key, value in shapes(digits_state).items() if key != "stages.1.0.repmlp_block.fc3.weight"}
-    with pytest.raises(CheckpointError, match=r"lacks the key stages.1.0.repmlp_block.fc3.weight"):
+    with pytest.raises(CheckpointError, match=r"has no key stages.1.0.repmlp_block.fc3.weight"):
         infer_card(lacking, family="repmlpnet", layout="official", merged=False)
 
 

@@ -37,7 +37,7 @@ def check_refit(name: str) -> Any:
     if not has_name(trt, flag):
         flavour = FLAVOURS[name]
         raise BuildError(
-            f"{flavour.module} {trt.__version__} lacks {flag}, so a refitted engine could not be refitted again; "
+            f"{flavour.module} {trt.__version__} has no {flag}, so a refitted engine could not be refitted again; "
             f"{flavour.module} {DIFFERENCES[flag].since} has it: "
             f'pip install --upgrade "repmlp-deploy[{flavour.extra}]"'
         )
