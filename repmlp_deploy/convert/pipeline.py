@@ -95,31 +95,23 @@ def export(  # noqa: PLR0913 - one per command-line option
     low = LowPrecision(precision, calibration, calibration_method, tuple(keep_fp32), sensitivity)
     request = Request(parse_formats(formats), graph, whole_range(profiles), options, low)
     own = OwnRequest(module, example_input, card, weights, input_size, allow_merged)
-    return _saved(model_or_checkpoint, own, request, None if out is None else Path(out), _Clock(progress))
-
-
-def _saved(
-    source: nn.Module | str | Path, own: OwnRequest, request: Request, out: Path | None, clock: _Clock
-) -> Bundle:
-    """Check the request, load the network, make the bundle and save it."""
+    clock = _Clock(progress)
     request.check()
     check_formats(request)
     if out is not None:
-        check_output_folder(out)
-    with clock.step("load"):
-        if own.module is not None or own.example_input is not None:
-            trained = load_own(source, own)
-        else:
-            trained = take_trained(source, own.card, own.weights, own.input_size, allow_merged=own.allow_merged)
-    target = Path("artifacts", f"{trained.card.name}-{request.precision}") if out is None else out
-    check_output_folder(target)
-    bundle = _made(trained, request, clock)
+        check_output_folder(Path(out))
+    bundle, target = _made(model_or_checkpoint, own, request, None if out is None else Path(out), clock)
     with clock.step("save"):
         return bundle.save(target)
 
 
-def _made(trained: Trained, request: Request, clock: _Clock) -> Bundle:
-    """Return the bundle, in memory: the steps, top to bottom."""
+def _made(
+    source: nn.Module | str | Path, own: OwnRequest, request: Request, out: Path | None, clock: _Clock
+) -> tuple[Bundle, Path]:
+    """Return the bundle, in memory, and its folder: the steps, top to bottom."""
+    trained = _loaded(source, own, clock)  # here and not in a caller, whose name for it would keep the weights
+    target = Path("artifacts", f"{trained.card.name}-{request.precision}") if out is None else out
+    check_output_folder(target)
     interface = find_interface(trained)
     samples = _samples(trained, request, interface, clock)
     probe = _probe(trained, interface, samples, clock)
@@ -137,17 +129,18 @@ def _made(trained: Trained, request: Request, clock: _Clock) -> Bundle:
         made = made.having(name, FORMATS[name].build(name, job, form.value))
     network = form.value.network
     del form
-    job = replace(job, trained=trained.without_weights())
+    trained = trained.without_weights()
+    job = replace(job, trained=trained)
     release_memory()  # once, not after every step: memory that is taken again costs more than it is worth
     programs, graphs = formats_that_need(request, "trace"), formats_that_need(request, "fp32", "lowered")
     if not programs and not graphs:
-        return made.bundle(job, clock.seconds)
+        return made.bundle(job, clock.seconds), target
     fixed = may_trace_fixed(job, program_is_kept=bool(programs))
     traced = trace_for(job, network, fixed=fixed)
     for name in programs:
         made = made.having(name, FORMATS[name].build(name, job, traced))
     if not graphs:
-        return made.bundle(job, clock.seconds)
+        return made.bundle(job, clock.seconds), target
     needs = {FORMATS[name].needs for name in graphs}
     proved = verified_graphs(job, network, traced, fixed=fixed, needs=needs)
     del network, traced
@@ -156,7 +149,15 @@ def _made(trained: Trained, request: Request, clock: _Clock) -> Bundle:
         release_memory(cycles=True)
     for name in graphs:
         made = made.having(name, FORMATS[name].build(name, job, proved.value))
-    return made.bundle(job, clock.seconds)
+    return made.bundle(job, clock.seconds), target
+
+
+def _loaded(source: nn.Module | str | Path, own: OwnRequest, clock: _Clock) -> Trained:
+    """Return the trained network, of a family or of the user's own."""
+    with clock.step("load"):
+        if own.module is not None or own.example_input is not None:
+            return load_own(source, own)
+        return take_trained(source, own.card, own.weights, own.input_size, allow_merged=own.allow_merged)
 
 
 def _samples(trained: Trained, request: Request, interface: Interface, clock: _Clock) -> Calibration | None:

@@ -1,4 +1,5 @@
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from repmlp_deploy import Bundle, Predictor, export, get_model
 from repmlp_deploy.bundle import MANIFEST
 from repmlp_deploy.card import load_card
-from repmlp_deploy.convert import graphs, transform
+from repmlp_deploy.convert import graphs, pipeline, transform
 from repmlp_deploy.convert.formats import parse_formats
 from repmlp_deploy.convert.graph.simplify import SimplificationFailed
 from repmlp_deploy.convert.options import parse_batch, parse_size
@@ -159,6 +160,30 @@ def test_a_network_in_memory_is_left_alone_and_one_from_a_file_gives_its_memory_
     assert left.checkpoint.sha256 == loaded.checkpoint.sha256
     own = replace(loaded, network=get_model("repmlp-digits"), checkpoint=None)
     assert {parameter.device.type for parameter in own.without_weights().network.parameters()} == {"cpu"}
+
+
+def test_nothing_holds_the_checkpoints_tensors_once_the_network_is_traced(
+    digits_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name for the loaded network that outlives `without_weights` costs a copy of all weights until the end."""
+    tensors: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    take, trace = pipeline.take_trained, pipeline.trace_for
+
+    def recorded(*arguments: object, **options: object) -> object:
+        trained = take(*arguments, **options)
+        tensors.extend(weakref.ref(tensor) for tensor in trained.state.tensors.values())
+        return trained
+
+    def counted(*arguments: object, **options: object) -> object:
+        alive.append(sum(tensor() is not None for tensor in tensors))
+        return trace(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, "take_trained", recorded)
+    monkeypatch.setattr(pipeline, "trace_for", counted)
+    export(digits_checkpoint, out=tmp_path / "out")
+    assert len(tensors) > 100
+    assert alive == [0]
 
 
 def test_a_wrong_merge_is_caught_and_nothing_is_written(
