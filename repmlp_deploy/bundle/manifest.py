@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from repmlp_deploy.bundle.records import Origin
 from repmlp_deploy.card import Preprocessing
 from repmlp_deploy.errors import BundleError
+from repmlp_deploy.precision import PRECISIONS
 
 __all__ = [
     "MANIFEST",
@@ -92,6 +93,7 @@ class Hop(_Frozen):
     Attributes:
         name: the step.
         kind: `output` of a network or graph; `weights`, compared one by one; `floor`, the trained network in float32.
+        artifact: the format whose graph ran or whose constants were compared; empty for networks of PyTorch.
         precision: whose tolerance applies, an entry of `PRECISIONS` or `fp64`; empty in bundles that do not say it.
         batch: size of the batch it ran with; None for weights.
         max_abs: largest absolute error against the trained network in float64.
@@ -111,6 +113,7 @@ class Hop(_Frozen):
 
     name: str
     kind: Literal["output", "weights", "floor"]
+    artifact: str = ""
     precision: str = ""
     batch: int | None
     max_abs: float
@@ -130,11 +133,15 @@ class Hop(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _with_kind(cls, data: Any) -> Any:
-        """Read rows of bundles that tell weights by a batch of 0."""
+        """Read rows of bundles that tell weights by a batch of 0, and the graph by the step's name."""
         if not isinstance(data, dict) or "kind" in data:
             return data
         kind = "floor" if data.get("passed") is None else "output" if data.get("batch") else "weights"
-        return {**data, "kind": kind, "batch": data.get("batch") or None}
+        words = str(data.get("name", "")).replace(",", "").split()
+        artifact = "onnx" if "ONNX" in words else "openvino" if "OpenVINO" in words else ""
+        told = "fp32" if artifact and "refitted" not in words else ""  # a refit named no precision
+        precision = next((word for word in words if word in PRECISIONS), told)
+        return {**data, "kind": kind, "batch": data.get("batch") or None, "artifact": artifact, "precision": precision}
 
 
 class Verdict(_Frozen):

@@ -138,7 +138,7 @@ def _exported(job: Job, network: nn.Module, traced: Traced, file: BinaryIO, *, f
         del model  # before a runtime takes its own copies
     find = partial(blame_graph, traced.program, batches=certifier.batches(*([TRACED.opt] if fixed else [])))
     with job.clock("verify exported"), nullcontext() if fixed else blamed(partial(find, data)):
-        hops = certifier.require("exported ONNX", onnx_run(data))
+        hops = certifier.require("exported ONNX", onnx_run(data), artifact="onnx")
     with job.clock("verify weights"), blamed(partial(find, data)):
         weights = job.match_weights("exported ONNX weights", onnx.load_from_string(data), network)
         hops += certifier.require_passed([weights])
@@ -157,7 +157,7 @@ def _simplified(job: Job, network: nn.Module, exported: _Exported, simplifier: S
         try:
             weights = job.match_weights("simplified ONNX weights", simplified, network)
             del simplified  # before a runtime takes its own copies
-            hops = [*job.certifier.measure("simplified ONNX", onnx_run(data), "fp32"), weights]
+            hops = [*job.certifier.measure("simplified ONNX", onnx_run(data), "fp32", "onnx"), weights]
         except (VerificationError, InputError) as error:
             said = str(error)
         else:
@@ -190,7 +190,7 @@ def _lowered(job: Job, data: bytes, find: Find) -> Step[tuple[bytes, dict[str, A
     with job.clock(f"verify {precision}"):
         for name, runnable in ways_to_run(lowered.model, data, precision):
             with blamed(partial(find, runnable, precision=precision)):
-                hops += job.certifier.require(name, onnx_run(runnable), precision)
+                hops += job.certifier.require(name, onnx_run(runnable), precision, "onnx")
     if request.low.sensitivity:
         with job.clock("sensitivity"):
             about["sensitivity"] = _sensitivity(job, model, ranges)

@@ -62,6 +62,23 @@ def test_rows_of_older_bundles_get_their_kind(row: dict[str, object], kind: str,
     assert (hop.kind, hop.batch) == (kind, batch)
 
 
+@pytest.mark.parametrize(
+    ("name", "artifact", "precision"),
+    [
+        ("merged", "", ""),
+        ("simplified ONNX", "onnx", "fp32"),
+        ("fp16 ONNX, emulated", "onnx", "fp16"),
+        ("refitted ONNX", "onnx", ""),
+        ("OpenVINO bf16", "openvino", "bf16"),
+    ],
+)
+def test_rows_of_older_bundles_get_their_artifact(name: str, artifact: str, precision: str) -> None:
+    numbers = {"max_abs": 0.0, "mean_abs": 0.0, "max_rel": 0.0, "between": None, "cosine": 1.0, "top1": None}
+    row = {"name": name, "batch": 3, "passed": True, "floor": 1.0, "allowed": 8.0, **numbers}
+    hop = Hop.model_validate(row)
+    assert (hop.artifact, hop.precision) == (artifact, precision)
+
+
 def test_the_origin_is_read_as_a_type(bundle: Bundle) -> None:
     origin = bundle.manifest.origin
     assert origin.checkpoint is not None

@@ -38,7 +38,7 @@ def build(name: str, job: Job, source: Graphs) -> Step[Artifact]:
         )
     with job.clock(f"verify {name}"):
         model = CompiledIR(lambda: (ir.xml, ir.weights), request.precision, RunnerOptions())
-        hops = job.certifier.require(f"OpenVINO {request.precision}", model.run_all, request.precision)
+        hops = job.certifier.require(f"OpenVINO {request.precision}", model.run_all, request.precision, name)
     about = {**ir.details, "products": model.products()}
     made = Artifact.of("model.xml", ir.xml, request.precision, about, companions={"model.bin": ir.weights})
     stored = "openvino stores fp16 and computes in float32, which is what CPUs have"

@@ -77,7 +77,7 @@ class Certifier:
         """Return the inputs of every batch size that steps are run at, and of further ones."""
         return [self._probe.batches(size)[0] for size in sorted({*self._sizes, *further})]
 
-    def measure(self, name: str, run: Run, precision: str) -> list[Hop]:
+    def measure(self, name: str, run: Run, precision: str, artifact: str = "") -> list[Hop]:
         """Return the rows of one step, one per batch size and output; some may have failed.
 
         The largest batch size sees every sample, in as many batches as that takes; the others see one batch each.
@@ -95,17 +95,23 @@ class Certifier:
                     hop = self._hop(name, i, output, reference, floors, rows, precision)
                 except VerificationError as error:
                     raise VerificationError(f"{name}{self._suffixes[i]} at batch {size}: {error}") from None
-                hops.append(hop.model_copy(update={"batch": size}))
+                hops.append(hop.model_copy(update={"batch": size, "artifact": artifact}))
             start += size
         return hops
 
-    def require(self, name: str, run: Run, precision: str = "fp32") -> list[Hop]:
+    def require(self, name: str, run: Run, precision: str = "fp32", artifact: str = "") -> list[Hop]:
         """Return the rows of one step, all passed.
+
+        Args:
+            name: of the step.
+            run: inputs to outputs.
+            precision: whose tolerance applies.
+            artifact: the format whose graph runs; empty for a network of PyTorch.
 
         Raises:
             VerificationError: it differs too much from the trained network.
         """
-        return self.require_passed(self.measure(name, run, precision))
+        return self.require_passed(self.measure(name, run, precision, artifact))
 
     def first_sample(self) -> tuple[list[NDArray[Any]], list[NDArray[np.float64]]]:
         """Return the inputs of the first sample, (1, …), floats in float64, and the trained network's outputs."""
@@ -237,7 +243,7 @@ def recertify(
                 raise
             notes.append(f"{name} was not run: {error}")
             continue
-        hops += certifier.measure(f"{name} on {runner.device}", runner.run_all, entry.precision)
+        hops += certifier.measure(f"{name} on {runner.device}", runner.run_all, entry.precision, name)
         runner.close()
     if artifact_format is not None:
         bundle.artifact(artifact_format)

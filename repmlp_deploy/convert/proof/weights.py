@@ -79,6 +79,7 @@ def match_weights(
     return Hop(
         name=name,
         kind="weights",
+        artifact="onnx",
         precision="fp32",
         batch=None,
         max_abs=error,

@@ -81,7 +81,10 @@ def verified_graph(bundle: Bundle) -> bytes:
         BundleError: it has none, or another one, or the certificate does not cover it.
     """
     entry = bundle.artifact("onnx")
-    compared = [hop for hop in bundle.manifest.certificate if hop.kind == "output" and "ONNX" in hop.name]
+    compared = any(
+        (hop.kind, hop.artifact) == ("output", "onnx") and hop.precision in (entry.precision, "")
+        for hop in bundle.manifest.certificate
+    )
     if not compared or not bundle.manifest.verdict.passed:
         raise BundleError(f"{bundle.folder}: its ONNX graph was not verified; export the checkpoint again")
     return bundle.read(entry)

@@ -146,9 +146,8 @@ def _compared(data: bytes, network: nn.Module, precision: str, certifier: Certif
     weights = [match_weights("refitted ONNX weights", model, network)] if precision == "fp32" else []
     hops = certifier.require_passed(weights)
     for name, runnable in ways_to_run(model, data, precision):
-        hops += certifier.require(
-            f"refitted {name}" if precision != "fp32" else "refitted ONNX", onnx_run(runnable), precision
-        )
+        step = "refitted ONNX" if precision == "fp32" else f"refitted {name}"
+        hops += certifier.require(step, onnx_run(runnable), precision, "onnx")
     return hops
 
 

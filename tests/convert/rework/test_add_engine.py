@@ -13,14 +13,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from repmlp_deploy import Bundle
+from repmlp_deploy import Bundle, export
 from repmlp_deploy.bundle import MANIFEST, BatchRange
 from repmlp_deploy.cli.build import build_command
 from repmlp_deploy.cli.export import export_command
 from repmlp_deploy.cli.shared.console import run_command
 from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.convert.formats.tensorrt import flavours
-from repmlp_deploy.convert.rework.add_engine import add_engines
+from repmlp_deploy.convert.rework.add_engine import add_engines, verified_graph
 from repmlp_deploy.errors import BundleError, InputError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -102,6 +102,16 @@ def test_a_graph_that_was_not_verified_is_not_built_from(bundle_folder: Path, pa
     (bundle_folder / MANIFEST).write_text(json.dumps(data))
     with pytest.raises(BundleError, match="was not verified"):
         add_engines(bundle_folder, ["trt-rtx"])
+
+
+def test_rows_of_another_precision_do_not_vouch_for_the_graph(digits_checkpoint: Path, tmp_path: Path) -> None:
+    """The float32 graph that the fp16 one was made from was verified, the fp16 graph itself was not."""
+    bundle = export(digits_checkpoint, precision="fp16", batch="1:2:4", out=tmp_path / "bundle")
+    assert verified_graph(bundle) == (tmp_path / "bundle" / "model.onnx").read_bytes()
+    rows = tuple(hop for hop in bundle.manifest.certificate if hop.precision != "fp16")
+    unproved = Bundle(bundle.manifest.model_copy(update={"certificate": rows}), bundle.folder)
+    with pytest.raises(BundleError, match="was not verified"):
+        verified_graph(unproved)
 
 
 def test_profiles_beyond_what_was_verified_are_refused(bundle_folder: Path) -> None:
