@@ -198,6 +198,7 @@ for i in range(100_000):
 """
 
 
+@pytest.mark.slow
 def test_killing_a_writer_at_any_moment_leaves_a_complete_bundle(bundle_folder: Path) -> None:
     """Fifty random moments; abandoned folders are removed by the next writer."""
     rng = random.Random(0)

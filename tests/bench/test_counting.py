@@ -19,6 +19,8 @@ from repmlp_deploy.convert.reparam.fold import fold_affine
 from repmlp_deploy.convert.reparam.merge import merge_branches, upstream_form
 from repmlp_deploy.nets.families import build_network
 
+pytestmark = pytest.mark.slow  # many exports, seconds each
+
 PUBLISHED = [name for name in list_cards() if load_card(name).published is not None]
 
 

@@ -18,6 +18,8 @@ from repmlp_deploy.cli.shared.console import _run, typer
 from repmlp_deploy.convert.pipeline import export
 from support.bench_reports import make_report
 
+pytestmark = pytest.mark.slow  # many exports, seconds each
+
 SETTINGS = Settings(
     models=("repmlp-digits",),
     formats=("torch-merged", "onnx", "openvino", "trt"),

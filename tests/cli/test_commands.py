@@ -242,6 +242,7 @@ def export_process(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["probe", "export", "simplify", "save"])
 def test_an_export_killed_at_any_step_leaves_the_old_bundle_or_the_new_one(
     bundle_folder: Path, digits_checkpoint: Path, step: str
@@ -258,6 +259,7 @@ def test_an_export_killed_at_any_step_leaves_the_old_bundle_or_the_new_one(
     assert bundle.manifest.batch.max in (16, 4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_export_says_so_and_leaves_nothing_behind(digits_checkpoint: Path, tmp_path: Path) -> None:
     process = export_process("--ckpt", digits_checkpoint, "--out", tmp_path / "out")
     assert process.stderr is not None

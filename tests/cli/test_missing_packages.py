@@ -15,6 +15,8 @@ from repmlp_deploy import Bundle
 from repmlp_deploy.errors import EXTRAS, MissingDependency, missing_dependency, optional_imports
 from support.commands import SAMPLES
 
+pytestmark = pytest.mark.slow  # many exports, seconds each
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(repmlp_deploy.__file__).parent
 ALWAYS_THERE = {"numpy", "PIL", "pydantic", "pydantic_core", "repmlp_deploy"}

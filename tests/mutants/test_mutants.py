@@ -30,6 +30,8 @@ from support import faults
 from support.mutants import CUT, EXPORT, FOLDING, LOADING, MERGING, MISLOADING, Mutant
 from support.task_cases import filled, save_network
 
+pytestmark = pytest.mark.slow  # many exports, seconds each
+
 
 class Table:
     """The lines, printed when the module's tests are over."""

@@ -15,6 +15,8 @@ from repmlp_deploy.convert.proof.certificate import recertify
 from repmlp_deploy.errors import InputError, VerificationError
 from support.digit_cases import exported, scans
 
+pytestmark = pytest.mark.slow  # many exports, seconds each
+
 HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 

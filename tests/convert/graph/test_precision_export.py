@@ -16,6 +16,8 @@ from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.errors import InputError, MissingDevice, VerificationError
 from support.digit_cases import exported, scans
 
+pytestmark = pytest.mark.slow  # many exports, seconds each
+
 CARDS = ("repmlp-digits", "pure-mlp-digits")
 
 

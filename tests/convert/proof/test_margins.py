@@ -17,6 +17,8 @@ from support.networks import randomize
 from support.own_networks import Segmenter
 from support.task_cases import filled, small_card, small_network
 
+pytestmark = pytest.mark.slow  # many exports, seconds each
+
 LEAST = 3.0
 
 

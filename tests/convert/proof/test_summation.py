@@ -96,6 +96,7 @@ def pooled() -> nn.Module:
     return randomize(Pooled())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edge", [128, 256, 512])
 def test_a_correct_network_with_a_large_map_is_proved(pooled: nn.Module, edge: int, tmp_path: Path) -> None:
     bundle = export(pooled, example_input=torch.zeros(1, 3, edge, edge), batch="1:2:4", out=tmp_path / "out")
@@ -106,6 +107,7 @@ def test_a_correct_network_with_a_large_map_is_proved(pooled: nn.Module, edge: i
     assert verdict.margin > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1 - 1e-3, 1 + 1e-4])
 def test_a_wrong_mean_over_a_large_map_is_noticed(
     pooled: nn.Module, factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,8 @@ from repmlp_deploy.convert.proof.certificate import recertify
 from repmlp_deploy.convert.rework.derive import derive_again
 from repmlp_deploy.errors import InputError, VerificationError
 
+pytestmark = pytest.mark.slow  # many exports, seconds each
+
 
 def certify_again(folder: Path) -> Bundle:
     """Write the hashes of what lies there now into the manifest, as whoever exchanges a file on purpose would."""

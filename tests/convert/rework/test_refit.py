@@ -46,6 +46,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 FAMILIES = [pytest.param(family, marks=() if family in FAST else pytest.mark.slow) for family in SMALL]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_the_graph_of_one_checkpoint_takes_the_weights_of_another(family: str, precision: str) -> None:
@@ -348,6 +349,7 @@ def test_a_refitted_engine_holds_the_weights_of_the_other_checkpoint(strip: bool
         np.testing.assert_array_equal(held, weights[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_refitted_graph_is_emulated_as_an_exported_one_is(
     precision: str, digits_checkpoint: Path, other_checkpoint: Path, tmp_path: Path

@@ -92,6 +92,7 @@ def test_the_input_is_not_modified_and_need_not_be_contiguous(machine: Machine) 
     runner.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_sixteen_threads_get_their_own_answers(machine: Machine, cuda_graphs: bool) -> None:
     """16 threads × 500 requests, all inputs distinct: none is wrong, none is lost."""

@@ -27,6 +27,8 @@ from support.golden_cases import GoldenCase
 from support.graph_cases import SMALL, GraphCase, graph_case
 from support.plan_files import Embedded, find_embedded
 
+pytestmark = pytest.mark.slow  # many exports, seconds each
+
 PRECISIONS = {"fp32": "float", "fp16": "half", "bf16": "bf16", "int8": "int8"}
 
 
