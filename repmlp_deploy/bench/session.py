@@ -332,7 +332,7 @@ class _Session:
         return max(0.0, self.started + self.settings.limit_seconds - _LAST_SECONDS - time.monotonic())
 
     def _group_end(self) -> float:
-        """When this group's share of what is left of the time limit ends."""
+        """Return when this group's share of the remaining time ends."""
         return time.monotonic() + self._seconds_left() / max(1, self._groups_left)
 
     def _later_seconds(self, rows: int) -> float:

@@ -201,7 +201,7 @@ class Target:
         )
 
     def _stored_in(self, precision: str, show: Show) -> Bundle:
-        """OpenVINO's artifact in 16 bits, from the verified float32 graph: the row's own check is all that is left."""
+        """Store OpenVINO's artifact in 16 bits, from the verified float32 graph; the row itself is compared later."""
         verified = self._bundle("onnx", "folded", "fp32", show)
         show(f"{self.name}: storing the folded graph in {precision}")
         shapes = {"images": self.shape}
@@ -220,7 +220,7 @@ class Target:
 
 
 def counts_key(format_name: str) -> str:
-    """Which of a target's counts a format computes."""
+    """Return which of a target's counts a format computes."""
     subject = SUBJECTS[format_name]
     return subject.graph if subject.needs in ("checkpoint", "openvino") else f"{subject.graph} ONNX"
 

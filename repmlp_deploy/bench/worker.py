@@ -42,7 +42,7 @@ _PROFILED_CALLS = 10
 
 
 class Worker:
-    """Answers commands; every method that is a command takes and returns what JSON can hold."""
+    """Run commands; every method that is a command takes and returns only JSON types."""
 
     def __init__(self) -> None:
         self._job: Job | None = None
@@ -86,7 +86,7 @@ class Worker:
         return warm_up(self._call(batch, mode), seconds, gap_ms=gap_ms).model_dump()
 
     def time(self, batch: int, mode: str, seconds: float, gap_ms: float, least: int) -> list[float]:
-        """Latencies of one slice of a round, in milliseconds."""
+        """Return the latencies of one slice of a round, in milliseconds."""
         return time_calls(self._call(batch, mode), seconds, gap_ms=gap_ms, least=least)
 
     def memory(self) -> int:
@@ -94,7 +94,7 @@ class Worker:
         return machine.peak_bytes()
 
     def profile(self, batch: int) -> list[dict[str, Any]]:
-        """Milliseconds a call by stage and kind of operation."""
+        """Return milliseconds per call by stage and kind of operation."""
         return [line.model_dump() for line in self._opened.profile(self._batch(batch), _PROFILED_CALLS)]
 
     @staticmethod

@@ -75,7 +75,7 @@ class Probe:
         return self.inputs[order], self.reference[order]
 
     def batches(self, size: int, start: int = 0) -> tuple[list[NDArray[Any]], list[NDArray[np.float64]]]:
-        """Every input and every reference of a batch of `size`, cycling through the samples from `start` on."""
+        """Return every input and every reference of a batch of `size`, cycling through the samples from `start` on."""
         order = (start + np.arange(size)) % len(self.inputs)
         inputs = [value[order] for value in (self.inputs, *self.further_inputs)]
         return inputs, [reference[order] for reference, _ in self.outputs()]

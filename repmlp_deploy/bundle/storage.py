@@ -92,7 +92,7 @@ class Bundle:
         return data
 
     def files(self) -> list[FileEntry]:
-        """Every file but the manifest."""
+        """Return every file but the manifest."""
         return _files(self.manifest)
 
     def artifact(self, artifact_format: str) -> ArtifactEntry:

@@ -149,7 +149,7 @@ def print_verdict(verdict: Verdict) -> None:
 
 
 def _verdict(hop: Hop) -> str:
-    """`equal` where nothing but float32's own rounding is allowed, `close` where a precision costs more."""
+    """Return `equal` if only float32's own rounding is allowed, `close` if a precision costs more."""
     exact = hop.kind != "output" or hop.allowed <= TOLERANCES["fp32"].floor_ratio * hop.floor
     return ("equal" if exact else "close") if hop.passed else "FAILED"
 

@@ -23,7 +23,7 @@ CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
 
 
 def parse_batch(text: str | int) -> BatchRange:
-    """`MIN:OPT:MAX`, or one size that is fixed.
+    """Read `MIN:OPT:MAX`, or one size that is fixed.
 
     Raises:
         InputError: it is neither, or the three do not rise.
@@ -53,12 +53,12 @@ def parse_profiles(text: str | int) -> tuple[BatchRange, ...]:
 
 
 def whole_range(profiles: Sequence[BatchRange]) -> BatchRange:
-    """From the smallest size of several ranges to the largest; the last of them says which is best."""
+    """Return the range from the smallest size to the largest; the last range says which size is best."""
     return BatchRange(min=min(p.min for p in profiles), opt=profiles[-1].opt, max=max(p.max for p in profiles))
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """(H, W) of `HxW`.
+    """Read (H, W) from `HxW`.
 
     Raises:
         InputError: it is something else.

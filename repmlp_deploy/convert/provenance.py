@@ -22,7 +22,7 @@ PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "onnxruntim
 
 
 def describe_provenance(trained: Trained, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Checkpoint, probe, versions, machine, seconds of every step and the largest resident size, for the manifest."""
+    """Return checkpoint, probe, versions, machine, seconds of every step and peak memory, for the manifest."""
     source: dict[str, Any] = {"checkpoint": None}
     if trained.checkpoint is not None and trained.state is not None:
         source["checkpoint"] = {

@@ -158,7 +158,7 @@ DATASETS: Mapping[str, Callable[[Path, Manifest], Dataset]] = {
 
 
 def _ids_by_name(labels: Sequence[str] | None) -> dict[str, list[int]]:
-    """Label to its class ids; a few ImageNet labels name two classes."""
+    """Map labels to class ids; a few ImageNet labels name two classes."""
     ids: dict[str, list[int]] = {}
     for i, label in enumerate(labels or ()):
         ids.setdefault(label, []).append(i)
@@ -174,7 +174,7 @@ def _id_of(name: str, known: Mapping[str, Sequence[int]], what: str) -> int:
 
 
 def _images(folder: Path) -> list[Path]:
-    """Image files in `folder` and below it, sorted."""
+    """Return image files in `folder` and below it, sorted."""
     files = (
         path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     )
@@ -182,7 +182,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _lines(path: Path, count: int) -> list[tuple[str, list[str]]]:
-    """(place, fields) of every line that is not empty."""
+    """Return (place, fields) of every line that is not empty."""
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():

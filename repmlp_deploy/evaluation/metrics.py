@@ -82,7 +82,7 @@ class ClassTally:
             self._counts["agreed"] += int((order[:, 0] == trained.argmax(axis=1)).sum())
 
     def scores(self) -> dict[str, Any]:
-        """Shares of the images."""
+        """Return shares of the images."""
         counts = self._counts
         found: dict[str, Any] = {"top1": _share(counts["top1"], counts["count"])}
         if self._classes > TOP:
@@ -129,7 +129,7 @@ class MaskTally:
                 self._compared += answer.mask.size
 
     def scores(self) -> dict[str, Any]:
-        """Mean over the classes that occur, every class, and shares of the pixels."""
+        """Return the mean over the classes that occur, every class, and shares of the pixels."""
         right = np.diag(self._pixels)
         union = self._pixels.sum(axis=0) + self._pixels.sum(axis=1) - right
         iou = [float(r / u) if u else None for r, u in zip(right, union, strict=True)]
@@ -175,7 +175,7 @@ class PairTally:
             self._trained += [a.similarity(b) for a, b in zip(found, others, strict=True)]
 
     def scores(self) -> dict[str, Any]:
-        """Accuracy over the folds, its deviation, and the mean threshold."""
+        """Return accuracy over the folds, its deviation, and the mean threshold."""
         found: dict[str, Any] = verification(np.array(self._cosines), np.array(self._same, dtype=bool))
         if self._trained:
             found["agreement"] = float(np.mean(self._trained))  # mean cosine with the trained network's embedding
@@ -199,7 +199,7 @@ TALLIES: Mapping[str, type[ClassTally | MaskTally | PairTally]] = {
 
 
 def verification(cosines: NDArray[np.float64], same: NDArray[np.bool_], folds: int = FOLDS) -> dict[str, float]:
-    """`accuracy` and its `deviation` over the folds, each judged by the best `threshold` of the others; their mean."""
+    """Return `accuracy` and its `deviation` over the folds, each judged by the best `threshold` of the others."""
     folds = min(folds, len(cosines))
     if folds <= 1:  # nothing to choose a threshold by
         return {"accuracy": 0.0, "deviation": 0.0, "threshold": 0.0}

@@ -49,7 +49,7 @@ def _copied(value: Tensor) -> Tensor:
 
 
 def keep_weights(old: nn.Module, new: nn.Module) -> None:
-    """Nothing: the counterpart of what `weights_freed` returns."""
+    """Do nothing: the counterpart of what `weights_freed` returns."""
 
 
 def weights_freed(root: nn.Module) -> Callable[[nn.Module, nn.Module], None]:

@@ -19,7 +19,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cache_key(*parts: object) -> str:
-    """One name for everything that a content depends on: file digests, versions, settings, the processor."""
+    """Return one name for everything that a content depends on: file digests, versions, settings, the processor."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
 
 

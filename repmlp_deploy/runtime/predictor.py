@@ -177,7 +177,7 @@ class Predictor:
             return self._predict([images])[0]
 
     def logits(self, batch: F32) -> F32:
-        """Raw outputs for a normalised batch.
+        """Return raw outputs for a normalised batch.
 
         Args:
             batch: (N, C, H, W) float32, as `preprocess` makes it; it is not modified.

@@ -60,11 +60,11 @@ class Runner(Protocol):
     details: dict[str, Any]
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, C, H, W) float32 -> (N, …) float32, an array the caller owns; N within the artifact's range."""
+        """Run a batch within the artifact's range: (N, C, H, W) float32 -> (N, …) float32, owned by the caller."""
         ...
 
     def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        """Every output, in the manifest's order, for every input, in its order."""
+        """Run every input, in its order, and return every output, in the manifest's order."""
         ...
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ Arrays = Sequence[NDArray[Any]]
 
 
 def slice_sizes(samples: int, batch: BatchRange) -> tuple[int, ...]:
-    """How many samples to run at once: the best size, as often as it fits, and the rest.
+    """Return how many samples to run at once: the best size as often as it fits, then the rest.
 
     Where the rest would be less than the smallest size that is served, it is run with the slice before it; where the
     two are more than the largest, everything is run at once.
@@ -39,7 +39,7 @@ def slice_sizes(samples: int, batch: BatchRange) -> tuple[int, ...]:
 
 
 def run_by_slices(run: Callable[..., Arrays], inputs: Arrays, batch: BatchRange) -> list[NDArray[Any]]:
-    """Every output of `run` for every input, whose first axes are the samples; large batches by slices."""
+    """Run every input, samples first, and return every output; large batches run by slices."""
     answers = [run(*part) for part in slices_of(inputs, batch)]
     if len(answers) == 1:
         return list(answers[0])

@@ -84,7 +84,7 @@ class Segmentation:
     labels: tuple[str, ...] | None = None
 
     def shares(self) -> list[tuple[int, float]]:
-        """(class id, share of the pixels) of every class that occurs, the largest share first."""
+        """Return (class id, share of the pixels) of every class that occurs, the largest share first."""
         ids, counts = np.unique(self.mask, return_counts=True)
         order = np.argsort(-counts, kind="stable")
         return [(int(ids[i]), float(counts[i] / self.mask.size)) for i in order]
@@ -140,14 +140,14 @@ Answer = Prediction | Segmentation | Embedding
 
 
 def softmax(logits: F32) -> F32:
-    """Probabilities along the last axis, in float32."""
+    """Return probabilities along the last axis, in float32."""
     raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities: F32 = raised / raised.sum(axis=-1, keepdims=True)
     return probabilities
 
 
 def predictions_from_logits(logits: F32, labels: Sequence[str] | None) -> list[Prediction]:
-    """One prediction a row of (N, classes) logits."""
+    """Return one prediction per row of (N, classes) logits."""
     scores = softmax(logits)
     best = scores.argmax(axis=1)
     return [
@@ -157,13 +157,13 @@ def predictions_from_logits(logits: F32, labels: Sequence[str] | None) -> list[P
 
 
 def masks_from_logits(logits: F32, sizes: Sequence[Size], labels: Sequence[str] | None = None) -> list[Segmentation]:
-    """One segmentation a map of (N, classes, H, W) logits, each of its image's (height, width)."""
+    """Return one segmentation per map of (N, classes, H, W) logits, each of its image's (height, width)."""
     names = None if labels is None else tuple(labels)
     return [Segmentation(_mask(maps, size), names) for maps, size in zip(logits, sizes, strict=True)]
 
 
 def _mask(maps: F32, size: Size) -> NDArray[np.integer]:
-    """(classes, H, W) logits -> (height, width) class ids."""
+    """Return (classes, H, W) logits -> (height, width) class ids."""
     kind = np.uint8 if len(maps) <= _UINT8_CLASSES else np.int32
     if maps.shape[1:] == size:
         ids: NDArray[np.integer] = maps.argmax(axis=0).astype(kind)
@@ -184,14 +184,14 @@ def _resized(map_: F32, size: Size) -> F32:
 
 
 def embeddings_from_outputs(outputs: F32) -> list[Embedding]:
-    """One embedding of length 1 a row of (N, D); a row of zeros has no direction and stays zero."""
+    """Return one embedding of length 1 per row of (N, D); a row of zeros has no direction and stays zero."""
     lengths = np.linalg.norm(outputs.astype(np.float64), axis=1, keepdims=True)
     unit = outputs / np.maximum(lengths, np.finfo(np.float32).tiny)
     return [Embedding(row.copy()) for row in unit.astype(np.float32)]
 
 
 def palette(classes: int) -> NDArray[np.uint8]:
-    """(classes, 3) RGB levels, different for the first 256 classes; those of the PASCAL VOC challenge.
+    """Return (classes, 3) RGB levels, different for the first 256 classes; those of the PASCAL VOC challenge.
 
     The bits of a class id are dealt to red, green and blue in turn, each filling its level from the highest bit down.
     """

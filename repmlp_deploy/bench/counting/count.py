@@ -180,7 +180,7 @@ def _node_macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Every value's shape at batch 1; weights are left out of what shape inference copies."""
+    """Return every value's shape at batch 1; weights are left out of what shape inference copies."""
     small = without_weights(model, large_weights(model), as_inputs=True)
     del small.graph.value_info[:]
     for value in small.graph.input:

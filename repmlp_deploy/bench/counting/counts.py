@@ -96,19 +96,19 @@ class Counts(BaseModel):
         )
 
     def traffic_bytes(self, batch: int, precision: str = "fp32") -> int:
-        """Bytes that the operations read and write for a batch, none of them kept in a cache."""
+        """Return bytes that the operations read and write for a batch, none of them kept in a cache."""
         return WIDTHS[precision] * (self.weight_elements + batch * self.activation_elements)
 
     def least_bytes(self, batch: int, precision: str = "fp32") -> int:
-        """Bytes that no implementation can avoid: the weights once, the input and the output."""
+        """Return bytes that no implementation can avoid: the weights once, the input and the output."""
         return WIDTHS[precision] * (self.weight_elements + batch * self.io_elements)
 
     def intensity(self, batch: int, precision: str = "fp32") -> float:
-        """Operations (two a multiply-add) per byte of the least traffic."""
+        """Return operations (two per multiply-add) per byte of the least traffic."""
         return 2 * self.macs * batch / self.least_bytes(batch, precision)
 
     def by(self, attribute: str) -> dict[str, int]:
-        """Multiply-adds an image, summed by `op` or `stage`, in order of appearance, parts without any left out."""
+        """Return multiply-adds per image, summed by `op` or `stage`, in order of appearance."""
         sums: dict[str, int] = {}
         for op in self.operations:
             if op.macs:

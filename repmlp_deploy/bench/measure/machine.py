@@ -38,7 +38,7 @@ _TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "
 
 
 def usable_cores() -> int:
-    """Cores this process may run on; physical ones where the system tells them apart."""
+    """Return how many cores this process may run on; physical ones if the system tells them apart."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
@@ -49,7 +49,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, memory, accelerator, system, versions and commit; None for what the system does not say."""
+    """Return processor, memory, accelerator, system, versions and commit; None for what the system does not say."""
     cpu = _cpu()
     frequency = psutil.cpu_freq()
     return {
@@ -74,7 +74,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now."""
+    """Return resident memory of this process now."""
     return int(psutil.Process().memory_info().rss)
 
 

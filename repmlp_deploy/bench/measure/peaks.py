@@ -56,7 +56,7 @@ def best_of(first: Machine, second: Machine) -> Machine:
 
 
 def roofline(counts: Counts, batch: int, precision: str, latency_ms: float, machine: Machine | None) -> Roofline:
-    """Where a row of this latency lies under the machine's roof."""
+    """Return where a row of this latency lies under the machine's roof."""
     gflops = 2 * counts.macs * batch / (latency_ms / 1e3) / 1e9
     intensity = counts.intensity(batch, precision)
     peak = None if machine is None else machine.peak_gflops.get(precision)
@@ -67,7 +67,7 @@ def roofline(counts: Counts, batch: int, precision: str, latency_ms: float, mach
 
 
 def _fastest(call: Product) -> float:
-    """Seconds of the fastest of as many calls as fit the time, three at least."""
+    """Return the seconds of the fastest of as many calls as fit the time, at least three."""
     call()
     times: list[float] = []
     ends = time.perf_counter() + SECONDS
@@ -79,7 +79,7 @@ def _fastest(call: Product) -> float:
 
 
 def _products(threads: int) -> Iterator[tuple[str, str, int, Product]]:
-    """Precision, library, edge and a call that multiplies two edge×edge matrices."""
+    """Return precision, library, edge and a call that multiplies two edge×edge matrices."""
     for edge in EDGES:
         a, b = torch.rand(edge, edge), torch.rand(edge, edge)
         c = torch.empty_like(a)

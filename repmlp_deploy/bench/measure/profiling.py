@@ -34,7 +34,7 @@ def node_stages(model_file: Path) -> dict[str, str]:
 def gather_times(
     nodes: Iterable[tuple[str, str, float]], stages: dict[str, str], calls: int
 ) -> list[tuple[str, str, float]]:
-    """(stage, operation, milliseconds a call) of (names, operation, milliseconds) of single nodes in their order.
+    """Sum the times of single nodes to (stage, operation, milliseconds per call), in their order.
 
     Args:
         nodes: `names` is what the runtime calls the node: a name, or several it was fused from.
@@ -60,7 +60,7 @@ def _stage_of_node(names: str, stages: dict[str, str]) -> str | None:
 
 
 def profile_lines(times: Iterable[tuple[str, str, float]], format_name: str, precision: str) -> list[ProfileLine]:
-    """Lines of one subject; model and batch are for the caller to fill in."""
+    """Return the lines of one subject; the caller fills in model and batch."""
     return [
         ProfileLine(model="", format=format_name, precision=precision, batch=0, stage=stage, op=op, ms=ms)
         for stage, op, ms in times

@@ -97,7 +97,7 @@ class Warmup(BaseModel):
 
 
 def time_calls(call: Callable[[], object], seconds: float, *, gap_ms: float = 0.0, least: int = 1) -> list[float]:
-    """Latencies of calls, in milliseconds, until `seconds` are over and at least `least` were made.
+    """Return the latencies of calls, in milliseconds, until `seconds` are over and at least `least` were made.
 
     Args:
         call: what is timed.
@@ -162,7 +162,7 @@ def _percentile(latencies: NDArray[np.float64], q: int) -> float | None:
 
 
 def compare_rounds(baseline: Rounds, own: Rounds, *, paired: bool = True, seed: int = 0) -> Ratio:
-    """How many times as fast as the baseline, from the rounds that both have.
+    """Return how many times as fast as the baseline a row is, from the rounds that both have.
 
     Args:
         baseline: latencies of the baseline.

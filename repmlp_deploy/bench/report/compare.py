@@ -149,7 +149,7 @@ def _change(old: Row, new: Row, drift: float, threshold: float) -> Change:
 
 
 def _machine_slowdown(old: Report, new: Report) -> float:
-    """How many times slower the machine's fp32 products or its memory became, the larger of them; 1 if unknown."""
+    """Return how much slower the machine's fp32 products or memory became, the larger factor; 1 if unknown."""
     if old.machine is None or new.machine is None:
         return 1.0
     before, now = (report.machine.peak_gflops.get("fp32", 0.0) for report in (old, new) if report.machine)

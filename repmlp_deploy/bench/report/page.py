@@ -33,7 +33,7 @@ def to_html(report: Report) -> str:
 
 
 def headlines(report: Report) -> list[str]:
-    """One sentence a model and batch: the fastest row, how sure that is, and what it costs in accuracy."""
+    """Return one sentence per model and batch: the fastest row, how sure that is, and what it costs in accuracy."""
     lines = []
     for model, batch in dict.fromkeys((row.model, row.batch) for row in report.rows):
         rows = [r for r in report.rows if (r.model, r.batch, r.mode) == (model, batch, "steady") and r.summary]

@@ -57,7 +57,7 @@ Look = Mapping[str, tuple[str, str]]
 
 
 def report_plots(report: Report) -> list[Plot]:
-    """Latency distributions, throughput over batch, rooflines, and speed against error, as far as there are figures."""
+    """Draw latency distributions, throughput over batch, rooflines, and speed against error."""
     names = list(dict.fromkeys(row.name for row in report.rows))
     look = {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
     plots: list[tuple[str, Figure]] = []

@@ -31,7 +31,7 @@ class Table:
 
 
 def tables(report: Report) -> list[Table]:
-    """Every table of the report: latency by group, cold start with memory and proof, counts, profile."""
+    """Return every table of the report: latency by group, cold start with memory and proof, counts, profile."""
     found = [_latency_table(report, title, rows) for title, rows in groups(report)]
     found.append(_proof_table(report))
     if any(report.counts.values()):
@@ -42,7 +42,7 @@ def tables(report: Report) -> list[Table]:
 
 
 def groups(report: Report) -> Iterator[tuple[str, list[Row]]]:
-    """Rows that are compared with one another, with a title: one group a model, batch and mode."""
+    """Return rows that are compared with one another, with a title: one group per model, batch and mode."""
     keys = dict.fromkeys((row.model, row.batch, row.mode) for row in report.rows)
     gap = report.settings.get("idle_ms")
     words = {
@@ -79,7 +79,7 @@ def facts(report: Report) -> list[str]:
 
 
 def conventions(report: Report) -> list[str]:
-    """How the columns are meant."""
+    """Return what the columns mean."""
     return [
         (
             f"vs base: latency of the base row ({report.baseline}, or the first that ran) over the row's, median over "
@@ -231,7 +231,7 @@ def _markdown_line(cells: Iterable[str]) -> str:
 
 
 def to_csv(report: Report) -> str:
-    """One line a row, figures unrounded and units in the headings; nothing where there is no figure."""
+    """Return one line per row, with unrounded figures and units in the headings; empty if there is no figure."""
     buffer = io.StringIO()
     lines = [_csv_cells(row) for row in report.rows]
     writer = csv.DictWriter(buffer, fieldnames=list(lines[0]) if lines else ["model"], lineterminator="\n")

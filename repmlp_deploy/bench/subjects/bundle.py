@@ -45,11 +45,11 @@ class BundleSubject:
         }
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, C, H, W) float32 -> (N, classes) float32."""
+        """Run a batch: (N, C, H, W) float32 -> (N, classes) float32."""
         return self._runner.run(batch)
 
     def profile(self, batch: NDArray[np.float32], calls: int) -> list[ProfileLine]:
-        """Milliseconds a call as ONNX Runtime's own profiler tells them, in a session of its own."""
+        """Return milliseconds per call from ONNX Runtime's own profiler, in a session of its own."""
         import onnxruntime as ort  # noqa: PLC0415 - the profiler is not part of the runner
 
         from repmlp_deploy.bench.measure.profiling import (  # noqa: PLC0415 - onnx is no part of what is measured

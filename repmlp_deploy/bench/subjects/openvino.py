@@ -49,11 +49,11 @@ class IRSubject:
         }
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, C, H, W) float32 -> (N, classes) float32, an array the caller owns."""
+        """Run a batch: (N, C, H, W) float32 -> (N, classes) float32, an array the caller owns."""
         return self._runner.run(batch)
 
     def profile(self, batch: NDArray[np.float32], calls: int) -> list[ProfileLine]:
-        """Milliseconds a call as OpenVINO's performance counters tell them, in a model of its own."""
+        """Return milliseconds per call from OpenVINO's performance counters, in a model of its own."""
         from repmlp_deploy.bench.measure.profiling import (  # noqa: PLC0415 - onnx is no part of what is measured
             gather_times,
             profile_lines,

@@ -52,12 +52,12 @@ class NetworkSubject:
         }
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, C, H, W) float32 -> (N, classes) float32."""
+        """Run a batch: (N, C, H, W) float32 -> (N, classes) float32."""
         with torch.inference_mode():
             output: NDArray[np.float32] = self._network(torch.from_numpy(batch)).numpy()
         return output
 
     def profile(self, batch: NDArray[np.float32], calls: int) -> list[ProfileLine]:
-        """Nothing: PyTorch rows are not profiled."""
+        """Return nothing: PyTorch rows are not profiled."""
         del batch, calls
         return []

@@ -59,11 +59,11 @@ class OpenedSubject(Protocol):
     proof: dict[str, Any]
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, C, H, W) float32 -> (N, classes) float32."""
+        """Run a batch: (N, C, H, W) float32 -> (N, classes) float32."""
         ...
 
     def profile(self, batch: NDArray[np.float32], calls: int) -> list[ProfileLine]:
-        """Milliseconds a call, by stage and kind of operation; model and batch are left for the caller to fill."""
+        """Return milliseconds per call, by stage and kind of operation; the caller fills in model and batch."""
         ...
 
 
@@ -149,7 +149,7 @@ SUBJECTS: dict[str, Subject] = {
 
 
 def chosen_rows(formats: Sequence[str] | None, precisions: Sequence[str]) -> list[tuple[str, str]]:
-    """(format, precision) of every row: a format appears in each of `precisions` that it has, or once to say why not.
+    """Return (format, precision) of every row; a format without any of `precisions` has one row that says why.
 
     Args:
         formats: entries of `SUBJECTS`; None for all that are not opt-in.
@@ -176,7 +176,7 @@ def chosen_rows(formats: Sequence[str] | None, precisions: Sequence[str]) -> lis
 
 
 def why_not(name: str, precision: str) -> str | None:
-    """Why a format cannot run on this machine in this precision; None when nothing speaks against it."""
+    """Return why a format cannot run on this machine in this precision; None if it can."""
     subject = SUBJECTS[name]
     if precision not in subject.precisions:
         return f"{name} computes in {', '.join(subject.precisions)} only"

@@ -152,7 +152,7 @@ class _Trace:
                     self.nodes[module] = node.name  # the last one stays
 
     def takes(self, inputs: Arrays) -> bool:
-        """Whether a batch is one that was traced."""
+        """Return whether a batch is one that was traced."""
         first = next(node for node in self._single.graph.nodes if node.op == "placeholder")
         n = first.meta["val"].shape[0]
         return not isinstance(n, int) or n == len(inputs[0])
@@ -201,7 +201,7 @@ class _Graph:
         self.anchors = self._find_anchors()
 
     def _find_anchors(self) -> list[_Anchor]:
-        """In the graph's order: the last value of every module, the value of every node that reads a weight."""
+        """Return the last value of every module and the value of every node that reads a weight, in order."""
         passed = {tensor.name: _SUFFIXES.sub("", tensor.name) for tensor in self.model.graph.initializer}
         found: dict[str, _Anchor] = {}
         biased = with_bias_added(self.model.graph)
@@ -285,5 +285,5 @@ class _Graph:
 
 
 def _place(key: str) -> tuple[str, str]:
-    """Block and part of a module or a weight."""
+    """Return block and part of a module or a weight."""
     return place_of(re.sub(r"\.(weight|bias)$", "", key))

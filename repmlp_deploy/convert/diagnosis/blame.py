@@ -102,7 +102,7 @@ def describe_blame(find: Callable[[], Blame | None]) -> str:
 
 
 def place_of(name: str) -> tuple[str, str]:
-    """Block and part of a module or parameter of this dotted name: `stages.2.5.gp.fc1` is the block's global perceptron."""  # noqa: E501
+    """Return block and part of a module or parameter of this dotted name: `stages.2.5.gp.fc1` is the block's global perceptron."""  # noqa: E501
     pieces = [piece for piece in name.split(".") if piece]
     taken = 0
     while taken < len(pieces) and _CONTAINERS.fullmatch(pieces[taken]):
@@ -179,7 +179,7 @@ class _Walk:
         self._given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def attach(self, precise: nn.Module) -> list[Any]:
-        """Hooks on the modules of `precise` that have a counterpart; the innermost comes first by nature."""
+        """Attach hooks to the modules of `precise` that have a counterpart; the innermost run first."""
         handles = []
         for name, module in precise.named_modules():
             if self._is_compared(name):
@@ -188,7 +188,7 @@ class _Walk:
         return handles
 
     def _is_compared(self, name: str) -> bool:
-        """Whether a module has a counterpart, and is not inside one that was replaced as a whole."""
+        """Return whether a module has a counterpart, and is not inside one that was replaced as a whole."""
         if name not in self._candidate or isinstance(self._trained[name], nn.ModuleList | nn.ModuleDict):
             return False
         pieces = name.split(".") if name else []
@@ -282,7 +282,7 @@ def _cloned(value: Any) -> Any:
 
 
 def _narrow(value: Any) -> Any:
-    """Float64 tensors as float32."""
+    """Convert float64 tensors to float32."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value.clone()
     return tuple(_narrow(each) for each in value) if isinstance(value, tuple) else value

@@ -217,7 +217,7 @@ def _in_two_axes(op: Any, flat: Mapping[str, Any]) -> Any:
 
 
 def _is_on_points(convolution: Any) -> bool:
-    """Whether input, kernel and output are 1×1 maps; a 1×1 kernel with padding is not."""
+    """Return whether input, kernel and output are 1×1 maps; a 1×1 kernel with padding is not."""
     ports = (convolution.input(0), convolution.input(1), convolution.output(0))
     return all(str(edge) == "1" for port in ports for edge in list(port.get_partial_shape())[2:])
 
@@ -248,7 +248,7 @@ def _cut_large_products(model: Any) -> None:
 
 
 def _kept_nodes(model: Any, patterns: Sequence[str]) -> dict[str, str]:
-    """Names of the nodes that a pattern keeps, with the pattern.
+    """Return names of the nodes that a pattern keeps, with the pattern.
 
     Raises:
         InputError: a pattern matches nothing.
@@ -316,7 +316,7 @@ def _report(model: Any, kept: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _quantized(model: Any, calibration: Sequence[Mapping[str, NDArray[Any]]], kept: Collection[str]) -> Any:
-    """`model` in int8: weights symmetric a channel, activations asymmetric a tensor, ranges the largest ever seen.
+    """Quantize `model` to int8: weights symmetric per channel, activations asymmetric per tensor, largest ranges.
 
     Symmetric activations were no faster on a CPU and a fifth further from the trained network. NNCF's own choice of
     ranges, the mean over samples of each one's largest, cuts off what outliers say: up to six times further.
@@ -341,7 +341,7 @@ def _quantized(model: Any, calibration: Sequence[Mapping[str, NDArray[Any]]], ke
 
 
 def _import_nncf() -> Any:
-    """NNCF, imported on demand for its second and a half, with its telemetry off."""
+    """Import NNCF, which takes a second and a half, with its telemetry off."""
     before = os.environ.get("NNCF_CI")
     os.environ["NNCF_CI"] = "1"  # read once, at import
     try:

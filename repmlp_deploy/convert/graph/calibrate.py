@@ -60,11 +60,11 @@ class Calibration:
         return len(next(iter(self.samples.values())))
 
     def feeds(self) -> list[dict[str, NDArray[Any]]]:
-        """One feed a sample, batch 1."""
+        """Return one feed per sample, batch 1."""
         return [{name: values[i : i + 1] for name, values in self.samples.items()} for i in range(len(self))]
 
     def chosen(self, count: int) -> list[NDArray[Any]]:
-        """`count` samples evenly spaced, an array for every input."""
+        """Return `count` samples evenly spaced, an array for every input."""
         order = _spaced(len(self), count)
         return [values[order] for values in self.samples.values()]
 
@@ -211,6 +211,6 @@ def _checked(
 
 
 def _spaced(available: int, count: int) -> list[int]:
-    """At most `count` indices, evenly over `available`."""
+    """Return at most `count` indices, evenly over `available`."""
     count = min(available, count)
     return [i * available // count for i in range(count)]

@@ -104,7 +104,7 @@ def _initializer_head(tensor: onnx.TensorProto) -> tuple[bytes, int]:
 
 
 def _head(field: int, length: int) -> bytes:
-    """Tag and length of a length-delimited field."""
+    """Return tag and length of a length-delimited field."""
     return _varint(field << 3 | 2) + _varint(length)
 
 

@@ -180,13 +180,13 @@ def _floats(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _row(weight: Tensor, row: int) -> NDArray[Any]:
-    """(1, n): the row that `_largest_error` counts."""
+    """Return (1, n): the row that `_largest_error` counts."""
     values: NDArray[Any] = _rows(weight)[row : row + 1].numpy()
     return values
 
 
 def _rows(weight: Tensor) -> Tensor:
-    """(rows, n): the last axis is the last that is longer than 1."""
+    """Return (rows, n): the last axis is the last that is longer than 1."""
     shape = list(weight.shape) or [1]
     while len(shape) > 1 and shape[-1] == 1:
         shape.pop()
@@ -194,7 +194,7 @@ def _rows(weight: Tensor) -> Tensor:
 
 
 def _largest_error(key: str, weight: Tensor, twin: Tensor) -> tuple[float, str, int, float]:
-    """(error in floors, key, row, floor) of the worst row of a weight.
+    """Return (error in floors, key, row, floor) of the worst row of a weight.
 
     A floor is what one rounding to float32 costs the largest weight of the row.
 

@@ -53,7 +53,7 @@ def probe_inputs(shape: Sequence[int], samples: int = 3, seed: int = SEED) -> ND
 
 
 def probe_like(example: NDArray[Any], seed: int = SEED) -> NDArray[Any]:
-    """(len(KINDS), …) inputs of the shape, type, mean and deviation of `example` (n, …).
+    """Return (len(KINDS), …) inputs of the shape, type, mean and deviation of `example` (n, …).
 
     Where they are no float maps (C, H, W), noise takes the place of photographs; what is no float is taken from the
     example's rows, whose values may have a meaning.

@@ -104,7 +104,7 @@ def _weights(network: nn.Module) -> dict[str, NDArray[Any]]:
 
 
 def _neutral(weight: NDArray[Any]) -> bool:
-    """Whether an optimiser may leave it out: it adds nothing, or multiplies by one."""
+    """Return whether an optimiser may leave it out: it adds nothing, or multiplies by one."""
     return not weight.any() or bool((weight == 1).all())
 
 
@@ -137,7 +137,7 @@ def _changeable(network: nn.Module) -> set[str]:
 
 
 def _same_values(weight: NDArray[Any], constant: NDArray[Any]) -> bool:
-    """Whether two arrays of one size hold the same values in whatever order of axes."""
+    """Return whether two arrays of one size hold the same values in whatever order of axes."""
     if constant.dtype != weight.dtype:
         return False
     return np.array_equal(weight.ravel(), constant.ravel()) or np.array_equal(

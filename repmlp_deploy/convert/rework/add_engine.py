@@ -91,7 +91,7 @@ def verified_graph(bundle: Bundle) -> bytes:
 
 
 def read_contents(bundle: Bundle) -> dict[str, bytes]:
-    """Every file but the manifest, each checked, by name.
+    """Return every file but the manifest, each checked, by name.
 
     Raises:
         BundleError: a file is not what was certified.

@@ -136,7 +136,7 @@ def _trained(bundle: Bundle, checkpoint: str | Path, weights: str | None) -> Tra
 
 
 def _named(family: str, size: tuple[int, int]) -> str:
-    """`repmlpnet of 224x224`."""
+    """Return `repmlpnet of 224x224`."""
     return f"{family} of {size[0]}x{size[1]}"
 
 

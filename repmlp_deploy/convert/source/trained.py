@@ -152,7 +152,7 @@ def describe_checkpoint(
 
 
 def find_interface(trained: Trained) -> Interface:
-    """How the network is called; images to what its task's output is called, where its card says so."""
+    """Return how the network is called: its inputs, its outputs and examples."""
     if trained.interface is not None:
         return trained.interface
     spec, family = card_spec(trained.card), FAMILIES[trained.card.family]
@@ -239,7 +239,7 @@ def _example(network: nn.Module, own: OwnRequest) -> Any:
 
 
 def _is_merged(network: nn.Module, *, allow_merged: bool) -> bool:
-    """Whether no block has branches; InputError where that is not allowed."""
+    """Return whether no block has branches; raise InputError if that is not allowed."""
     try:
         if has_branches(network):
             return False

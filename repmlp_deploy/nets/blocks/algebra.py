@@ -78,14 +78,14 @@ def convolution_with(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d
 
 
 def fuse_batch_norm(conv: nn.Conv2d, bn: BatchNorm) -> nn.Conv2d:
-    """BN(conv(x)) as one convolution."""
+    """Return BN(conv(x)) as one convolution."""
     a, b = affine_of_batch_norm(bn)
     bias = b if conv.bias is None else a * conv.bias.detach().double() + b
     return convolution_with(conv, conv.weight.detach() * a[:, None, None, None], bias)
 
 
 def conv_of_affine(conv: nn.Conv2d, a: Tensor, b: Tensor) -> nn.Conv2d:
-    """conv(a·x + b) as one convolution, for a 1×1 kernel without padding or groups."""
+    """Return conv(a·x + b) as one convolution, for a 1×1 kernel without padding or groups."""
     weight = conv.weight.detach().double()
     bias = weight[:, :, 0, 0] @ b
     return convolution_with(conv, weight * a[:, None, None], bias if conv.bias is None else bias + conv.bias.detach())
@@ -117,7 +117,7 @@ def sum_kernels(kernels: Iterable[Tensor]) -> Tensor | None:
 
 
 def scale_rows(matrix: Tensor, scale: Tensor) -> Tensor:
-    """diag(scale) @ matrix, computed in float64 and stored in the dtype of `matrix`.
+    """Return diag(scale) @ matrix, computed in float64 and stored in the dtype of `matrix`.
 
     Args:
         matrix: (rows, columns).
@@ -166,7 +166,7 @@ def _diagonal(matrix: Tensor, dy: int, dx: int) -> Tensor:
 
 
 def grouped_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """Every group's part of every row times the group's matrix: (M, g·K), (g, K, R) -> (M, g·R)."""
+    """Multiply every group's part of every row by the group's matrix: (M, g·K), (g, K, R) -> (M, g·R)."""
     groups, K, R = weight.shape
     if groups == 1:
         return rows @ weight[0]

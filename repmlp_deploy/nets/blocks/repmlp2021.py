@@ -231,7 +231,7 @@ class RepMLP(Reparameterizable):
         return y.reshape(-1, O, self.H, self.W)
 
     def _apply_fc3(self, rows: Tensor) -> Tensor:
-        """FC3 of every row: (M, C·h·w) -> (M, O·h·w)."""
+        """Apply FC3 to every row: (M, C·h·w) -> (M, O·h·w)."""
         if self.as_convolution:
             return self.fc3(rows[:, :, None, None])[:, :, 0, 0]  # type: ignore[no-any-return]
         weight = self.fc3.weight.view(self.groups, -1, self.fc3.in_channels // self.groups).transpose(1, 2)
@@ -297,7 +297,7 @@ class RepMLP(Reparameterizable):
         return wrong_partition((self.h, self.w), made)
 
     def merged_fc3(self) -> nn.Conv2d:
-        """FC3 with its BatchNorm and every branch absorbed, in FC3's dtype; see `nets.blocks.algebra`."""
+        """Return FC3 with its BatchNorm and every branch absorbed, in FC3's dtype; see `nets.blocks.algebra`."""
         if self.fc3_bn is None:
             raise ValueError("this RepMLP block is merged already")
         C, O, g, h, w = self.C, self.O, self.groups, self.h, self.w

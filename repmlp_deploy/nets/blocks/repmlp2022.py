@@ -185,7 +185,7 @@ class RepMLPBlock(Reparameterizable):
         return y.reshape(-1, *x.shape[1:]) * gate
 
     def _apply_fc3(self, rows: Tensor) -> Tensor:
-        """FC3 of every row: (M, S, h·w) -> (M, S, h·w)."""
+        """Apply FC3 to every row: (M, S, h·w) -> (M, S, h·w)."""
         if self.as_convolution:
             y: Tensor = self.fc3(rows.reshape(-1, self.S * self.h * self.w, 1, 1))
             return y.reshape(rows.shape)
@@ -236,7 +236,7 @@ class RepMLPBlock(Reparameterizable):
         return wrong_partition((self.h, self.w), made)
 
     def merged_fc3(self) -> nn.Conv2d:
-        """FC3 with its BatchNorm and every branch absorbed, in FC3's dtype; see `nets.blocks.algebra`."""
+        """Return FC3 with its BatchNorm and every branch absorbed, in FC3's dtype; see `nets.blocks.algebra`."""
         if self.fc3_bn is None:
             raise ValueError("this RepMLPBlock is merged already")
         S, h, w = self.S, self.h, self.w

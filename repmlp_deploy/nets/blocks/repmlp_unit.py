@@ -142,7 +142,7 @@ class FoldedUnit(nn.Module):
         return out
 
     def _product(self, x: Tensor) -> Tensor:
-        """W of every shareset times its rows: (M, S, h·w) -> (M, S, h·w)."""
+        """Multiply every shareset's W by its rows: (M, S, h·w) -> (M, S, h·w)."""
         if self.S == 1:
             return x @ self.fc3
         return (x.transpose(0, 1) @ self.fc3).transpose(0, 1).contiguous()  # (S, M, h·w) × (S, h·w, h·w)
@@ -154,7 +154,7 @@ def _gate_of_affine(gp: GlobalPerceptron, a: Tensor, b: Tensor) -> GlobalPercept
 
 
 def _ffn_of_affine(ffn: FFN, bn: nn.BatchNorm2d) -> nn.Module:
-    """FFN(BN(x)) as two convolutions with GELU between."""
+    """Return FFN(BN(x)) as two convolutions with GELU between."""
     first = fuse_batch_norm(ffn.ffn_fc1.conv, ffn.ffn_fc1.bn)
     return nn.Sequential(
         conv_of_affine(first, *affine_of_batch_norm(bn)), nn.GELU(), fuse_batch_norm(ffn.ffn_fc2.conv, ffn.ffn_fc2.bn)
@@ -200,7 +200,7 @@ def _bias_of(block: RepMLPBlock, like: Tensor) -> Tensor:
 
 
 def _unit_checks(unit: RepMLPUnit, folded: FoldedUnit) -> Iterator[Check]:
-    """In the order of the data: prebn1 and FC3, the gate, the FFN."""
+    """Yield the checks in the order of the data: prebn1 and FC3, the gate, the FFN."""
     block = unit.repmlp_block
     S, J, area = folded.S, folded.J, folded.h * folded.w
     merged = [merged_matrix(block, s) for s in range(S)]

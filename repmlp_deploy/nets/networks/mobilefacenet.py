@@ -76,7 +76,7 @@ class MobileFaceNetSpec(BaseModel):
         return self
 
     def maps(self) -> list[tuple[int, int]]:
-        """(H, W) of the map that every stage works on."""
+        """Return (H, W) of the map that every stage works on."""
         strides = [_STEM_STRIDE * 2 ** (i + 1) for i in range(len(self.channels))]
         return [(self.input_size[0] // stride, self.input_size[1] // stride) for stride in strides]
 

@@ -57,7 +57,7 @@ class PureMLPSpec(BaseModel):
     classes: Count = 10
 
     def maps(self) -> list[tuple[int, int]]:
-        """(H, W) of the map that every stage works on."""
+        """Return (H, W) of the map that every stage works on."""
         return [(self.input_size[0] // 2**i, self.input_size[1] // 2**i) for i in range(len(self.channels))]
 
 

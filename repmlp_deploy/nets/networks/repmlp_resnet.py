@@ -181,7 +181,7 @@ def _unit(spec: RepMLPResNetSpec, stage: int, *, deploy: bool) -> nn.Module:
 
 
 def _map_size(input_size: tuple[int, int], stage: int) -> tuple[int, int]:
-    """(H, W) of the map that a stage works on."""
+    """Return (H, W) of the map that a stage works on."""
     stride = _STRIDE_BEFORE * 2**stage
     return input_size[0] // stride, input_size[1] // stride
 

@@ -66,7 +66,7 @@ class RepMLPTrunkSpec(BaseModel):
     in_channels: Count = 3
 
     def maps(self) -> list[tuple[int, int]]:
-        """(H, W) of the map that every stage works on."""
+        """Return (H, W) of the map that every stage works on."""
         strides = [self.patch * 2**i for i in range(len(self.channels))]
         return [(self.input_size[0] // stride, self.input_size[1] // stride) for stride in strides]
 

@@ -29,7 +29,7 @@ def _no_options(_cache: Path | None) -> dict[str, str]:
 
 
 def _tensorrt_options(cache: Path | None) -> dict[str, str]:
-    """Engines are built at the first inference of a shape, minutes that a cache saves the next start."""
+    """Return options that cache the engines, which take minutes to build at the first inference of a shape."""
     if cache is None:
         return {}
     engines = {"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(cache)}

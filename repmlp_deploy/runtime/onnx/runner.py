@@ -139,12 +139,12 @@ class OnnxRunner:
             self.details["images_at_once"] = self._slices.opt
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, C, H, W) float32 -> (N, …) float32; see `slices` for large N on a CPU."""
+        """Run a batch: (N, C, H, W) float32 -> (N, …) float32; see `slices` for large N on a CPU."""
         output: NDArray[np.float32] = self.run_all(batch)[0]
         return output
 
     def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        """Every output for every input, both in the graph's order."""
+        """Run every input and return every output, both in the graph's order."""
         return self._at_once(*inputs) if self._slices is None else run_by_slices(self._at_once, inputs, self._slices)
 
     def _at_once(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:

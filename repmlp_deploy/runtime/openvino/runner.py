@@ -59,16 +59,16 @@ class OpenVinoRunner:
         self.details: dict[str, Any] = {**self._model.details, "images_at_once": self._batch.opt}
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, C, H, W) float32 -> (N, …) float32; see `slices` for large N."""
+        """Run a batch: (N, C, H, W) float32 -> (N, …) float32; see `slices` for large N."""
         output: NDArray[np.float32] = self.run_all(batch)[0]
         return output
 
     def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        """Every output for every input, both in the model's order."""
+        """Run every input and return every output, both in the model's order."""
         return run_by_slices(self._model.run_all, inputs, self._batch)
 
     def products(self) -> dict[str, int]:
-        """How many convolutions and products run in each type."""
+        """Return how many convolutions and products run in each type."""
         return self._model.products()
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class CompiledIR:
         }
 
     def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        """Every output for every input, both in the model's order; inputs are copied, outputs are the caller's.
+        """Run every input and return every output, both in the model's order.
 
         Raises:
             InputError: an input has another shape than the model's; OpenVINO itself runs some of them all the same.
@@ -142,7 +142,7 @@ class CompiledIR:
             return [answers[i] for i in range(len(answers))]
 
     def products(self) -> dict[str, int]:
-        """How many convolutions and products run in each type, as the plugin says of the compiled model."""
+        """Return how many convolutions and products run in each type, as the plugin says of the compiled model."""
         kinds: dict[str, int] = {}
         for node in self.compiled.get_runtime_model().get_ordered_ops():
             if layer_info(node, "layerType") in _PRODUCTS:

@@ -97,7 +97,7 @@ class CudaPythonMemory:
         _checked("cudaFree", cudart.cudaFree(address))
 
     def allocate_pinned(self, size: int) -> Bytes:
-        """`size` bytes of page-locked host memory."""
+        """Allocate `size` bytes of page-locked host memory."""
         address = int(_checked("cudaMallocHost", cudart.cudaMallocHost(size)))
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 

@@ -43,11 +43,11 @@ class DeviceMemory(Protocol):
         ...
 
     def free(self, address: int) -> None:
-        """Give them back."""
+        """Free the bytes at this address."""
         ...
 
     def allocate_pinned(self, size: int) -> Bytes:
-        """`size` bytes of page-locked host memory, which the device copies from and to on its own."""
+        """Allocate `size` bytes of page-locked host memory, which the device copies from and to on its own."""
         ...
 
     def free_pinned(self, array: Bytes) -> None:

@@ -123,7 +123,7 @@ class LoadedEngine:
         return min(fitting)[1] if fitting else None
 
     def batches(self) -> list[tuple[int, int]]:
-        """Smallest and largest batch of every profile."""
+        """Return smallest and largest batch of every profile."""
         return [_batches(profile) for profile in self.record.profiles]
 
     def last_error(self) -> str:

@@ -86,16 +86,16 @@ class PyCudaMemory:
         return int(allocation)
 
     def free(self, address: int) -> None:
-        """Give them back."""
+        """Free the bytes at this address."""
         self._allocations.pop(address).free()
 
     def allocate_pinned(self, size: int) -> Bytes:
-        """`size` bytes of page-locked host memory."""
+        """Allocate `size` bytes of page-locked host memory."""
         array: Bytes = cuda.pagelocked_empty(size, np.uint8)
         return array
 
     def free_pinned(self, array: Bytes) -> None:
-        """Give them back."""
+        """Free the bytes at this address."""
         array.base.free()  # type: ignore[union-attr]
 
     def create_stream(self) -> int:
@@ -129,13 +129,13 @@ class PyCudaMemory:
         self._streams[stream].synchronize()
 
     def capture(self, stream: int, enqueue: Callable[[], None]) -> Never:  # noqa: ARG002 - the protocol's
-        """Refused."""
+        """Refuse: PyCUDA has no CUDA graphs."""
         raise InputError(_NO_GRAPHS)
 
     def launch(self, graph: Any, stream: int) -> Never:  # noqa: ARG002 - the protocol's
-        """Refused."""
+        """Refuse: PyCUDA has no CUDA graphs."""
         raise InputError(_NO_GRAPHS)
 
     def destroy_graph(self, graph: Any) -> Never:  # noqa: ARG002 - the protocol's
-        """Refused."""
+        """Refuse: PyCUDA has no CUDA graphs."""
         raise InputError(_NO_GRAPHS)

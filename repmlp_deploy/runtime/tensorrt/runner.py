@@ -90,12 +90,12 @@ class TensorRTRunner:
         }
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, C, H, W) float32 -> (N, …) float32, the first output."""
+        """Run a batch: (N, C, H, W) float32 -> (N, …) float32, the first output."""
         output: NDArray[np.float32] = self.run_all(batch)[0]
         return output
 
     def run_all(self, *inputs: Any) -> list[NDArray[Any]]:
-        """Every output for every input, both in the manifest's order.
+        """Run every input and return every output, both in the manifest's order.
 
         Args:
             inputs: NumPy arrays, or arrays on the device that have `__cuda_array_interface__`; those are read where

@@ -51,7 +51,7 @@ class Contexts:
     buckets: frozenset[int] = frozenset()
 
     def scratch_bytes(self) -> int:
-        """Length of the scratch memory that a worker's contexts share; 0 where the only one brings its own."""
+        """Return the length of the scratch memory that a worker's contexts share; 0 if the only one brings its own."""
         return max(1, int(self.loaded.engine.device_memory_size_v2)) if self.buckets else 0
 
     def create(self, scratch: int | None) -> Any:
@@ -169,7 +169,7 @@ class Worker:
             self._held = held.pop_all()
 
     def run(self, inputs: Sequence[Input], batch: int) -> list[NDArray[Any]]:
-        """Every output, in the manifest's order, as arrays the caller owns.
+        """Run and return every output, in the manifest's order, as arrays the caller owns.
 
         Args:
             inputs: in the manifest's order, of the engine's shapes and types; host arrays are C-contiguous.
@@ -196,7 +196,7 @@ class Worker:
                 self._held.close()
 
     def _stage(self, inputs: Sequence[Input]) -> None:
-        """Host inputs into pinned memory; device inputs into no one's way."""
+        """Copy host inputs into pinned memory; leave device inputs where they are."""
         for tensor, value in zip(self._loaded.inputs, inputs, strict=True):
             if isinstance(value, np.ndarray):
                 np.copyto(self._view(tensor, value.shape), value)

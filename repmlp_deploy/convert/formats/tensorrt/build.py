@@ -122,7 +122,7 @@ def build_engine(name: str, graph: bytes, spec: GraphSpec, options: EngineOption
 
 
 def _profiles(spec: GraphSpec, options: EngineOptions) -> list[dict[str, list[list[int]]]]:
-    """One a profile: name of every input to its smallest, best and largest shape."""
+    """Return one entry per profile: name of every input to its smallest, best and largest shape."""
     for profile in options.profiles:
         if not spec.batch.min <= profile.min <= profile.opt <= profile.max <= spec.batch.max:
             raise InputError(

@@ -156,7 +156,7 @@ def creation_flags(trt: Any) -> int:
 
 
 def capability_name(capability: str) -> str:
-    """`SM86` of `8.6`."""
+    """Return `SM86` of `8.6`."""
     return "SM" + capability.replace(".", "")
 
 
@@ -168,7 +168,7 @@ def target_capabilities(name: str, options: EngineOptions) -> list[str] | None:
 
 
 def _capabilities(trt: Any) -> list[str]:
-    """Those that can be named, as `8.6`."""
+    """Return the capabilities that can be named, such as `8.6`."""
     members = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
     numbers = [name.removeprefix("SM") for name in members if name.startswith("SM")]
     return [f"{number[:-1]}.{number[-1]}" for number in numbers]

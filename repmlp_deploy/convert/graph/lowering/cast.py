@@ -61,7 +61,7 @@ class _Casting:
 
 
 def cast_graph(graph: onnx.ModelProto, precision: Precision, kept_names: AbstractSet[str]) -> Lowered:
-    """`graph` with everything that may be in the low type in it."""
+    """Return `graph` with every value that may have the low type in it."""
     low = TensorProto.DataType.Value(precision.onnx_type)
     floats = _float_tensors(graph)
     initializers = {tensor.name: tensor for tensor in graph.graph.initializer}
@@ -99,7 +99,7 @@ def cast_graph(graph: onnx.ModelProto, precision: Precision, kept_names: Abstrac
 
 
 def _why_float32(node: NodeProto, precision: Precision, floats: set[str], kept_names: AbstractSet[str]) -> str:
-    """Why a node stays in float32; empty where it need not."""
+    """Return why a node stays in float32; empty if it need not."""
     if not any(name in floats for name in (*node.input, *node.output)):
         return ""
     if node.name in kept_names:
@@ -110,7 +110,7 @@ def _why_float32(node: NodeProto, precision: Precision, floats: set[str], kept_n
 
 
 def _float_tensors(graph: onnx.ModelProto) -> set[str]:
-    """Activations that are float32, inputs of the graph among them."""
+    """Return activations that are float32, inputs of the graph among them."""
     small = without_weights(graph, large_weights(graph), as_inputs=True)
     inferred = onnx.shape_inference.infer_shapes(small).graph
     weights = {tensor.name for tensor in graph.graph.initializer}

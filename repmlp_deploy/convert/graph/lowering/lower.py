@@ -73,7 +73,7 @@ def product_tensors(graph: onnx.ModelProto) -> tuple[str, ...]:
 
 
 def blocks_of(graph: onnx.ModelProto) -> dict[str, list[str]]:
-    """Every block with products, and the names of all its nodes; `stages.0.1`: the outermost module in the network."""
+    """Return every block with products, such as `stages.0.1`, and the names of all its nodes."""
     blocks: dict[str, list[str]] = {}
     with_products = set()
     for node in graph.graph.node:

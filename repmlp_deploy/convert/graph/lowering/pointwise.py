@@ -137,7 +137,7 @@ def _pairs(
 
 
 def _is_pointwise(node: NodeProto, initializers: Mapping[str, TensorProto]) -> bool:
-    """Whether a node is a product over channels: a 1×1 convolution with constant weights and nothing else to it."""
+    """Return whether a node is a product over channels: a plain 1×1 convolution with constant weights."""
     if node.op_type != "Conv" or node.input[1] not in initializers:
         return False
     if tuple(initializers[node.input[1]].dims)[2:] != (1, 1):

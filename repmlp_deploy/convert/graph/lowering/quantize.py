@@ -44,7 +44,7 @@ _SINGLE_AXIS_RANK = 2  # MatMul weights of more axes have one scale
 
 
 def quantize_graph(graph: onnx.ModelProto, ranges: Mapping[str, float], kept_names: AbstractSet[str]) -> Lowered:
-    """`graph` with a QuantizeLinear/DequantizeLinear pair around every product."""
+    """Return `graph` with a QuantizeLinear/DequantizeLinear pair around every product."""
     graph = with_pointwise_products(graph, lambda node: node.name not in kept_names)
     weights = {tensor.name: tensor for tensor in graph.graph.initializer}
     reasons = {node.output[0]: _why_not_int8(node, weights.keys(), kept_names) for node in graph.graph.node}
@@ -66,7 +66,7 @@ def quantize_graph(graph: onnx.ModelProto, ranges: Mapping[str, float], kept_nam
 
 
 def _why_not_int8(node: NodeProto, weights: Iterable[str], kept_names: AbstractSet[str]) -> str:
-    """Why a node is not quantized; empty where it is."""
+    """Return why a node is not quantized; empty if it is."""
     if node.op_type not in PRODUCTS:
         return "no product: 8 bits would cost accuracy and save no arithmetic"
     if node.name in kept_names:
@@ -142,7 +142,7 @@ class _Quantizing:
         return output
 
     def _activation_scale(self, name: str) -> tuple[str, str]:
-        """Names of the scale and the zero point of an activation."""
+        """Return names of the scale and the zero point of an activation."""
         if name not in self._ranges:
             raise InputError(f"calibration measured no range of {name}")
         return self._constants(name, np.float32(self._ranges[name]))
