@@ -11,10 +11,12 @@ import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from repmlp_deploy.errors import CardError
+from repmlp_deploy.files import read_text
 
 __all__ = [
     "ModelCard",
@@ -28,12 +30,18 @@ __all__ = [
     "load_labels",
 ]
 
+_LARGEST_CARD_BYTES = 1 << 20
+_LONGEST_URL = 2048
+
+Label = Annotated[str, Field(max_length=512)]
+ListName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
+
 Size = tuple[Annotated[int, Field(gt=0, le=16384)], Annotated[int, Field(gt=0, le=16384)]]
 Triple = tuple[float, float, float]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Resize(_Strict):
@@ -110,9 +118,27 @@ class Weights(_Strict):
     def _one_place(self) -> Weights:
         if (self.file is None) == (self.url is None):
             raise ValueError("weights need exactly one of file and url")
+        if self.file is not None and (Path(self.file).is_absolute() or ".." in Path(self.file).parts):
+            raise ValueError("weights.file must lie inside the folder of the cards")
+        if self.url is not None and not _is_plain_https(self.url):
+            raise ValueError("weights.url must be https://HOST/FILE, without a user, in printable ASCII")
         if self.url is not None and self.sha256_prefix is None:
             raise ValueError("a url needs sha256_prefix")
         return self
+
+
+def _is_plain_https(url: str) -> bool:
+    """Return whether a URL can be downloaded and shown; a mirror on this machine may do without TLS."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError:
+        return False
+    plain = (
+        url.isascii() and url.isprintable() and " " not in url and len(url) <= _LONGEST_URL and "@" not in parts.netloc
+    )
+    secure = parts.scheme == "https" or (parts.scheme == "http" and host in ("127.0.0.1", "::1", "localhost"))
+    return plain and secure and bool(host) and len(parts.path) > 1
 
 
 class ModelCard(_Strict):
@@ -138,7 +164,7 @@ class ModelCard(_Strict):
     input_size: Size
     network: dict[str, Any]
     layout: str | None = None
-    labels: str | tuple[str, ...] | None = None
+    labels: ListName | Annotated[tuple[Label, ...], Field(max_length=100_000)] | None = None
     preprocessing: Preprocessing
     published: Published | None = None
     weights: Weights | None = None
@@ -178,7 +204,7 @@ def load_card(name_or_path: str | Path) -> ModelCard:
         CardError: there is none, or it says something wrong.
     """
     path = Path(name_or_path)
-    if path.suffix != ".toml" or not path.is_file():
+    if path.suffix != ".toml" or not _exists(path):
         shipped = data_root() / f"{name_or_path}.toml"
         if path.suffix == ".toml" or path.name != str(name_or_path) or not shipped.is_file():
             near = difflib.get_close_matches(str(name_or_path), list_cards(), n=1)
@@ -188,16 +214,27 @@ def load_card(name_or_path: str | Path) -> ModelCard:
     return _read_card(path)
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, or a loop of links
+        return False
+
+
 @cache
 def _read_card(path: Path) -> ModelCard:
     try:
-        return ModelCard.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise CardError(f"{path}: {error}") from None
+        return ModelCard.model_validate(tomllib.loads(read_text(path, _LARGEST_CARD_BYTES)))
+    except OSError as error:
+        raise CardError(f"{path}: {error.strerror or error}") from None
+    except RecursionError:
+        raise CardError(f"{path} is nested too deeply for a card") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "card"
         raise CardError(f"{path}: {where}: {first['msg']}") from None
+    except ValueError as error:  # not TOML, too large, or a number that no card has
+        raise CardError(f"{path}: {error}") from None
 
 
 def load_labels(card: ModelCard) -> tuple[str, ...] | None:

@@ -16,7 +16,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["cache_folder", "flush", "locked", "remove_abandoned", "replace_file", "take_place", "write_new"]
+__all__ = [
+    "cache_folder",
+    "flush",
+    "locked",
+    "read_text",
+    "remove_abandoned",
+    "replace_file",
+    "take_place",
+    "write_new",
+]
 
 
 def cache_folder(*parts: str) -> Path:
@@ -33,6 +42,25 @@ def cache_folder(*parts: str) -> Path:
     else:
         user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(user, "repmlp-deploy", *parts)
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """Return the text of a small file that somebody else may have written.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file, is larger than `most_bytes`, or is no UTF-8; the message says which.
+    """
+    if not path.is_file():
+        raise ValueError("it is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"it is larger than {most_bytes:,} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def replace_file(path: Path, *pieces: bytes, durable: bool = False) -> None:

@@ -39,6 +39,7 @@ COVERED_BY = {
     "repmlp_deploy.convert.source.unpickle": "convert/source/test_checkpoint.py",
     "repmlp_deploy.nets.blocks.conv_bn": "nets/test_blocks.py",
     "repmlp_deploy.nets.blocks.fc3": "nets/test_blocks.py",
+    "repmlp_deploy.nets.networks.bounds": "test_bounds.py",
     "repmlp_deploy.nets.networks.input_size": "nets/test_networks_of_2021.py",
     "repmlp_deploy.nets.networks.mobilefacenet": "nets/test_task_networks.py",
     "repmlp_deploy.nets.networks.shapes": "nets/test_networks_of_2021.py",

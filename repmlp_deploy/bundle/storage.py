@@ -24,9 +24,11 @@ from pydantic import ValidationError
 from repmlp_deploy.bundle.manifest import MANIFEST, SCHEMA, ArtifactEntry, FileEntry, Manifest
 from repmlp_deploy.bundle.probe import Probe
 from repmlp_deploy.errors import BundleError, InputError, OutputError
-from repmlp_deploy.files import flush, remove_abandoned, take_place, write_new
+from repmlp_deploy.files import flush, read_text, remove_abandoned, take_place, write_new
 
 __all__ = ["Bundle", "check_output_folder", "describe_file", "hash_file"]
+
+_LARGEST_MANIFEST_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,10 @@ class Bundle:
         if not path.is_file():
             raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}; make one with repmlp-export --ckpt FILE")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            data = json.loads(read_text(path, _LARGEST_MANIFEST_BYTES))
+        except OSError as error:
+            raise BundleError(f"{path}: {error.strerror or error}") from None
+        except (RecursionError, ValueError) as error:  # too deep, too large, or a number that no manifest has
             raise BundleError(f"{path} is not JSON: {error}") from None
         schema = data.get("schema") if isinstance(data, dict) else None
         if schema != SCHEMA:

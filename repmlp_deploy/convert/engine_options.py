@@ -30,6 +30,7 @@ FLAGS: Mapping[str, str] = {
 }
 """Field to its name on the command line."""
 
+_LARGEST_WORKSPACE_GB = 4096
 _HIGHEST_LEVEL = 5
 
 
@@ -71,8 +72,11 @@ class EngineOptions:
             InputError: a value is out of its range.
         """
         require_choice("--verbosity", self.verbosity, VERBOSITIES)
-        if self.workspace_gb is not None and not 0 < self.workspace_gb < float("inf"):
-            raise InputError(f"--workspace-gb is {self.workspace_gb:g}; expected a positive number of gibibytes")
+        if self.workspace_gb is not None and not 0 < self.workspace_gb <= _LARGEST_WORKSPACE_GB:
+            raise InputError(
+                f"--workspace-gb is {self.workspace_gb:g}; expected a positive number of gibibytes, at most "
+                f"{_LARGEST_WORKSPACE_GB}"
+            )
         if self.optimization_level is not None and not 0 <= self.optimization_level <= _HIGHEST_LEVEL:
             raise InputError(f"--optimization-level is {self.optimization_level}; expected 0 to {_HIGHEST_LEVEL}")
 

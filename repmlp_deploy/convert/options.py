@@ -20,6 +20,14 @@ __all__ = [
 
 GRAPHS = ("folded", "merged")
 CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
+LARGEST_BATCH = 65_536
+LARGEST_EDGE = 16_384
+MOST_PROFILES = 16
+_LONGEST_RANGE = 40
+
+
+def _is_count(word: str, largest: int) -> bool:
+    return word.isascii() and word.isdigit() and 0 < int(word) <= largest
 
 
 def parse_batch(text: str | int) -> BatchRange:
@@ -28,9 +36,12 @@ def parse_batch(text: str | int) -> BatchRange:
     Raises:
         InputError: it is neither, or the three do not rise.
     """
-    parts = str(text).split(":")
-    if len(parts) not in (1, 3) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise InputError(f"--batch is {str(text)!r}; expected MIN:OPT:MAX, such as 1:8:64, or one positive number")
+    parts = str(text).split(":") if len(str(text)) <= _LONGEST_RANGE else []
+    if len(parts) not in (1, 3) or not all(_is_count(part, LARGEST_BATCH) for part in parts):
+        raise InputError(
+            f"--batch is {str(text)[:_LONGEST_RANGE]!r}; expected MIN:OPT:MAX, such as 1:8:64, or one number up to "
+            f"{LARGEST_BATCH}"
+        )
     low, best, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
     if not low <= best <= high:
         raise InputError(f"--batch is {text}; MIN, OPT and MAX must not fall")
@@ -43,7 +54,10 @@ def parse_profiles(text: str | int) -> tuple[BatchRange, ...]:
     Raises:
         InputError: one of them is no range, or they leave out sizes between the smallest and the largest.
     """
-    profiles = tuple(parse_batch(part.strip()) for part in str(text).split(","))
+    words = str(text).split(",")
+    if len(words) > MOST_PROFILES:
+        raise InputError(f"--batch has {len(words)} ranges; at most {MOST_PROFILES}")
+    profiles = tuple(parse_batch(part.strip()) for part in words)
     reached = 0
     for profile in sorted(profiles, key=lambda profile: profile.min):
         if reached and profile.min > reached + 1:
@@ -63,9 +77,11 @@ def parse_size(text: str) -> tuple[int, int]:
     Raises:
         InputError: it is something else.
     """
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):  # noqa: PLR2004
-        raise InputError(f"--input-size is {text!r}; expected HxW, such as 224x224")
+    parts = text.lower().split("x") if len(text) <= _LONGEST_RANGE else []
+    if len(parts) != 2 or not all(_is_count(part, LARGEST_EDGE) for part in parts):  # noqa: PLR2004
+        raise InputError(
+            f"--input-size is {text[:_LONGEST_RANGE]!r}; expected HxW, such as 224x224, each up to {LARGEST_EDGE}"
+        )
     return int(parts[0]), int(parts[1])
 
 

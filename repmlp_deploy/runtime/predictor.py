@@ -32,6 +32,8 @@ __all__ = ["Embedding", "Prediction", "Predictor", "Segmentation", "predictions_
 
 F32 = NDArray[np.float32]
 
+_MOST_THREADS = 1024
+
 
 def _require_single(manifest: Manifest) -> None:
     """Raise unless the network has one input and one output."""
@@ -47,6 +49,8 @@ def _check_types(threads: object, cache: object) -> None:
     """Raise unless `threads` and `cache` have the types that `Predictor` takes."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
         raise InputError(f"threads is {threads!r}; expected a whole number or None")
+    if isinstance(threads, int) and not 0 < threads <= _MOST_THREADS:
+        raise InputError(f"threads is {threads}; expected 1 to {_MOST_THREADS}")
     if cache is not None and not isinstance(cache, str | os.PathLike):
         raise InputError(f"cache is a {type(cache).__name__}; expected the path of a folder or None")
 

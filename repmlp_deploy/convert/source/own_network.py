@@ -52,7 +52,11 @@ def make_own_network(factory: str) -> nn.Module:
     """
     module_name, _, name = factory.partition(":")
     if not module_name or not name.isidentifier():
-        raise InputError(f"--module is {factory!r}; expected package.module:factory")
+        raise InputError(f"--module is {factory[:200]!r}; expected package.module:factory")
+    if module_name.partition(".")[0] in (*sys.stdlib_module_names, ""):
+        raise InputError(
+            f"--module {factory}: {module_name or 'a relative module'} holds no network; name your package"
+        )
     sys.path.insert(0, str(Path.cwd()))
     try:
         make = getattr(importlib.import_module(module_name), name)
@@ -62,7 +66,12 @@ def make_own_network(factory: str) -> nn.Module:
         raise InputError(f"--module {factory}: {module_name} has no {name}") from None
     finally:
         sys.path.pop(0)
-    network = make()
+    try:
+        network = make()
+    except SystemExit:
+        raise InputError(f"--module {factory} ends the process instead of returning a network") from None
+    except TypeError as error:
+        raise InputError(f"--module {factory}: {_first_line(error)}; it is called without arguments") from None
     if not isinstance(network, nn.Module):
         raise InputError(f"--module {factory} returns a {type(network).__name__}; expected a torch.nn.Module")
     return network.eval()

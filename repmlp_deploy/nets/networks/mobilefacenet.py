@@ -11,20 +11,20 @@ CVPR 2022 and not the block of 2021. No weights were published for this combinat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from repmlp_deploy.nets.blocks.conv_bn import ConvBN
 from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.nets.blocks.repmlp_unit import RepMLPUnit
+from repmlp_deploy.nets.networks.bounds import Count, Counts, Depths
 from repmlp_deploy.nets.networks.input_size import require_input
 from repmlp_deploy.nets.surgery import switch_blocks
 
 __all__ = ["UNITS", "Bottleneck", "ConvPReLU", "FaceStage", "MobileFaceNet", "MobileFaceNetSpec", "infer_mobilefacenet"]
 
-Count = Annotated[int, Field(gt=0)]
 Unit = Literal["bottleneck", "repmlp"]
 
 _STEM_STRIDE = 2
@@ -53,12 +53,12 @@ class MobileFaceNetSpec(BaseModel):
 
     input_size: tuple[Count, Count]
     stem: Count = 64
-    channels: tuple[Count, ...] = (64, 128, 128)
-    down: tuple[Count, ...] = (2, 4, 4)
-    depths: tuple[Count, ...] = (4, 6, 2)
+    channels: Counts = (64, 128, 128)
+    down: Counts = (2, 4, 4)
+    depths: Depths = (4, 6, 2)
     units: tuple[Unit, ...] = ("repmlp", "repmlp", "repmlp")
-    sharesets: tuple[Count, ...] = (1, 4, 16)
-    kernels: tuple[Count, ...] = (1, 3)
+    sharesets: Counts = (1, 4, 16)
+    kernels: Counts = (1, 3)
     reduction: Count = 4
     expansion: Count = 2
     final: Count = 512

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
 from repmlp_deploy.nets.blocks.conv_bn import ConvBN
+from repmlp_deploy.nets.networks.bounds import Count, Counts
 from repmlp_deploy.nets.networks.repmlpnet import RepMLPTrunk, RepMLPTrunkSpec, infer_trunk
 from repmlp_deploy.nets.surgery import switch_blocks
 
 __all__ = ["PSPHead", "PSPNet", "PSPNetSpec", "build_pspnet", "infer_pspnet"]
-
-Count = Annotated[int, Field(gt=0)]
 
 
 class PSPNetSpec(RepMLPTrunkSpec):
@@ -35,7 +34,7 @@ class PSPNetSpec(RepMLPTrunkSpec):
         classes: what a pixel can be.
     """
 
-    bins: tuple[Count, ...] = (1, 2, 3, 6)
+    bins: Counts = (1, 2, 3, 6)
     hidden: Count = 512
     classes: Annotated[int, Field(gt=1)] = 19
 

@@ -11,22 +11,20 @@ linear head on the mean of the last map.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
 from repmlp_deploy.nets.blocks.conv_bn import MergeableConvBN
 from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
+from repmlp_deploy.nets.networks.bounds import Count, Counts, Depths
 from repmlp_deploy.nets.networks.input_size import require_input
 from repmlp_deploy.nets.networks.shapes import partition_of, read_block, square_input
 from repmlp_deploy.nets.surgery import switch_blocks
 
 __all__ = ["PureMLP", "PureMLPSpec", "PureUnit", "infer_pure_mlp"]
-
-Count = Annotated[int, Field(gt=0)]
 
 
 class PureMLPSpec(BaseModel):
@@ -47,11 +45,11 @@ class PureMLPSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     input_size: tuple[Count, Count] = (32, 32)
-    channels: tuple[Count, ...] = (16, 32, 64)
-    depths: tuple[Count, ...]
+    channels: Counts = (16, 32, 64)
+    depths: Depths
     partitions: tuple[tuple[Count, Count], ...]
-    groups: tuple[Count, ...]
-    kernels: tuple[Count, ...] = (1, 3)
+    groups: Counts
+    kernels: Counts = (1, 3)
     reduction: Count = 1
     in_channels: Count = 3
     classes: Count = 10

@@ -10,22 +10,22 @@ A bottleneck of a ResNet is conv1 1×1, conv2 3×3, conv3 1×1, each with a Batc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
 from repmlp_deploy.nets.blocks.conv_bn import MergeableConvBN
 from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
+from repmlp_deploy.nets.networks.bounds import Count, Counts
 from repmlp_deploy.nets.networks.input_size import require_input
 from repmlp_deploy.nets.networks.shapes import partition_of, read_block, square_input
 from repmlp_deploy.nets.surgery import switch_blocks
 
 __all__ = ["BottleneckUnit", "LightUnit", "RepMLPResNet", "RepMLPResNetSpec", "ResNetUnit", "infer_repmlp_resnet"]
 
-Count = Annotated[int, Field(gt=0)]
 Four = tuple[Count, Count, Count, Count]
 
 _STRIDE_BEFORE = 4  # of the stem: a strided convolution, a strided pool
@@ -59,7 +59,7 @@ class RepMLPResNetSpec(BaseModel):
     stem: Count = 64
     partition: tuple[Count, Count] = (7, 7)
     groups: Count
-    kernels: tuple[Count, ...] = (1, 3, 5)
+    kernels: Counts = (1, 3, 5)
     reduction: Count = 1
     squeeze: tuple[Count, Count] = (2, 4)
     in_channels: Count = 3

@@ -18,6 +18,7 @@ from repmlp_deploy.nets.blocks.conv_bn import ChannelAffine, ConvBN
 from repmlp_deploy.nets.blocks.protocol import Reparameterizable
 from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.nets.blocks.repmlp_unit import RepMLPUnit
+from repmlp_deploy.nets.networks.bounds import Count, Counts, Depths
 from repmlp_deploy.nets.networks.input_size import require_input
 from repmlp_deploy.nets.surgery import switch_blocks
 
@@ -32,8 +33,6 @@ __all__ = [
     "infer_repmlpnet",
     "infer_trunk",
 ]
-
-Count = Annotated[int, Field(gt=0)]
 
 
 class RepMLPTrunkSpec(BaseModel):
@@ -55,10 +54,10 @@ class RepMLPTrunkSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     input_size: tuple[Count, Count]
-    channels: tuple[Count, ...]
-    depths: tuple[Count, ...]
-    sharesets: tuple[Count, ...]
-    kernels: tuple[Count, ...] = (1, 3)
+    channels: Counts
+    depths: Depths
+    sharesets: Counts
+    kernels: Counts = (1, 3)
     partitions: tuple[tuple[Count, Count], ...] | None = None
     reduction: Count = 4
     expansion: Count = 4
