@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from repmlp_deploy.bundle.records import Origin
 from repmlp_deploy.card import Preprocessing
@@ -47,12 +47,18 @@ class FileEntry(_Frozen):
     bytes: Annotated[int, Field(ge=0)]
 
 
+def _known_precision(name: str) -> str:
+    if name not in PRECISIONS:
+        raise ValueError(f"expected one of {', '.join(PRECISIONS)}")
+    return name
+
+
 class ArtifactEntry(FileEntry):
     """One deployable artifact; what else a format records about itself stays beside these fields."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    precision: str
+    precision: Annotated[str, AfterValidator(_known_precision)]
     companions: tuple[FileEntry, ...] = ()
 
     def record(self, kind: type[R], called: str = "") -> R:
@@ -71,9 +77,9 @@ class ArtifactEntry(FileEntry):
 class TensorSpec(_Frozen):
     """An input or output; `shape` has None for the batch."""
 
-    name: str
-    dtype: str
-    shape: tuple[int | None, ...]
+    name: Annotated[str, Field(max_length=256)]
+    dtype: Literal["float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+    shape: Annotated[tuple[Annotated[int, Field(gt=0, le=1 << 24)] | None, ...], Field(min_length=1, max_length=8)]
 
 
 class BatchRange(_Frozen):
@@ -81,7 +87,13 @@ class BatchRange(_Frozen):
 
     min: Annotated[int, Field(gt=0)]
     opt: Annotated[int, Field(gt=0)]
-    max: Annotated[int, Field(gt=0)]
+    max: Annotated[int, Field(gt=0, le=65_536)]
+
+    @model_validator(mode="after")
+    def _rising(self) -> BatchRange:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"batch sizes must not fall: {self.min}:{self.opt}:{self.max}")
+        return self
 
 
 class Hop(_Frozen):
@@ -186,7 +198,7 @@ class Manifest(_Frozen):
     inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
     outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
     preprocessing: Preprocessing
-    labels: tuple[str, ...] | None
+    labels: Annotated[tuple[Annotated[str, Field(max_length=512)], ...], Field(max_length=100_000)] | None
     batch: BatchRange
     artifacts: dict[str, ArtifactEntry]
     probe: FileEntry
@@ -205,6 +217,13 @@ class Manifest(_Frozen):
             if not kept.get(several) and one in data:
                 kept[several] = [data[one]]
         return kept
+
+    @model_validator(mode="after")
+    def _one_label_per_class(self) -> Manifest:
+        classes = self.outputs[0].shape[1] if self.task == "classify" and len(self.outputs[0].shape) > 1 else None
+        if self.labels is not None and classes is not None and len(self.labels) != classes:
+            raise ValueError(f"{len(self.labels)} labels for {classes} classes")
+        return self
 
     @property
     def input(self) -> TensorSpec:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Any
 from zipfile import BadZipFile
@@ -15,6 +17,9 @@ from repmlp_deploy.errors import BundleError
 __all__ = ["PROBE", "Probe"]
 
 PROBE = "probe.npz"
+
+_LARGEST_BYTES = 1 << 30
+_LARGEST_RATIO = 20  # of unpacked to packed size; np.savez does not compress
 
 
 @dataclass(frozen=True)
@@ -57,17 +62,34 @@ class Probe:
             BundleError: it holds something else.
         """
         try:
+            _check_members(data)
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 further = sum(name.startswith("reference.") for name in arrays.files)
-                return cls(
+                probe = cls(
                     arrays["inputs"],
                     arrays["reference"],
                     arrays["float32"],
                     tuple(arrays[f"inputs.{i}"] for i in range(1, sum(n.startswith("inputs") for n in arrays.files))),
                     tuple((arrays[f"reference.{i}"], arrays[f"float32.{i}"]) for i in range(1, further + 1)),
                 )
-        except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
-            raise BundleError(f"{PROBE} is not a probe: {error}") from None
+        except (KeyError, ValueError, OSError, EOFError, BadZipFile, RuntimeError, MemoryError, zlib.error) as error:
+            raise BundleError(f"{PROBE} is not a probe: {' '.join(str(error).split())[:200]}") from None
+        probe.check()
+        return probe
+
+    def check(self) -> None:
+        """Raise BundleError unless every array has numbers, every output is finite, and samples correspond."""
+        samples = len(self.inputs) if self.inputs.ndim else 0
+        arrays = [self.inputs, *self.further_inputs, *(array for pair in self.outputs() for array in pair)]
+        if any(array.dtype.kind not in "fiub" for array in arrays):
+            raise BundleError(f"{PROBE} is not a probe: an array holds no numbers")
+        if not samples or any(not array.ndim or len(array) != samples for array in arrays):
+            raise BundleError(f"{PROBE} is not a probe: its arrays have different numbers of samples, or none")
+        for reference, float32 in self.outputs():
+            if reference.shape != float32.shape:
+                raise BundleError(f"{PROBE} is not a probe: outputs have shapes {reference.shape} and {float32.shape}")
+        if not all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f"):
+            raise BundleError(f"{PROBE} is not a probe: a value is not finite")
 
     def batch(self, size: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """Return inputs and references of a batch of `size`, cycling through the samples."""
@@ -79,3 +101,11 @@ class Probe:
         order = (start + np.arange(size)) % len(self.inputs)
         inputs = [value[order] for value in (self.inputs, *self.further_inputs)]
         return inputs, [reference[order] for reference, _ in self.outputs()]
+
+
+def _check_members(data: bytes) -> None:
+    """Raise ValueError if the archive would unpack to far more than a probe holds."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > _LARGEST_BYTES or unpacked > _LARGEST_RATIO * len(data):
+        raise ValueError(f"it would unpack to {unpacked} bytes")

@@ -22,7 +22,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from repmlp_deploy.bundle.manifest import MANIFEST, SCHEMA, ArtifactEntry, FileEntry, Manifest
-from repmlp_deploy.bundle.probe import Probe
+from repmlp_deploy.bundle.probe import PROBE, Probe
 from repmlp_deploy.errors import BundleError, InputError, OutputError
 from repmlp_deploy.files import flush, read_text, remove_abandoned, take_place, write_new
 
@@ -113,7 +113,9 @@ class Bundle:
 
     def probe(self) -> Probe:
         """Read the probe and check it."""
-        return Probe.from_bytes(self.read(self.manifest.probe))
+        probe = Probe.from_bytes(self.read(self.manifest.probe))
+        _require_fit(probe, self.manifest)
+        return probe
 
     def save(self, out: str | Path) -> Bundle:
         """Write everything to `out`, replacing an earlier bundle only by this complete one.
@@ -193,3 +195,18 @@ def _foreign_files(folder: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return sorted(names)
     return sorted(names - own - {MANIFEST})
+
+
+def _require_fit(probe: Probe, manifest: Manifest) -> None:
+    """Raise BundleError unless the probe has the shapes and types that the manifest states."""
+    inputs = (probe.inputs, *probe.further_inputs)
+    outputs = tuple(reference for reference, _ in probe.outputs())
+    for what, arrays, specs in (("inputs", inputs, manifest.inputs), ("outputs", outputs, manifest.outputs)):
+        if len(arrays) != len(specs):
+            raise BundleError(f"{PROBE} has {len(arrays)} {what}; the manifest states {len(specs)}")
+        for array, spec in zip(arrays, specs, strict=True):
+            if array.shape[1:] != spec.shape[1:]:
+                raise BundleError(f"{PROBE}: {spec.name} has shape {array.shape}; the manifest states {spec.shape}")
+    for array, spec in zip(inputs, manifest.inputs, strict=True):
+        if array.dtype.name != spec.dtype:
+            raise BundleError(f"{PROBE}: {spec.name} is {array.dtype}; the manifest states {spec.dtype}")

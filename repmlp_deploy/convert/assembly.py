@@ -60,7 +60,9 @@ class Assembly:
         trained, request, interface = job.trained, job.request, job.interface
         n = request.fixed_batch
         inputs = tuple(
-            TensorSpec(name=name, dtype=str(x.dtype).removeprefix("torch."), shape=(n, *x.shape[1:]))
+            TensorSpec.model_validate(
+                {"name": name, "dtype": str(x.dtype).removeprefix("torch."), "shape": (n, *x.shape[1:])}
+            )
             for name, x in zip(interface.inputs, interface.examples, strict=True)
         )
         outputs = tuple(
