@@ -79,9 +79,15 @@ class VerificationError(RepMLPError):
 EXTRAS: Mapping[str, str] = MappingProxyType(
     {
         "cuda": "rtx",
+        "google": "serve",
+        "grpc": "serve",
+        "grpc_health": "serve",
+        "grpc_reflection": "serve",
+        "httptools": "serve",
         "jinja2": "bench",
         "markupsafe": "bench",
         "matplotlib": "bench",
+        "ml_dtypes": "export",
         "nncf": "export",
         "onnx": "export",
         "onnxruntime": "cpu",
@@ -89,14 +95,23 @@ EXTRAS: Mapping[str, str] = MappingProxyType(
         "onnxscript": "export",
         "onnxsim": "export",
         "openvino": "openvino",
+        "prometheus_client": "serve",
         "psutil": "bench",
+        "pyarrow": "map",
         "pycuda": "pycuda",
+        "ray": "ray",
         "rich": "cli",
         "safetensors": "export",
+        "starlette": "serve",
         "tensorrt": "trt",
         "tensorrt_rtx": "rtx",
+        "tomli_w": "export",
+        "timm": "timm",
         "torch": "export",
+        "torchvision": "timm",
         "typer": "cli",
+        "uvicorn": "serve",
+        "uvloop": "serve",
     }
 )
 """Optional package, by the name that is imported, to the extra that brings it."""
@@ -109,13 +124,14 @@ class MissingDependency(RepMLPError, ImportError):  # noqa: N818 - the contract'
         package: what could not be imported.
         extra: the extra of this project that brings it; None for a package that another package needs.
         reason: why an installed package could not be imported.
+        remedy: what helps, if that is not to install the extra.
     """
 
     exit_code = 4
 
-    def __init__(self, package: str, extra: str | None, reason: str = "") -> None:
+    def __init__(self, package: str, extra: str | None, reason: str = "", remedy: str = "") -> None:
         what = f"{package} cannot be imported ({reason})" if reason else f"{package} is not installed"
-        super().__init__(f"{what}: {_remedy(extra)}")
+        super().__init__(f"{what}: {remedy or _remedy(extra)}")
         self.package = package
         self.extra = extra
 

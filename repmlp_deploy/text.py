@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["LONGEST", "escape_unsafe", "printable"]
+__all__ = ["LONGEST", "escape_document", "escape_unsafe", "first_line", "kind_and_line", "printable"]
 
 LONGEST = 2_000
 """Characters of one piece of text that are shown; a full path and a reason fit."""
@@ -29,9 +29,25 @@ def printable(text: object, limit: int = LONGEST) -> str:
     return escape_unsafe(" ".join(said.split()))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, or its kind if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def kind_and_line(error: BaseException) -> str:
+    """Return an exception's kind and the first line of its text, as `KeyError: 'a'`."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
+
+
 def escape_unsafe(text: str) -> str:
     r"""Return the text with every unsafe character as `\uNNNN`, the escapes of JSON."""
     return _UNSAFE.sub(lambda found: _escaped(found.group()), text)
+
+
+def escape_document(text: str) -> str:
+    """Return the text of a file with its line ends, and every other unsafe character as an escape."""
+    return "\n".join(map(escape_unsafe, text.split("\n")))
 
 
 def _escaped(character: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from repmlp_deploy.text import LONGEST, printable
+from repmlp_deploy.text import LONGEST, escape_document, first_line, kind_and_line, printable
 
 
 @pytest.mark.parametrize("odd", ["\x1b[2J", "\x07", "\x9b31m", "\u202e", "\u2066", "\u200b", "\ufeff", "\ud800"])
@@ -24,3 +24,21 @@ def test_line_breaks_become_spaces_and_long_text_is_cut() -> None:
 
 def test_ordinary_text_of_any_script_stays() -> None:
     assert printable("résumé 重み вес") == "résumé 重み вес"
+
+
+def test_a_document_keeps_its_lines_and_nothing_unsafe() -> None:
+    assert escape_document("a\x1b[2J\n\u202eb\n") == "a\\u001b[2J\n\\u202eb\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "with_kind"),
+    [
+        (RuntimeError("no GPU\nCUDA_VISIBLE_DEVICES is empty"), "no GPU", "RuntimeError: no GPU"),
+        (KeyError("a"), "'a'", "KeyError: 'a'"),
+        (AssertionError(), "AssertionError", "AssertionError"),
+        (ValueError("\n  indented\n"), "indented", "ValueError: indented"),
+    ],
+)
+def test_an_exception_is_told_in_one_line(error: Exception, line: str, with_kind: str) -> None:
+    assert first_line(error) == line
+    assert kind_and_line(error) == with_kind
