@@ -7,25 +7,44 @@ This is the only module that renames or locks files. Caches lie in the folder th
 from __future__ import annotations
 
 import ctypes
+import errno
+import json
 import os
 import re
 import shutil
 import sys
+import tomllib
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "cache_folder",
+    "can_be_replaced",
     "flush",
+    "is_part",
     "locked",
+    "move_into",
+    "put_file",
+    "read_json",
     "read_text",
+    "read_toml",
     "remove_abandoned",
     "replace_file",
     "take_place",
     "write_new",
 ]
+
+_PART = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.part")
+
+
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+"""What a rename says when another writer was there first."""
+
+_DEEP_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
+"""A TOML key of so many parts: the parser's time grows with the square of their number."""
 
 
 def cache_folder(*parts: str) -> Path:
@@ -63,6 +82,35 @@ def read_text(path: Path, most_bytes: int) -> str:
         raise ValueError(f"it is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
+def read_json(path: Path, most_bytes: int) -> Any:
+    """Return the content of a JSON file that somebody else may have written.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: see `read_text`; or it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(read_text(path, most_bytes))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_toml(path: Path, most_bytes: int) -> dict[str, Any]:
+    """Return the content of a TOML file that somebody else may have written.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: see `read_text`; or it is no TOML, or nested too deeply.
+    """
+    text = read_text(path, most_bytes)
+    try:
+        if _DEEP_KEY.search(text) is None:
+            return tomllib.loads(text)
+    except RecursionError:
+        pass
+    raise ValueError("it is nested too deeply")
+
+
 def replace_file(path: Path, *pieces: bytes, durable: bool = False) -> None:
     """Write a file so that a reader sees the old content or all of the new one.
 
@@ -84,6 +132,16 @@ def replace_file(path: Path, *pieces: bytes, durable: bool = False) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def put_file(written: Path, target: Path) -> None:
+    """Give a finished file its name, on the same disk; a reader sees what was there before, or all of it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    flush(written)
+    written.replace(target)
 
 
 @contextmanager
@@ -126,10 +184,16 @@ def flush(path: Path) -> None:
 def take_place(partial: Path, target: Path) -> None:
     """Put the folder `partial` where `target` is; afterwards `partial` is gone or holds what was there."""
     if not target.is_dir() or not any(target.iterdir()):
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
-    elif not _exchange(partial, target):
+        try:
+            if target.is_dir():
+                target.rmdir()
+            partial.rename(target)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+        else:
+            return
+    if not _exchange(partial, target):
         # No atomic exchange on this system: for an instant the old bundle has another name.
         aside = target.parent / f"{partial.name}-old"
         target.rename(aside)
@@ -139,6 +203,57 @@ def take_place(partial: Path, target: Path) -> None:
             aside.rename(target)
             raise
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def can_be_replaced(folder: Path) -> bool:
+    """Return whether `take_place` can work on `folder`: it is no mount point, and its parent can be written to."""
+    return not os.path.ismount(folder) and os.access(folder.parent, os.W_OK | os.X_OK)
+
+
+def move_into(partial: Path, target: Path, last: str) -> None:
+    """Move the files of `partial` into the folder `target`, such as a mounted volume, which cannot be exchanged.
+
+    All content is in `target`, under hidden names, before the first name changes; what remains is one rename per file.
+    A writer that is killed between them leaves files that the manifest does not describe, which a reader notices.
+
+    Args:
+        partial: a folder with nothing but files; afterwards empty.
+        target: an existing folder. Its other files are removed at last.
+        last: the file that takes its name after all others.
+
+    Raises:
+        OSError: it cannot be written. Where that happens before the first rename, `target` is unchanged.
+    """
+    _remove_parts(target)
+    old = {path.name for path in target.iterdir() if path.is_file()}
+    names = sorted((path.name for path in partial.iterdir()), key=lambda name: name == last)
+    parts = {name: target / f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part" for name in names}
+    try:
+        for name, part in parts.items():
+            shutil.copyfile(partial / name, part)
+            flush(part)
+        for name, part in parts.items():
+            part.replace(target / name)
+        for name in old - {*names}:
+            (target / name).unlink()
+        flush(target)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+    for name in names:
+        (partial / name).unlink()
+
+
+def is_part(name: str) -> bool:
+    """Return whether a file of this name is what a writer left that was killed."""
+    return _PART.fullmatch(name) is not None
+
+
+def _remove_parts(folder: Path) -> None:
+    for path in folder.iterdir():
+        match = _PART.fullmatch(path.name)
+        if match and not _alive(int(match[1])):
+            path.unlink(missing_ok=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -70,6 +70,7 @@ class _Tolerances(Mapping[str, Tolerance]):
 TOLERANCES: Mapping[str, Tolerance] = _Tolerances()
 """One row per kind of arithmetic. A comparison that cannot fail proves nothing: every row has a test that fails it."""
 
+_FEW_OUTPUTS = 3  # the largest of fewer may be small by chance
 _FLOOR_EPS = 4.0  # a floor below 4 units in the last place of the largest output was luck, not precision
 
 
@@ -210,8 +211,15 @@ def describe_distance(max_abs: float, between: float | None, *, floor: float, pr
 
 
 def _least_floors(reference: Array) -> NDArray[np.float64]:
-    """Return a few units in the last place of every sample's largest output: (N, …) -> (N,)."""
-    sizes = np.abs(reference).reshape(len(reference), -1).max(axis=1)
+    """Return a few units in the last place of every sample's largest output: (N, …) -> (N,).
+
+    Where a sample has few outputs, terms that cancel may leave the largest near zero, while their rounding stays: such
+    samples count as large as the mean square of all.
+    """
+    rows = np.abs(reference).reshape(len(reference), -1)
+    sizes = rows.max(axis=1)
+    if rows.shape[1] < _FEW_OUTPUTS:
+        sizes = np.maximum(sizes, np.sqrt(np.mean(sizes**2)))
     least: NDArray[np.float64] = np.maximum(_FLOOR_EPS * np.finfo(np.float32).eps * sizes, np.finfo(np.float64).tiny)
     return least
 

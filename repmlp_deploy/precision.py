@@ -97,6 +97,11 @@ class Precision:
             return "give more or better calibration images, or keep the worst blocks in float32, --keep-fp32 PATTERN"
         return f"keep the worst blocks in float32, --keep-fp32 PATTERN, or use {self.wider}"
 
+    @property
+    def is_limited(self) -> bool:
+        """Return whether values of a network may be beyond the type's range; bfloat16 has that of float32."""
+        return self.lowering == "cast" and self.largest is not None and self.largest < _END_OF_FLOAT32
+
     def load_emulator(self) -> Callable[[Any, Precision], Any] | None:
         """Import the emulator; return None if the precision has none."""
         if not self.emulator:
@@ -106,6 +111,7 @@ class Precision:
         return emulator
 
 
+_END_OF_FLOAT32 = 1e38  # types that reach so far are not limited
 _CASTS = "repmlp_deploy.convert.graph.emulate:emulate_casts"
 
 _ENTRIES = (
@@ -185,6 +191,26 @@ _ENTRIES = (
         openvino=OpenVinoNames(stored=None),
         needs_calibration=True,
         keeps_graph=True,
+        wider="fp16",
+    ),
+    Precision(
+        name="fp8",
+        element="float8_e4m3fn",
+        rounding=None,
+        largest=None,
+        bytes_per_weight=1,
+        tolerance=Tolerance(
+            floor_ratio=2.0**21,
+            between=0.75,
+            reason="three bits of mantissa: a value is rounded by up to 2^-4 of itself; four times int8's row, since "
+            "errors up to four times int8's were seen; RepMLPNet-B224 stays below a twentieth. Its samples must differ "
+            "by more than the errors: with the golden cases' weights they hardly do, and `between` refuses it",
+        ),
+        lowering="quantize",
+        onnx_type="FLOAT8E4M3FN",
+        tensorrt_type="fp8",
+        needs_calibration=True,
+        min_opset=19,  # the first whose QuantizeLinear has 8-bit floats
         wider="fp16",
     ),
 )

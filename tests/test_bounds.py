@@ -162,3 +162,13 @@ def test_the_bounds_have_room_for_real_networks() -> None:
     assert Depth
     for path in sorted(data_root().glob("*.toml")):
         card_spec(load_card(path.stem))
+
+
+@pytest.mark.parametrize(
+    "name", ["repmlpnet-t224", "repmlp-mobilefacenet", "pure-mlp-digits", "repmlpnet-b224-backbone"]
+)
+def test_lists_of_different_lengths_are_told_by_name(name: str) -> None:
+    card = load_card(name)
+    shorter = {**card.network, "depths": card.network["depths"][:-1]}
+    with pytest.raises(CardError, match=r"one entry per stage: .*depths has \d"):
+        card_spec(card.model_copy(update={"network": shorter}))

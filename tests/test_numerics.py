@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from repmlp_deploy.errors import VerificationError
-from repmlp_deploy.numerics import TOLERANCES, allowed_error, compare, noise_floor, require_close
+from repmlp_deploy.numerics import TOLERANCES, allowed_error, compare, noise_floor, noise_floors, require_close
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_the_noise_floor_is_what_float32_costs_and_never_nothing(reference: np.n
 
 @pytest.mark.parametrize("precision", sorted(TOLERANCES))
 def test_every_row_of_the_tolerance_table_passes_below_and_fails_above(precision: str, reference: np.ndarray) -> None:
-    floor = 1e-6
+    floor = 1e-7  # so that the row's other limit, on differences between samples, is far
     allowed = allowed_error(precision, floor)
     output = reference.copy()
     output[1, 3] += 0.99 * allowed
@@ -63,3 +63,13 @@ def test_every_row_of_the_tolerance_table_passes_below_and_fails_above(precision
     with pytest.raises(VerificationError, match="outside differs from the trained network by"):
         require_close("outside", output, reference, floor=floor, precision=precision)
     assert TOLERANCES[precision].reason
+
+
+def test_a_single_output_near_zero_has_the_floor_of_the_others() -> None:
+    """Terms of size 1 that cancel round like terms of size 1, whatever is left of them."""
+    reference = np.array([[0.5], [1e-6], [-0.7], [0.3]])
+    rounded = (reference + np.array([[1e-8], [2e-8], [0.0], [1e-8]])).astype(np.float32)
+    floors = noise_floors(rounded, reference)
+    assert floors[1] > 4 * np.finfo(np.float32).eps * 0.3
+    many = np.tile(reference, (1, 10))
+    assert noise_floors(many.astype(np.float32), many)[1] < 1e-10, "a quiet sample among many outputs keeps its own"
