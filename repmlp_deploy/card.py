@@ -7,37 +7,56 @@ its classes, where its weights are, and what was published about it.
 from __future__ import annotations
 
 import difflib
-import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from repmlp_deploy.errors import CardError
-from repmlp_deploy.files import read_text
+from repmlp_deploy.files import read_text, read_toml
 
 __all__ = [
+    "Label",
     "ModelCard",
     "Preprocessing",
     "Published",
     "Resize",
+    "Scores",
     "Weights",
+    "count_classes",
     "data_root",
     "list_cards",
     "load_card",
     "load_labels",
+    "read_labels",
 ]
 
 _LARGEST_CARD_BYTES = 1 << 20
+_LARGEST_LABELS_BYTES = 1 << 24
 _LONGEST_URL = 2048
+_LONGEST_LABEL = 512
 
-Label = Annotated[str, Field(max_length=512)]
+Label = Annotated[str, Field(max_length=_LONGEST_LABEL)]
 ListName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
 
 Size = tuple[Annotated[int, Field(gt=0, le=16384)], Annotated[int, Field(gt=0, le=16384)]]
-Triple = tuple[float, float, float]
+Levels = Annotated[tuple[float, ...], Field(min_length=1, max_length=64)]
+"""One number per channel of the network's input, in levels 0 to 255."""
+
+Scores = Literal["softmax", "sigmoid", "multi-label"]
+"""How logits become probabilities: of one class among several, of one yes-or-no question, of several such questions."""
+
+_COLOURS = 3
 
 
 class _Strict(BaseModel):
@@ -69,23 +88,42 @@ class Preprocessing(_Strict):
     Attributes:
         resize: None leaves the size alone.
         crop: (height, width) of the centre crop; None for none.
-        mean: per channel, in levels 0 to 255.
+        mean: per channel, in levels 0 to 255. Their count is the number of channels: one for gray images, three for
+            colours; any other number is for arrays with as many bands.
         std: per channel, in levels 0 to 255.
-        colour_order: order of the network's input channels.
+        colour_order: order of the network's input channels, if there are three.
         interpolation: Pillow's filter, on 8-bit levels.
+        input: `float32` for (C, H, W), normalised; `uint8` where the graph normalises: (H, W, C) levels, in RGB order.
+            Networks take float32, so no card says `uint8`; a bundle does.
     """
 
     resize: Resize | None = None
     crop: Size | None = None
-    mean: Triple
-    std: Triple
+    mean: Levels
+    std: Levels
     colour_order: Literal["RGB", "BGR"] = "RGB"
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    input: Literal["float32", "uint8"] = "float32"
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `input` out where it says nothing, so that earlier versions read what they know."""
+        data: dict[str, Any] = handler(self)
+        return {key: value for key, value in data.items() if key != "input" or value != "float32"}
+
+    @property
+    def channels(self) -> int:
+        """Channels of the network's input."""
+        return len(self.mean)
 
     @model_validator(mode="after")
-    def _positive_std(self) -> Preprocessing:
+    def _one_std_per_mean(self) -> Preprocessing:
+        if len(self.std) != len(self.mean):
+            raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}; give one per channel")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive; got {self.std}")
+        if self.colour_order == "BGR" and self.channels != _COLOURS:
+            raise ValueError(f"BGR is an order of three channels; mean has {self.channels}")
         return self
 
 
@@ -152,6 +190,7 @@ class ModelCard(_Strict):
         network: hyper-parameters, checked by the family.
         layout: the checkpoint layout these weights are published in, where several cards share an architecture.
         labels: name of a list in `models/labels`, or the names themselves; None when unknown.
+        scores: how logits become probabilities; by default softmax, or sigmoid for a single logit.
         preprocessing: how the weights expect their images.
         published: figures with their source.
         weights: where trained weights are.
@@ -163,8 +202,9 @@ class ModelCard(_Strict):
     task: Literal["classify", "segment", "embed", "features", "custom"] = "classify"
     input_size: Size
     network: dict[str, Any]
-    layout: str | None = None
+    layout: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)] | None = None
     labels: ListName | Annotated[tuple[Label, ...], Field(max_length=100_000)] | None = None
+    scores: Scores | None = None
     preprocessing: Preprocessing
     published: Published | None = None
     weights: Weights | None = None
@@ -181,6 +221,19 @@ class ModelCard(_Strict):
         if self.task == "segment" and (crop is not None or (resize is not None and resize.mode != "exact")):
             raise ValueError("segment answers every pixel: preprocessing must resize to the exact size, without a crop")
         return self
+
+
+def count_classes(logits: int, scores: Scores | None) -> int:
+    """Return how many classes so many logits tell apart: a single one tells no from yes.
+
+    Raises:
+        ValueError: such scores cannot be made of so many logits.
+    """
+    if logits == 1 and scores == "softmax":
+        raise ValueError("the softmax of one logit is always 1; scores must be sigmoid or multi-label")
+    if logits > 1 and scores == "sigmoid":
+        raise ValueError(f"sigmoid is for one logit, and there are {logits}; scores must be softmax or multi-label")
+    return 2 if logits == 1 and scores != "multi-label" else logits
 
 
 def data_root() -> Path:
@@ -206,7 +259,7 @@ def load_card(name_or_path: str | Path) -> ModelCard:
     path = Path(name_or_path)
     if path.suffix != ".toml" or not _exists(path):
         shipped = data_root() / f"{name_or_path}.toml"
-        if path.suffix == ".toml" or path.name != str(name_or_path) or not shipped.is_file():
+        if path.suffix == ".toml" or path.name != str(name_or_path) or not _exists(shipped):
             near = difflib.get_close_matches(str(name_or_path), list_cards(), n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(list_cards())}"
             raise CardError(f"no card {str(name_or_path)!r}; {hint}")
@@ -224,17 +277,36 @@ def _exists(path: Path) -> bool:
 @cache
 def _read_card(path: Path) -> ModelCard:
     try:
-        return ModelCard.model_validate(tomllib.loads(read_text(path, _LARGEST_CARD_BYTES)))
+        return ModelCard.model_validate(read_toml(path, _LARGEST_CARD_BYTES))
     except OSError as error:
         raise CardError(f"{path}: {error.strerror or error}") from None
-    except RecursionError:
-        raise CardError(f"{path} is nested too deeply for a card") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "card"
         raise CardError(f"{path}: {where}: {first['msg']}") from None
     except ValueError as error:  # not TOML, too large, or a number that no card has
         raise CardError(f"{path}: {error}") from None
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """Return the class names in a text file, one per line.
+
+    Raises:
+        CardError: it cannot be read, names nothing, or is too large for names.
+    """
+    try:
+        names = tuple(line.strip() for line in read_text(path, _LARGEST_LABELS_BYTES).splitlines())
+    except OSError as error:
+        raise CardError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise CardError(f"{path}: {error}") from None
+    empty = next((i for i, name in enumerate(names, 1) if not name), None)
+    if not names or empty is not None:
+        raise CardError(f"{path}: {'no names' if not names else f'line {empty} is empty'}; expected one class per line")
+    longest = max(map(len, names))
+    if longest > _LONGEST_LABEL:
+        raise CardError(f"{path}: a name has {longest} characters; at most {_LONGEST_LABEL}")
+    return names
 
 
 def load_labels(card: ModelCard) -> tuple[str, ...] | None:

@@ -75,7 +75,7 @@ def inference_model(model: nn.Module | str, image: ImageLike) -> dict[str, Any]:
         raise InputError(f"{card.name} is made to {card.task}; inference_model classifies: export it and use Predictor")
     inputs = preprocess(to_image(image, array_order="BGR"), card.preprocessing)
     logits = network(torch.from_numpy(inputs[None])).numpy()
-    prediction = predictions_from_logits(np.asarray(logits, np.float32), load_labels(card))[0]
+    prediction = predictions_from_logits(np.asarray(logits, np.float32), load_labels(card), card.scores)[0]
     result = {key: prediction[key] for key in prediction.keys()}  # noqa: SIM118 - keys() is the mapping protocol
     if prediction.pred_class is None:
         del result["pred_class"]

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,11 +114,127 @@ def test_a_parent_that_is_a_file_cannot_be_written(tmp_path: Path) -> None:
         check_output_folder(tmp_path / "file" / "out")
 
 
+def test_the_working_folder_and_those_around_it_are_no_place_for_a_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty --out is the working folder."""
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    for out in (Path(), Path(".."), Path("/"), tmp_path / "inside"):
+        with pytest.raises(InputError, match="is the working folder, or lies around it"):
+            check_output_folder(out)
+    check_output_folder(Path("new"))
+
+
+def test_a_loop_of_links_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises((InputError, OutputError), match="could not write"):
+        check_output_folder(tmp_path / "a" / "out")
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {"name": "an extension", "manifest_version": 3},
+        {"artifacts": {"site": {"path": "index.html"}}, "probe": {"path": "probe.html"}},
+        {"schema": 1, "artifacts": {"onnx": {"path": "index.html"}}, "probe": {"path": "probe.html"}},
+    ],
+)
+def test_the_manifest_of_something_else_makes_no_bundle(tmp_path: Path, manifest: object) -> None:
+    (tmp_path / "site").mkdir()
+    for name in ("index.html", "probe.html"):
+        (tmp_path / "site" / name).write_text("mine")
+    (tmp_path / "site" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="holds files of others"):
+        check_output_folder(tmp_path / "site")
+
+
+def test_a_folder_in_a_bundle_belongs_to_somebody_else(bundle_folder: Path) -> None:
+    check_output_folder(bundle_folder)
+    (bundle_folder / "photos").mkdir()
+    with pytest.raises(InputError, match=r"holds files of others \(photos\)"):
+        check_output_folder(bundle_folder)
+    (bundle_folder / "photos").rmdir()
+    (bundle_folder / "model.onnx").unlink()
+    (bundle_folder / "model.onnx").mkdir()
+    with pytest.raises(InputError, match=r"holds files of others \(model.onnx\)"):
+        check_output_folder(bundle_folder)
+
+
+def test_a_volume_is_written_into(bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the folder itself is mounted, nothing can be exchanged: files get their names there, the manifest last."""
+    volume = tmp_path / "volume"
+    shutil.copytree(bundle_folder, volume)
+    (volume / "lost+found").mkdir()
+    (volume / ".model.onnx.999999999-0123abcd.part").write_text("left by a killed writer")
+    ismount = os.path.ismount
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == volume or ismount(path))
+    inode, order = volume.stat().st_ino, []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: order.append(Path(to).name) or replace(self, to))
+    in_memory(bundle_folder).save(volume)
+    assert Bundle.load(volume).manifest.name == "other"
+    assert volume.stat().st_ino == inode
+    assert order[-1] == MANIFEST
+    assert names(volume) == sorted([*names(bundle_folder), "lost+found"])
+
+
+def test_a_mount_that_shows_only_when_renaming_is_written_into(
+    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bind mount of the same disk looks like any folder until the kernel calls it busy."""
+
+    def busy(*_: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr("repmlp_deploy.bundle.storage.take_place", busy)
+    in_memory(bundle_folder).save(bundle_folder)
+    assert Bundle.load(bundle_folder).manifest.name == "other"
+    assert names(bundle_folder.parent) == [bundle_folder.name]
+
+
+def test_a_full_volume_keeps_the_old_bundle(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    draft, before = in_memory(bundle_folder), snapshot(bundle_folder)
+    monkeypatch.setattr("repmlp_deploy.bundle.storage.can_be_replaced", lambda _: False)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OutputError, match="No space left on device; what was there is untouched"):
+        draft.save(bundle_folder)
+    assert snapshot(bundle_folder) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_real_volume_is_written_into(bundle_folder: Path, tmp_path: Path) -> None:
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(volume)], capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        in_memory(bundle_folder).save(volume)
+        in_memory(bundle_folder).save(volume)
+        assert Bundle.load(volume).manifest.name == "other"
+    finally:
+        subprocess.run(["umount", str(volume)], check=True)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_parent_without_permission_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(OutputError, match="could not write"):
         check_output_folder(tmp_path / "locked" / "out")
+
+
+def test_a_file_system_that_takes_no_files_is_refused_to_root_too() -> None:
+    with pytest.raises(OutputError, match=r"could not write /proc/out: .+ in /proc"):
+        check_output_folder(Path("/proc/out"))
+
+
+def test_checking_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_output_folder(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_flipped_byte_a_missing_and_a_shortened_file_are_noticed(bundle_folder: Path) -> None:
@@ -165,9 +282,23 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path, bundle_folder: Path) -> No
         Bundle.load(bundle_folder)
 
 
-def test_a_link_in_a_bundle_is_not_followed(bundle_folder: Path, tmp_path: Path) -> None:
-    (bundle_folder / "model.onnx").rename(tmp_path / "elsewhere.onnx")
-    (bundle_folder / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")
+def test_files_may_be_links_as_in_the_cache_of_a_hub(bundle_folder: Path, tmp_path: Path) -> None:
+    """Whatever a link leads to, only content with the manifest's digest is read."""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for name in names(bundle_folder):
+        (bundle_folder / name).rename(blobs / name)
+        (bundle_folder / name).symlink_to(blobs / name)
+    bundle = Bundle.load(bundle_folder)
+    for entry in bundle.files():
+        bundle.read(entry)
+    data = bytearray((blobs / "model.onnx").read_bytes())
+    data[-1] ^= 1
+    (blobs / "model.onnx").write_bytes(data)
+    with pytest.raises(BundleError, match="was changed: its sha256"):
+        bundle.read(bundle.artifact("onnx"))
+    (blobs / "model.onnx").unlink()
+    os.mkfifo(blobs / "model.onnx")
     with pytest.raises(BundleError, match=r"has no file model.onnx"):
         Bundle.load(bundle_folder)
 

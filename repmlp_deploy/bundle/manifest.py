@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from repmlp_deploy.bundle.records import Origin
-from repmlp_deploy.card import Preprocessing
+from repmlp_deploy.card import Label, Preprocessing, Scores, count_classes
 from repmlp_deploy.errors import BundleError
 from repmlp_deploy.precision import PRECISIONS
 
@@ -184,6 +184,9 @@ class Verdict(_Frozen):
 class Manifest(_Frozen):
     """`manifest.json`.
 
+    `scores` says how logits become probabilities; None means softmax, or sigmoid for a single logit. `warnings` are
+    what may make answers wrong, such as preprocessing that nobody confirmed; every command repeats them.
+
     The verdict is derived from the certificate: a file that says another one is not believed. `input` and `output` in
     the file are the first of `inputs` and `outputs`.
     """
@@ -198,12 +201,14 @@ class Manifest(_Frozen):
     inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
     outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
     preprocessing: Preprocessing
-    labels: Annotated[tuple[Annotated[str, Field(max_length=512)], ...], Field(max_length=100_000)] | None
+    labels: Annotated[tuple[Label, ...], Field(max_length=100_000)] | None
+    scores: Scores | None = None
     batch: BatchRange
     artifacts: dict[str, ArtifactEntry]
     probe: FileEntry
     certificate: tuple[Hop, ...]
     provenance: dict[str, Any]
+    warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="before")
@@ -220,15 +225,28 @@ class Manifest(_Frozen):
 
     @model_validator(mode="after")
     def _one_label_per_class(self) -> Manifest:
-        classes = self.outputs[0].shape[1] if self.task == "classify" and len(self.outputs[0].shape) > 1 else None
-        if self.labels is not None and classes is not None and len(self.labels) != classes:
-            raise ValueError(f"{len(self.labels)} labels for {classes} classes")
+        if self.task == "classify" and len(self.outputs[0].shape) > 1:
+            classes = self.classes  # checks the scores
+            if self.labels is not None and len(self.labels) != classes:
+                raise ValueError(f"{len(self.labels)} labels for {classes} classes")
         return self
+
+    @property
+    def classes(self) -> int:
+        """Classes that the first output distinguishes; a single logit distinguishes no and yes."""
+        outputs = (self.outputs[0].shape[1] if len(self.outputs[0].shape) > 1 else None) or 0
+        return count_classes(outputs, self.scores) if self.task == "classify" else outputs
 
     @property
     def input(self) -> TensorSpec:
         """The first input."""
         return self.inputs[0]
+
+    @property
+    def image_size(self) -> tuple[int | None, ...]:
+        """(height, width) of the first input, if it is a map: (N, C, H, W), or (N, H, W, C) levels."""
+        shape = self.input.shape
+        return shape[1:3] if self.preprocessing.input == "uint8" else shape[2:]
 
     @property
     def output(self) -> TensorSpec:
@@ -274,7 +292,8 @@ _ORDER: tuple[str, ...] = (
     "outputs",
     "preprocessing",
 )
-_ORDER += ("labels", "batch", "artifacts", "probe", "certificate", "verdict", "provenance", "notes")
+_ORDER += ("labels", "scores", "batch", "artifacts", "probe", "certificate", "verdict", "provenance")
+_ORDER += ("warnings", "notes")
 
 
 def _checked(kind: type[R], data: Any, where: str) -> R:

@@ -102,11 +102,19 @@ class EngineReport(Record):
 
 
 class CheckpointOrigin(Record):
-    """The weights file that a bundle was made of."""
+    """The weights file that a bundle was made of.
+
+    Attributes:
+        file: its name.
+        sha256: of its bytes.
+        container: the path of keys to the weights in it, joined by dots; empty for its top level.
+        ignored: patterns of keys that were left out.
+    """
 
     file: str = "an unnamed checkpoint"
     sha256: str = ""
     container: str = ""
+    ignored: Annotated[tuple[Annotated[str, Field(max_length=1000)], ...], Field(max_length=1000)] = ()
 
 
 class Origin(Record):
@@ -114,10 +122,14 @@ class Origin(Record):
 
     Attributes:
         checkpoint: None for a network that was handed over in memory.
+        model: `timm:NAME[,…]` for a network of timm; empty for any other.
+        merge: how the network was merged, see `export`; bundles that do not say it hold merged blocks.
         seconds: of every step.
         date: of the export.
     """
 
     checkpoint: CheckpointOrigin | None = None
+    merge: Annotated[str, Field(max_length=200)] = "blocks"
+    model: Annotated[str, Field(max_length=200)] = ""
     seconds: Annotated[dict[str, float], Field(default_factory=dict)]
     date: str = "an unknown date"

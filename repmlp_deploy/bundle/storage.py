@@ -3,17 +3,19 @@
 A bundle on disk is always complete. It is written to a hidden sibling folder, every file and the folder itself are
 flushed to the disk, and only then it takes its place: by a rename where there was nothing, by the kernel's atomic
 exchange of two folders where there was an earlier bundle. Killing the writer at any moment leaves the old bundle or
-the new one, and at most a hidden sibling that the next writer removes.
+the new one, and at most a hidden sibling that the next writer removes. A mounted volume cannot be exchanged: there the
+files get their names one by one, the manifest last.
 
 On load the manifest's schema is checked, and the SHA-256 of a file before anything reads it.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +26,16 @@ from pydantic import ValidationError
 from repmlp_deploy.bundle.manifest import MANIFEST, SCHEMA, ArtifactEntry, FileEntry, Manifest
 from repmlp_deploy.bundle.probe import PROBE, Probe
 from repmlp_deploy.errors import BundleError, InputError, OutputError
-from repmlp_deploy.files import flush, read_text, remove_abandoned, take_place, write_new
+from repmlp_deploy.files import (
+    can_be_replaced,
+    flush,
+    is_part,
+    move_into,
+    read_json,
+    remove_abandoned,
+    take_place,
+    write_new,
+)
 
 __all__ = ["Bundle", "check_output_folder", "describe_file", "hash_file"]
 
@@ -57,10 +68,10 @@ class Bundle:
         if not path.is_file():
             raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}; make one with repmlp-export --ckpt FILE")
         try:
-            data = json.loads(read_text(path, _LARGEST_MANIFEST_BYTES))
+            data = read_json(path, _LARGEST_MANIFEST_BYTES)
         except OSError as error:
             raise BundleError(f"{path}: {error.strerror or error}") from None
-        except (RecursionError, ValueError) as error:  # too deep, too large, or a number that no manifest has
+        except ValueError as error:  # too deep, too large, or a number that no manifest has
             raise BundleError(f"{path} is not JSON: {error}") from None
         schema = data.get("schema") if isinstance(data, dict) else None
         if schema != SCHEMA:
@@ -73,7 +84,7 @@ class Bundle:
             raise BundleError(f"{path}: {where}: {first['msg']}") from None
         for entry in _files(manifest):
             file = folder / entry.path
-            if file.is_symlink() or not file.is_file():
+            if not file.is_file():  # a link is followed: caches of model hubs are links, and what is read has a digest
                 raise BundleError(f"{folder} has no file {entry.path}; export the checkpoint again")
             if file.stat().st_size != entry.bytes:
                 raise BundleError(f"{file} has {file.stat().st_size} bytes; the manifest says {entry.bytes}")
@@ -128,9 +139,11 @@ class Bundle:
         check_output_folder(out)
         # resolved, so that a linked bundle is replaced where it lies
         target = out.resolve()
-        partial = target.parent / f".{target.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        exchanged = can_be_replaced(target)
+        beside = target.parent if exchanged else Path(tempfile.gettempdir())
+        partial = beside / f".{target.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
-            remove_abandoned(target)
+            remove_abandoned(beside / target.name)
             partial.mkdir()
             for name, content in self.contents.items():
                 write_new(partial / name, content)
@@ -138,7 +151,10 @@ class Bundle:
             for name in (*self.contents, MANIFEST):  # after all writes: the disk has been at work since the first
                 flush(partial / name)
             flush(partial)
-            take_place(partial, target)
+            if exchanged:
+                exchanged = _took_place(partial, target)
+            if not exchanged:
+                move_into(partial, target, last=MANIFEST)
             flush(target.parent)
         except OSError as error:
             raise OutputError(
@@ -156,17 +172,24 @@ def check_output_folder(out: Path) -> None:
         InputError: `out` is a file, or a folder with files that are no bundle's.
         OutputError: its parent cannot be written to.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; name a folder")
     try:
+        if out.exists() and not out.is_dir():
+            raise InputError(f"--out {out} is a file; name a folder")
         foreign = _foreign_files(out) if out.is_dir() else []
-        out.resolve().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"could not write {out}: {error.strerror or error}") from None
+        target = out.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        here = Path.cwd()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise OutputError(f"could not write {out}: {getattr(error, 'strerror', None) or error}") from None
+    if target == here or target in here.parents:
+        raise InputError(f"--out {out} is the working folder, or lies around it; name a folder inside it")
     if foreign:
         raise InputError(f"--out {out} holds files of others ({', '.join(foreign[:3])}); name another folder")
-    if not os.access(out.resolve().parent, os.W_OK | os.X_OK):
-        raise OutputError(f"could not write {out}: no permission to write in {out.resolve().parent}")
+    written = target if target.is_dir() and not can_be_replaced(target) else target.parent
+    try:
+        tempfile.TemporaryFile(dir=written).close()  # tried: to root, permissions say yes where the file system says no
+    except OSError as error:
+        raise OutputError(f"could not write {out}: {error.strerror or error} in {written}") from None
 
 
 def describe_file(path: str, content: bytes) -> FileEntry:
@@ -186,15 +209,27 @@ def _files(manifest: Manifest) -> list[FileEntry]:
 
 
 def _foreign_files(folder: Path) -> list[str]:
-    """Return the names in `folder` that its manifest does not account for."""
-    names = {path.name for path in folder.iterdir()}
+    """Return the names in `folder` that are no part of a bundle: all of them, unless its manifest is a bundle's."""
+    lost_and_found = {"lost+found"} if os.path.ismount(folder) else set()
+    names = {path.name for path in folder.iterdir() if not is_part(path.name)} - lost_and_found
+    files = {name for name in names if (folder / name).is_file()}
     try:
-        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        entries = [*data["artifacts"].values(), data["probe"]]
-        own = {e["path"] for e in entries} | {c["path"] for e in entries for c in e.get("companions", ())}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest = Manifest.model_validate(read_json(folder / MANIFEST, _LARGEST_MANIFEST_BYTES))
+    except (OSError, ValueError):
         return sorted(names)
-    return sorted(names - own - {MANIFEST})
+    own = {entry.path for entry in _files(manifest)} | {MANIFEST}
+    return sorted(names - (own & files))
+
+
+def _took_place(partial: Path, target: Path) -> bool:
+    """Exchange the folders; return False where the system tells only now that it cannot, as for a bind mount."""
+    try:
+        take_place(partial, target)
+    except OSError as error:
+        if error.errno in (errno.EBUSY, errno.EXDEV) and target.is_dir():
+            return False
+        raise
+    return True
 
 
 def _require_fit(probe: Probe, manifest: Manifest) -> None:
