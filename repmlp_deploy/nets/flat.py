@@ -1,13 +1,16 @@
-"""A network called by position and answering with a tuple, whatever its own way is: what tracing and proving need."""
+"""A network called by position and answering with a tuple, whatever its own way is: what tracing and proving need.
+
+Where a network fails, `failing_module` says which of its modules was running.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Flat", "flatten_outputs"]
+__all__ = ["Flat", "failing_module", "flatten_outputs"]
 
 
 class Flat(nn.Module):
@@ -30,7 +33,7 @@ class Flat(nn.Module):
 
 
 def flatten_outputs(answer: Any, name: str = "") -> dict[str, Tensor]:
-    """Return the tensors in a network's output by name: keys and positions, joined by dots; None is left out.
+    """Return the tensors in a network's output by name: keys, fields and positions, joined by dots; None is left out.
 
     A single tensor is called `output`.
 
@@ -44,10 +47,49 @@ def flatten_outputs(answer: Any, name: str = "") -> dict[str, Tensor]:
     if isinstance(answer, Mapping):
         parts = [(str(key), value) for key, value in answer.items()]
     elif isinstance(answer, Sequence) and not isinstance(answer, str | bytes):
-        parts = [(str(i) if name else f"output_{i}", value) for i, value in enumerate(answer)]
+        fields = getattr(answer, "_fields", None)  # of a named tuple
+        names = fields or [str(i) if name else f"output_{i}" for i in range(len(answer))]
+        parts = list(zip(names, answer, strict=True))
     else:
         raise TypeError(f"output {name or 'of the network'} is a {type(answer).__name__}; expected tensors")
     found: dict[str, Tensor] = {}
     for key, value in parts:
         found |= flatten_outputs(value, f"{name}.{key}" if name else key)
     return found
+
+
+def failing_module(network: nn.Module, run: Callable[[], object]) -> str:
+    """Run again what failed, and return the innermost module that is entered and never left, as `name (Class)`.
+
+    Args:
+        network: whose modules are watched.
+        run: what failed; its error is dropped.
+
+    Returns:
+        `the network` if the failure is in no module of it.
+    """
+    entered: list[str] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, _args: Any) -> None:
+            entered.append(f"{name} ({type(module).__name__})")
+
+        return hook
+
+    def leave(_module: nn.Module, _args: Any, _answer: Any) -> None:
+        entered.pop()
+
+    handles = []
+    for name, module in network.named_modules():
+        if name and not (isinstance(network, Flat) and name == "module"):
+            shown = name.removeprefix("module.") if isinstance(network, Flat) else name
+            handles.append(module.register_forward_pre_hook(enter(shown)))
+            handles.append(module.register_forward_hook(leave))
+    try:
+        run()
+    except Exception:  # noqa: BLE001 - the caller has it already
+        return entered[-1] if entered else "the network"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return "the network"

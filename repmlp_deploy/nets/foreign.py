@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from repmlp_deploy.nets.block_types import BLOCKS, block_of
 from repmlp_deploy.nets.blocks.protocol import Reparameterizable
 
-__all__ = ["adopt_blocks", "has_branches"]
+__all__ = ["adopt_blocks", "has_branches", "holds_blocks"]
 
 _CLOSE = 1e-9  # of the largest output, in float64: far above its rounding, far below any other arithmetic
 
@@ -53,6 +53,12 @@ def has_branches(network: nn.Module) -> bool:
     """Return whether `network` has a block, ours or foreign, that is not merged yet."""
     own = (block for module in network.modules() if (block := block_of(module)) is not None and block.branched)
     return any(not block.deploy for block in own) or bool(adopt_blocks(network, confirm=False))
+
+
+def holds_blocks(network: nn.Module) -> bool:
+    """Return whether `network` has a block, ours or foreign, merged or not; merged foreign ones are not recognised."""
+    own = (block_of(module) for module in network.modules())
+    return any(block is not None and block.branched for block in own) or bool(adopt_blocks(network, confirm=False))
 
 
 def _called(name: str, module: nn.Module) -> str:

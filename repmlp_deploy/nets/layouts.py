@@ -6,9 +6,12 @@ under the names they came in.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-__all__ = ["LAYOUTS", "OWN", "Layout"]
+__all__ = ["LAYOUTS", "OWN", "Layout", "odd_layer_number"]
+
+_LAYER_NUMBER = re.compile("[0-9]{1,3}")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,12 @@ LAYOUTS = (
 
 OWN = Layout("own", "custom", "")
 """A user's network: its names are its own."""
+
+
+def odd_layer_number(key: str) -> str | None:
+    """Return the part of a key that is a number and of no layer: families count stages and units from such parts."""
+    numbers = (part for part in key.split(".") if part.isnumeric() or part.startswith("-"))
+    return next((part for part in numbers if not _LAYER_NUMBER.fullmatch(part)), None)
 
 
 def _swap_start(key: str, start: str, replacement: str) -> str:

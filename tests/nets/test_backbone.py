@@ -126,8 +126,10 @@ def test_a_backbone_is_exported_with_named_outputs(tmp_path):
     found = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"images": x.numpy()}), strict=True))
     for name, map_ in expected.items():
         assert np.allclose(found[name], map_.numpy(), atol=1e-4 * float(map_.abs().max()))
-    with pytest.raises(InputError, match="2 outputs"):
-        Predictor(bundle)
+    with Predictor(bundle) as predictor:
+        assert list(predictor.run(images=x.numpy())) == [spec.name for spec in bundle.manifest.outputs]
+        with pytest.raises(InputError, match="2 outputs"):
+            predictor.logits(x.numpy())
 
 
 def test_one_map_is_served_raw(tmp_path):

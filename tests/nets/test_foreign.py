@@ -103,3 +103,29 @@ def test_other_modules_with_an_fc3_are_none_of_ours() -> None:
     assert adopt_blocks(network) == {}
     with pytest.raises(ValueError, match="contains no RepMLP block"):
         merge_branches(network)
+
+
+class FrozenNorm(nn.Module):
+    """The frozen BatchNorm of detection toolkits, whose buffers are all there is: it has no eps."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, getattr(norm, name).detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.weight * self.running_var.rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
+def test_frozen_norms_without_an_eps_are_merged_as_they_are() -> None:
+    torch.manual_seed(0)
+    block = randomize(Block2022(8, 2, 3, 4, (1, 3), 2)).eval().double()
+    block.fc3_bn = FrozenNorm(block.fc3_bn)
+    for k in (1, 3):
+        branch = getattr(block, f"repconv{k}")
+        branch.bn = FrozenNorm(branch.bn)
+    block.eval()
+    x = torch.randn(2, 8, 4, 9, dtype=torch.float64)
+    torch.testing.assert_close(merge_branches(block)(x), block(x), rtol=1e-12, atol=1e-12)

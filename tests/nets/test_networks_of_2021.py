@@ -53,7 +53,7 @@ def _shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("case", RES50, ids=lambda case: case.name)
 def test_the_official_networks_are_recognised_and_equal_trained_merged_and_folded(case: GoldenCase) -> None:
     state = find_state_dict(case.weights())
-    card, _ = infer_card(state.shapes(), family=state.layout.family, layout=state.layout.name, merged=False)
+    card = infer_card(state.shapes(), family=state.layout.family, layout=state.layout.name, merged=False).card
     assert card.name == case.name
     network = load_network(state.tensors, card, merged=False)
     assert list(network.state_dict()) == list(case.about["state_dict"])

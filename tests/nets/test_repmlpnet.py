@@ -67,3 +67,30 @@ def test_a_card_with_an_unknown_family_or_hyper_parameter_is_refused() -> None:
         build_network(card.model_copy(update={"network": {**card.network, "depth": 3}}))
     with pytest.raises(CardError, match="must divide"):
         build_network(card.model_copy(update={"network": {**card.network, "sharesets": [1, 4, 16, 100]}}))
+
+
+def test_patches_that_are_no_squares_are_built_and_inferred() -> None:
+    spec = RepMLPNetSpec(
+        input_size=(64, 96), channels=(8, 16), depths=(1, 1), sharesets=(2, 4), patch=(4, 8), classes=3
+    )
+    assert spec.maps() == [(16, 12), (8, 6)]
+    assert infer_repmlpnet(shapes_of(spec), (64, 96)) == spec
+    network = RepMLPNet(spec).eval()
+    assert network(torch.zeros(2, 3, 64, 96)).shape == (2, 3)
+
+
+def test_gate_widths_that_are_rounded_are_inferred_stage_by_stage() -> None:
+    """mmpretrain rounds C / reduction up to a multiple of 8."""
+    spec = RepMLPNetSpec(
+        input_size=(32, 32), channels=(20, 40), depths=(1, 1), sharesets=(1, 4), gate_widths=(8, 16), classes=3
+    )
+    found = infer_repmlpnet(shapes_of(spec), None)
+    assert [found.gate_width(i) for i in range(2)] == [8, 16]
+    assert shapes_of(found) == shapes_of(spec)
+
+
+@pytest.mark.parametrize(("given", "named"), [((32, 32), "16x24"), ((17, 24), "16x24"), (None, "16x24 or 24x16")])
+def test_a_size_that_does_not_fit_is_told_one_that_does(given: tuple[int, int] | None, named: str) -> None:
+    spec = RepMLPNetSpec(input_size=(16, 24), channels=(8, 16), depths=(1, 2), sharesets=(2, 4), classes=7)
+    with pytest.raises(ValueError, match=f"such as .*{named}"):
+        infer_repmlpnet(shapes_of(spec), given)

@@ -135,7 +135,7 @@ def test_every_unit_of_a_face_stage_can_be_chosen():
     [
         ("pspnet", {"bins": (1, 9)}, "bins"),
         ("pspnet", {"bins": (2, 2)}, "bins"),
-        ("mobilefacenet", {"depths": (1, 2)}, "one entry a stage"),
+        ("mobilefacenet", {"depths": (1, 2)}, "one entry per stage"),
         ("mobilefacenet", {"input_size": (32, 40)}, "multiples of 16"),
         ("mobilefacenet", {"sharesets": (1, 3, 8)}, "must divide"),
     ],

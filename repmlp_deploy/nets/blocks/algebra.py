@@ -35,6 +35,7 @@ __all__ = [
     "convolution_with",
     "fuse_batch_norm",
     "grouped_product",
+    "has_batch_norms",
     "scale_rows",
     "set_convolution",
     "sum_kernels",
@@ -58,6 +59,11 @@ def affine_of_batch_norm(bn: BatchNorm) -> tuple[Tensor, Tensor]:
     scale = deviation.reciprocal() if bn.weight is None else bn.weight.detach().double() / deviation
     shift = -mean * scale if bn.bias is None else bn.bias.detach().double() - mean * scale
     return scale, shift
+
+
+def has_batch_norms(network: nn.Module) -> bool:
+    """Return whether a BatchNorm is left anywhere in `network`."""
+    return any(isinstance(module, BatchNorm) for module in network.modules())
 
 
 def convolution_with(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:

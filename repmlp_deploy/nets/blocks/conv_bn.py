@@ -25,7 +25,7 @@ class ConvBN(Reparameterizable):
         out_channels: int,
         kernel_size: int | tuple[int, int],
         *,
-        stride: int = 1,
+        stride: int | tuple[int, int] = 1,
         padding: int = 0,
         groups: int = 1,
         relu: bool = False,

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repmlp_deploy.nets.blocks.algebra import BatchNorm
+from repmlp_deploy.nets.blocks.algebra import BatchNorm, constant
 from repmlp_deploy.nets.blocks.checks import Finding
 from repmlp_deploy.nets.blocks.conv_bn import ConvBN
 from repmlp_deploy.nets.blocks.terms import MergedSum, Term, toeplitz_columns
 
 __all__ = [
+    "as_batch_norm",
     "branches_of",
     "fc3_terms",
     "has_trained_fc3",
@@ -33,7 +34,26 @@ _EDGES = (("h", "w"), ("path_h", "path_w"))
 def has_trained_fc3(module: nn.Module) -> bool:
     """Return whether `module` has the FC3 of a RepMLP block that is not merged yet."""
     fc3, bn = getattr(module, "fc3", None), getattr(module, "fc3_bn", None)
-    return isinstance(fc3, nn.Conv2d) and fc3.bias is None and fc3.kernel_size == (1, 1) and isinstance(bn, BatchNorm)
+    return isinstance(fc3, nn.Conv2d) and fc3.bias is None and fc3.kernel_size == (1, 1) and _is_norm(bn)
+
+
+def as_batch_norm(norm: Any, kind: type[BatchNorm] = nn.BatchNorm2d) -> Any:
+    """Return a BatchNorm, or for a frozen one of another package a BatchNorm that shares its tensors.
+
+    Frozen ones of some packages have no eps and add nothing to the variance.
+    """
+    if isinstance(norm, BatchNorm):
+        return norm
+    made = kind(len(norm.running_var), eps=float(getattr(norm, "eps", 0.0)), device="meta").eval()
+    made.weight, made.bias = constant(norm.weight), constant(norm.bias)
+    made.running_mean, made.running_var = norm.running_mean, norm.running_var
+    return made
+
+
+def _is_norm(module: Any) -> bool:
+    """Return whether `module` is a BatchNorm, or has all that a frozen one has."""
+    parts = ("running_mean", "running_var", "weight", "bias")
+    return isinstance(module, BatchNorm) or all(isinstance(getattr(module, part, None), Tensor) for part in parts)
 
 
 def partition_edges(block: nn.Module) -> tuple[int, int]:
@@ -56,7 +76,7 @@ def branches_of(block: nn.Module) -> dict[int, ConvBN]:
     for name, child in block.named_children():
         if kernel := re.fullmatch(r"repconv(\d+)", name):
             parts: Any = child
-            found[int(kernel[1])] = ConvBN.from_parts(parts.conv, parts.bn)
+            found[int(kernel[1])] = ConvBN.from_parts(parts.conv, as_batch_norm(parts.bn))
     return found
 
 

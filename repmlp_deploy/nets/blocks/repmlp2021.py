@@ -31,6 +31,7 @@ from repmlp_deploy.nets.blocks.algebra import (
 from repmlp_deploy.nets.blocks.checks import Check, Finding, absorbed_checks, parameter_checks
 from repmlp_deploy.nets.blocks.conv_bn import ConvBN
 from repmlp_deploy.nets.blocks.fc3 import (
+    as_batch_norm,
     branches_of,
     fc3_terms,
     has_trained_fc3,
@@ -189,7 +190,7 @@ class RepMLP(Reparameterizable):
             fc1_fc2=perceptron,
             avg=pooled,
             fc3=parts.fc3,
-            fc3_bn=parts.fc3_bn,
+            fc3_bn=as_batch_norm(parts.fc3_bn, nn.BatchNorm1d),
             branches=branches_of(foreign),
         )
 

@@ -23,6 +23,7 @@ from repmlp_deploy.nets.blocks.algebra import (
 from repmlp_deploy.nets.blocks.checks import Check, Finding, parameter_checks
 from repmlp_deploy.nets.blocks.conv_bn import ConvBN
 from repmlp_deploy.nets.blocks.fc3 import (
+    as_batch_norm,
     branches_of,
     fc3_terms,
     has_trained_fc3,
@@ -148,7 +149,12 @@ class RepMLPBlock(Reparameterizable):
         if parts.fc3.weight.shape[:2] != (parts.fc3.groups * h * w, h * w):
             raise ValueError(f"its fc3 has shape {tuple(parts.fc3.weight.shape)}, not that of {h}x{w} partitions")
         return RepMLPBlock.from_parts(
-            channels, (h, w), gp=parts.gp, fc3=parts.fc3, fc3_bn=parts.fc3_bn, branches=branches_of(foreign)
+            channels,
+            (h, w),
+            gp=parts.gp,
+            fc3=parts.fc3,
+            fc3_bn=as_batch_norm(parts.fc3_bn),
+            branches=branches_of(foreign),
         )
 
     def example_shapes(self) -> list[tuple[int, ...]]:

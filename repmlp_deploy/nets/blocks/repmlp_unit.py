@@ -39,7 +39,7 @@ from repmlp_deploy.nets.blocks.checks import (
 from repmlp_deploy.nets.blocks.conv_bn import ConvBN
 from repmlp_deploy.nets.blocks.protocol import Reparameterizable
 from repmlp_deploy.nets.blocks.repmlp2022 import GlobalPerceptron, RepMLPBlock
-from repmlp_deploy.nets.blocks.terms import merged_matrix
+from repmlp_deploy.nets.blocks.terms import MergedSum, merged_checks, merged_matrix
 
 __all__ = ["FFN", "FoldedUnit", "RepMLPUnit"]
 
@@ -216,7 +216,8 @@ def _unit_checks(unit: RepMLPUnit, folded: FoldedUnit) -> Iterator[Check]:
     )
     yield from _gate_checks(unit, folded)
     stored = folded.fc3.detach().view(S, area, area)
-    yield Check("fc3", "fc3", stored, matrix.transpose(1, 2), lambda: [("fc3", "matrix transposed", matrix)])
+    rows = MergedSum(stored.transpose(1, 2), bias, name="fc3 transposed", partition=(folded.h, folded.w))
+    yield next(merged_checks(block, rows))  # of the matrix; its bias is in `offset`
     yield from _ffn_checks(unit.ffn_block, unit.prebn2, folded.ffn)
 
 

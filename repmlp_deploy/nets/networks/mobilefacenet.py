@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import ConfigDict, model_validator
 from torch import Tensor, nn
 
 from repmlp_deploy.nets.blocks.conv_bn import ConvBN
 from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.nets.blocks.repmlp_unit import RepMLPUnit
-from repmlp_deploy.nets.networks.bounds import Count, Counts, Depths
+from repmlp_deploy.nets.networks.bounds import Count, Counts, Depths, PerStage
 from repmlp_deploy.nets.networks.input_size import require_input
 from repmlp_deploy.nets.surgery import switch_blocks
 
@@ -30,8 +30,8 @@ Unit = Literal["bottleneck", "repmlp"]
 _STEM_STRIDE = 2
 
 
-class MobileFaceNetSpec(BaseModel):
-    """Hyper-parameters of a MobileFaceNet; sequences have one entry a stage.
+class MobileFaceNetSpec(PerStage):
+    """Hyper-parameters of a MobileFaceNet; sequences have one entry per stage.
 
     Attributes:
         input_size: (H, W) of the aligned faces, divisible by 2 for the stem and 2 for every stage.
@@ -50,6 +50,7 @@ class MobileFaceNetSpec(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    per_stage = ("channels", "down", "depths", "units", "sharesets")
 
     input_size: tuple[Count, Count]
     stem: Count = 64
@@ -66,10 +67,7 @@ class MobileFaceNetSpec(BaseModel):
     in_channels: Count = 3
 
     @model_validator(mode="after")
-    def _one_entry_a_stage(self) -> MobileFaceNetSpec:
-        lengths = {len(part) for part in (self.channels, self.down, self.depths, self.units, self.sharesets)}
-        if len(lengths) != 1:
-            raise ValueError("channels, down, depths, units and sharesets differ in length; expected one entry a stage")
+    def _whole_maps(self) -> MobileFaceNetSpec:
         stride = _STEM_STRIDE * 2 ** len(self.channels)
         if self.input_size[0] % stride or self.input_size[1] % stride:
             raise ValueError(f"input_size is {self.input_size}; expected multiples of {stride}")

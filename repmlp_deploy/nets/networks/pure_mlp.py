@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
 from repmlp_deploy.nets.blocks.conv_bn import MergeableConvBN
 from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
-from repmlp_deploy.nets.networks.bounds import Count, Counts, Depths
+from repmlp_deploy.nets.networks.bounds import Count, Counts, Depths, PerStage
 from repmlp_deploy.nets.networks.input_size import require_input
 from repmlp_deploy.nets.networks.shapes import partition_of, read_block, square_input
 from repmlp_deploy.nets.surgery import switch_blocks
@@ -27,8 +27,8 @@ from repmlp_deploy.nets.surgery import switch_blocks
 __all__ = ["PureMLP", "PureMLPSpec", "PureUnit", "infer_pure_mlp"]
 
 
-class PureMLPSpec(BaseModel):
-    """Hyper-parameters of a pure MLP; sequences have one entry a stage.
+class PureMLPSpec(PerStage):
+    """Hyper-parameters of a pure MLP; sequences have one entry per stage.
 
     Attributes:
         input_size: (H, W) of the images; part of the model, as FC3 is tied to positions.
@@ -43,6 +43,7 @@ class PureMLPSpec(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    per_stage = ("channels", "depths", "partitions", "groups")
 
     input_size: tuple[Count, Count] = (32, 32)
     channels: Counts = (16, 32, 64)

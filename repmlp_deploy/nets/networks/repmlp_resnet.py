@@ -33,7 +33,7 @@ _REPMLP_STAGES = (1, 2)  # counted from 0; the papers count from 1
 
 
 class RepMLPResNetSpec(BaseModel):
-    """Hyper-parameters of a RepMLP-ResNet; `depths` and `channels` have one entry a stage.
+    """Hyper-parameters of a RepMLP-ResNet; `depths` and `channels` have one entry per stage.
 
     Attributes:
         input_size: (H, W) of the images; part of the model, as FC3 is tied to positions. Multiples of 16.

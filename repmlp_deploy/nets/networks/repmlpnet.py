@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from repmlp_deploy.nets.blocks.algebra import affine_of_batch_norm, constant
@@ -18,7 +18,7 @@ from repmlp_deploy.nets.blocks.conv_bn import ChannelAffine, ConvBN
 from repmlp_deploy.nets.blocks.protocol import Reparameterizable
 from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.nets.blocks.repmlp_unit import RepMLPUnit
-from repmlp_deploy.nets.networks.bounds import Count, Counts, Depths
+from repmlp_deploy.nets.networks.bounds import Count, Counts, Depths, PerStage
 from repmlp_deploy.nets.networks.input_size import require_input
 from repmlp_deploy.nets.surgery import switch_blocks
 
@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 
-class RepMLPTrunkSpec(BaseModel):
-    """Hyper-parameters of a RepMLPNet without its head; sequences have one entry a stage.
+class RepMLPTrunkSpec(PerStage):
+    """Hyper-parameters of a RepMLPNet without its head; sequences have one entry per stage.
 
     Attributes:
         input_size: (H, W) of the images; part of the model, as FC3 is tied to positions.
@@ -46,12 +46,14 @@ class RepMLPTrunkSpec(BaseModel):
         kernels: branch kernels k of every block, odd.
         partitions: (h, w); None for the whole map, one partition.
         reduction: C over the width of the global perceptron.
+        gate_widths: of the global perceptron, where a rounded C / reduction is not it, as in mmpretrain.
         expansion: width of the FFN over C.
-        patch: edge and stride of the patch embedding.
+        patch: edge and stride of the patch embedding, or its (height, width).
         in_channels: 3 for RGB.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    per_stage = ("channels", "depths", "sharesets", "partitions", "gate_widths")
 
     input_size: tuple[Count, Count]
     channels: Counts
@@ -60,14 +62,26 @@ class RepMLPTrunkSpec(BaseModel):
     kernels: Counts = (1, 3)
     partitions: tuple[tuple[Count, Count], ...] | None = None
     reduction: Count = 4
+    gate_widths: Counts | None = None
     expansion: Count = 4
-    patch: Count = 4
+    patch: Count | tuple[Count, Count] = 4
     in_channels: Count = 3
 
     def maps(self) -> list[tuple[int, int]]:
         """Return (H, W) of the map that every stage works on."""
-        strides = [self.patch * 2**i for i in range(len(self.channels))]
-        return [(self.input_size[0] // stride, self.input_size[1] // stride) for stride in strides]
+        height, width = self.patch_size()
+        return [
+            (self.input_size[0] // (height * 2**i), self.input_size[1] // (width * 2**i))
+            for i in range(len(self.channels))
+        ]
+
+    def patch_size(self) -> tuple[int, int]:
+        """Return the (height, width) of a patch."""
+        return (self.patch, self.patch) if isinstance(self.patch, int) else self.patch
+
+    def gate_width(self, stage: int) -> int:
+        """Return the width of the global perceptron in the blocks of a stage."""
+        return self.channels[stage] // self.reduction if self.gate_widths is None else self.gate_widths[stage]
 
 
 class RepMLPNetSpec(RepMLPTrunkSpec):
@@ -122,7 +136,9 @@ class RepMLPTrunk(Reparameterizable):
         super().__init__()
         self.spec = spec
         channels, maps = spec.channels, spec.maps()
-        self.conv_embedding = ConvBN(spec.in_channels, channels[0], spec.patch, stride=spec.patch, relu=True)
+        self.conv_embedding = ConvBN(
+            spec.in_channels, channels[0], spec.patch_size(), stride=spec.patch_size(), relu=True
+        )
         self.stages = nn.ModuleList()
         self.embeds = nn.ModuleList()
         for i, (C, depth, S) in enumerate(zip(channels, spec.depths, spec.sharesets, strict=True)):
@@ -131,7 +147,7 @@ class RepMLPTrunk(Reparameterizable):
                 raise ValueError(f"stage {i} has a {maps[i][0]}x{maps[i][1]} map; {h}x{w} partitions do not divide it")
             units = [
                 RepMLPUnit(
-                    RepMLPBlock(C, h, w, sharesets=S, kernels=spec.kernels, hidden=C // spec.reduction, deploy=deploy),
+                    RepMLPBlock(C, h, w, sharesets=S, kernels=spec.kernels, hidden=spec.gate_width(i), deploy=deploy),
                     ffn_hidden=C * spec.expansion,
                 )
                 for _ in range(depth)
@@ -267,40 +283,79 @@ def infer_trunk(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int]
         for key in shapes
         if key.startswith(f"{firsts[0]}repmlp_block.repconv") and key.endswith(".conv.weight")
     )
-    embedding = shapes["conv_embedding.conv.weight"]  # (C, in_channels, patch, patch)
-    patch, areas = embedding[2], [shape[1] for shape in fc3]
+    embedding = shapes["conv_embedding.conv.weight"]  # (C, in_channels, *patch)
+    patch, areas = (embedding[2], embedding[3]), [shape[1] for shape in fc3]
     if input_size is None:
         input_size = _square_input(areas, patch)
+    else:
+        _require_whole_patches(input_size, patch, areas)
+    gates = tuple(shapes[f"{first}repmlp_block.gp.fc1.weight"][0] for first in firsts)
+    reduction = max(1, channels[0] // gates[0])
     spec = RepMLPTrunkSpec(
         input_size=input_size,
         channels=tuple(channels),
         depths=tuple(depths),
         sharesets=tuple(shape[0] // shape[1] for shape in fc3),
         kernels=tuple(kernels),
-        reduction=max(1, channels[0] // shapes[f"{firsts[0]}repmlp_block.gp.fc1.weight"][0]),
+        reduction=reduction,
+        gate_widths=None if gates == tuple(C // reduction for C in channels) else gates,
         expansion=max(1, ffn[0][0] // channels[0]),
-        patch=patch,
+        patch=patch[0] if patch[0] == patch[1] else patch,
         in_channels=embedding[1],
     )
-    partitions = tuple(_partition(area, map_) for area, map_ in zip(areas, spec.maps(), strict=True))
+    fitting = _fitting_inputs(areas, patch)
+    partitions = tuple(_partition(area, map_, fitting) for area, map_ in zip(areas, spec.maps(), strict=True))
     return spec if list(partitions) == spec.maps() else spec.model_copy(update={"partitions": partitions})
 
 
-def _square_input(areas: Sequence[int], patch: int) -> tuple[int, int]:
+def _square_input(areas: Sequence[int], patch: tuple[int, int]) -> tuple[int, int]:
     """Return the (H, W) of the only square input for which every stage's map is one partition."""
-    edges = {math.isqrt(area) * patch * 2**i for i, area in enumerate(areas)}
-    if any(math.isqrt(area) ** 2 != area for area in areas) or len(edges) != 1:
+    fitting = _fitting_inputs(areas, patch)
+    square = next(((height, width) for height, width in fitting if height == width), None)
+    if square is None:
         said = ", ".join(str(area) for area in areas)
-        raise ValueError(f"FC3 covers {said} positions a stage, no square input's maps: pass --input-size HxW")
-    edge = edges.pop()
-    return edge, edge
+        raise ValueError(
+            f"FC3 covers {said} positions a stage, no square input's maps: pass --input-size{_such_as(fitting)}"
+        )
+    return square
 
 
-def _partition(area: int, map_: tuple[int, int]) -> tuple[int, int]:
+def _fitting_inputs(areas: Sequence[int], patch: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return every (H, W) for which each stage's map is one partition, the squarest first."""
+    found = []
+    for h in range(1, areas[0] + 1):
+        w = areas[0] // h
+        maps = [(h // 2**i, w // 2**i) for i in range(len(areas))]
+        whole = h % 2 ** (len(areas) - 1) == 0 == w % 2 ** (len(areas) - 1)
+        if h * w == areas[0] and whole and all(a * b == area for (a, b), area in zip(maps, areas, strict=True)):
+            found.append((h * patch[0], w * patch[1]))
+    return sorted(found, key=lambda size: (max(size) / min(size), size[0]))
+
+
+def _such_as(fitting: Sequence[tuple[int, int]]) -> str:
+    """Return ` HxW`, with sizes that fit if there are any."""
+    some = " or ".join(f"{height}x{width}" for height, width in fitting[:3])
+    return f" HxW, such as {some}" if some else " HxW"
+
+
+def _require_whole_patches(size: tuple[int, int], patch: tuple[int, int], areas: Sequence[int]) -> None:
+    """Raise unless every stage's map has whole positions: convolutions would leave the rest of the image out."""
+    strides = [edge * 2 ** (len(areas) - 1) for edge in patch]
+    if size[0] % strides[0] or size[1] % strides[1]:
+        raise ValueError(
+            f"input {size[0]}x{size[1]} is no multiple of {strides[0]}x{strides[1]}, the stride of the last stage: "
+            f"pass --input-size{_such_as(_fitting_inputs(areas, patch))}"
+        )
+
+
+def _partition(area: int, map_: tuple[int, int], fitting: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Return the (h, w) of `area` positions: the whole map, or the square that divides it."""
     if map_[0] * map_[1] == area:
         return map_
     edge = math.isqrt(area)
     if not edge or edge * edge != area or map_[0] % edge or map_[1] % edge:
-        raise ValueError(f"FC3 covers {area} positions; a {map_[0]}x{map_[1]} map does not divide into squares of them")
+        raise ValueError(
+            f"FC3 covers {area} positions; a {map_[0]}x{map_[1]} map does not divide into squares of them: "
+            f"pass --input-size{_such_as(fitting)}"
+        )
     return edge, edge
