@@ -39,9 +39,10 @@ _MAX_RATIO = 20  # of unpacked to packed size; torch.save does not compress, and
 _HOLES = 8  # a file whose blocks on the disk hold less than this part of its size is mostly holes
 _READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ENCRYPTED = 0x1
-_CHILD_SECONDS = 4  # of CPU time; the pickle of a checkpoint takes less than a tenth of one
+_CHILD_SECONDS = 3  # of CPU time; the pickle of a checkpoint takes less than a tenth of one
 _CHILD_BYTES = 1 << 30
 _PATIENCE_SECONDS = 60.0  # of waiting for the child on a machine that is busy
+_HEADER_BYTES = 4 << 20  # of a safetensors file: some 30,000 tensors, ten times a large checkpoint's
 _NEVER_WEIGHTS = ("optim", "sched", "scaler")
 _MODULE_STATE = ("_parameters", "_buffers", "_modules")
 
@@ -87,26 +88,43 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Return the content of a `.pth`, `.pt` or `.safetensors` file.
 
     Raises:
-        CheckpointError: it is not there, not a weights file, damaged, or of a size that no checkpoint has.
+        CheckpointError: it is not there, not a weights file, damaged, of a size that no checkpoint has, or was changed
+            while it was read.
     """
     path = Path(path)
     try:
         _require_file(path)
-        head = _head(path)
-        _refuse_other_kinds(path, head)
+        before = _identity(path)
         digest = hash_file(path)
-        if path.suffix == ".safetensors" or head[8:9] == b"{":
-            return Checkpoint(path, digest, _read_safetensors(path))
-        zipped = head.startswith(b"PK")
-        if zipped:
-            _check_archive(path)
-        structure = _structure(path)
-        content = _Tensors(path, structure, zipped=zipped).content()
+        content, replaced = _read(path)
+        if _identity(path) != before:  # a training run saved, or a link was turned: the digest is of something else
+            raise CheckpointError(f"{path} was changed while it was read: wait until it is written, and try again")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except MemoryError:
         raise CheckpointError(f"{path} holds more than this machine's memory") from None
-    return Checkpoint(path, digest, content, tuple(structure["replaced"]))
+    return Checkpoint(path, digest, content, replaced)
+
+
+def _read(path: Path) -> tuple[Any, tuple[str, ...]]:
+    """Return the content of a weights file, and the names of the classes that were not loaded."""
+    head = _head(path)
+    _refuse_other_kinds(path, head)
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        if int.from_bytes(head[:8], "little") > _HEADER_BYTES:
+            raise CheckpointError(f"{path} is damaged, or its header names more tensors than a checkpoint has")
+        return _read_safetensors(path), ()
+    zipped = head.startswith(b"PK")
+    if zipped:
+        _check_archive(path)
+    structure = _structure(path)
+    return _Tensors(path, structure, zipped=zipped).content(), tuple(structure["replaced"])
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Return what changes when another file takes this name, or the file is written to."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _require_file(path: Path) -> None:

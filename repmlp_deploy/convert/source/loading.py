@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from repmlp_deploy.card import ModelCard, Preprocessing, Resize, list_cards, load_card
+from repmlp_deploy.bundle import hash_file
+from repmlp_deploy.card import ModelCard, Preprocessing, data_root, list_cards, load_card
+from repmlp_deploy.convert.source.description import usual_preprocessing
 from repmlp_deploy.errors import CardError, CheckpointError
 from repmlp_deploy.nets.families import FAMILIES, build_network, card_spec
 
-__all__ = ["infer_card", "load_network"]
+__all__ = ["Inferred", "infer_card", "load_network"]
 
-_IMAGENET_MEAN = (123.675, 116.28, 103.53)
-_IMAGENET_STD = (58.395, 57.12, 57.375)
+
+@dataclass(frozen=True)
+class Inferred:
+    """A card that was found for weights without one.
+
+    Attributes:
+        card: what describes them; without labels unless the weights are the card's own.
+        remark: how it was found.
+        assumed: whose preprocessing it has, if nobody confirmed it; empty if the weights are the card's own.
+    """
+
+    card: ModelCard
+    remark: str
+    assumed: str
 
 
 def infer_card(  # noqa: PLR0913 - each says something that shapes cannot
@@ -25,21 +40,27 @@ def infer_card(  # noqa: PLR0913 - each says something that shapes cannot
     family: str,
     layout: str,
     merged: bool,
+    sha256: str = "",
     input_size: tuple[int, int] | None = None,
+    size_is_sure: bool = False,
     name: str = "checkpoint",
-) -> tuple[ModelCard, str]:
-    """Return the card of the network that a state dict belongs to, and a remark on how it was found.
+) -> Inferred:
+    """Return the card of the network that a state dict belongs to.
 
     A card of `models/` with this architecture is taken, one of this layout before others. Where there is none, the
     card is made from the shapes, with the preprocessing of the card that differs in its classes alone, or else the
-    usual one for ImageNet.
+    usual one for ImageNet. Weights of a known architecture may have been trained on anything: unless the file is the
+    very one that the card names, preprocessing is only assumed, and there are no labels.
 
     Args:
         shapes: our key to shape.
         family: the layout's family.
         layout: the layout's name.
         merged: whether the branches are gone, so that kernels cannot be told.
+        sha256: of the file.
         input_size: (H, W), where shapes cannot tell it.
+        size_is_sure: the size is that of a bundle or a card. Otherwise one that contradicts the shapes is refused: the
+            same weights would be cut into other partitions, and compute something else.
         name: the file, for messages; its stem is what a network is called that no card describes.
 
     Raises:
@@ -47,28 +68,53 @@ def infer_card(  # noqa: PLR0913 - each says something that shapes cannot
     """
     try:
         spec = FAMILIES[family].infer(shapes, input_size)
+        if input_size is not None and not size_is_sure:
+            _require_told_size(family, shapes, input_size)
     except KeyError as error:
         raise CheckpointError(f"{name} has no key {error.args[0]}, which every {family} has") from None
     except (ValidationError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from None
     cards = [card for card in map(load_card, list_cards()) if card.family == family]
-    cards.sort(key=lambda card: card.layout != layout)
+    cards.sort(key=lambda card: (not _is_of(card, sha256), card.layout != layout))
     loose = {"kernels"} if merged else set()
     described = spec.model_dump(exclude=loose)
     for card in cards:
         if card_spec(card).model_dump(exclude=loose) == described:
-            return card, f"recognised as {card.name}"
+            if _is_of(card, sha256):
+                return Inferred(card, f"recognised as {card.name}", "")
+            remark = f"recognised as {card.name} by its architecture"
+            return Inferred(card.model_copy(update={"labels": None}), remark, card.name)
     for card in cards:
         if card_spec(card).model_dump(exclude={*loose, "classes"}) == spec.model_dump(exclude={*loose, "classes"}):
             own = _own_card(Path(name).stem, family, spec.model_dump(), card.preprocessing)
-            return (
-                own,
-                f"recognised as {card.name} with other classes; its preprocessing is assumed, labels are unknown",
-            )
-    size = spec.model_dump()["input_size"]
-    usual = Preprocessing(resize=Resize(mode="exact", size=size), mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
-    own = _own_card(Path(name).stem, family, spec.model_dump(), usual)
-    return own, "no card has this architecture; ImageNet's mean and std are assumed and labels unknown: see --card"
+            return Inferred(own, f"recognised as {card.name} with other classes", card.name)
+    given = spec.model_dump()
+    own = _own_card(Path(name).stem, family, given, usual_preprocessing(given["input_size"], given["in_channels"]))
+    return Inferred(own, "no card has this architecture", "ImageNet")
+
+
+def _require_told_size(family: str, shapes: Mapping[str, Sequence[int]], given: tuple[int, int]) -> None:
+    """Raise ValueError if the shapes alone tell another input size."""
+    try:
+        told = FAMILIES[family].infer(shapes, None).model_dump()["input_size"]
+    except (KeyError, ValueError, ZeroDivisionError):
+        return
+    if tuple(told) != given:
+        raise ValueError(
+            f"the weights fit {told[0]}x{told[1]}; with {given[0]}x{given[1]} they would compute something else: "
+            f"drop --input-size, or pass a card that says so"
+        )
+
+
+def _is_of(card: ModelCard, sha256: str) -> bool:
+    """Return whether a file with this digest is the one that the card names."""
+    weights = card.weights
+    if weights is None or not sha256:
+        return False
+    if weights.sha256_prefix is not None:
+        return sha256.startswith(weights.sha256_prefix)
+    shipped = data_root() / (weights.file or "")
+    return shipped.is_file() and hash_file(shipped) == sha256
 
 
 def load_network(

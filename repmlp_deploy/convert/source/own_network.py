@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repmlp_deploy.card import ModelCard, Preprocessing
+from repmlp_deploy.convert.options import find_named
+from repmlp_deploy.convert.source.description import usual_preprocessing
 from repmlp_deploy.errors import CheckpointError, InputError
+from repmlp_deploy.nets.blocks.algebra import BatchNorm
 from repmlp_deploy.nets.flat import Flat, flatten_outputs
+from repmlp_deploy.text import first_line, kind_and_line
 
-__all__ = ["FAMILY", "Interface", "default_card", "describe_interface", "fill_own_network", "make_own_network"]
+__all__ = [
+    "FAMILY",
+    "Interface",
+    "default_card",
+    "describe_interface",
+    "fill_own_network",
+    "make_own_network",
+    "unwrapped",
+]
 
 FAMILY = "custom"
 
 _IMAGE_AXES = 4  # (N, C, H, W)
+_COLOURS = 3
 
 
 @dataclass(frozen=True)
@@ -33,11 +43,13 @@ class Interface:
         inputs: names, in the order they are passed.
         examples: a tensor for each, (n, …).
         outputs: names, in the order they come back.
+        classes: channels of a single output (n, classes, …); None for several outputs, or one without classes.
     """
 
     inputs: tuple[str, ...]
     examples: tuple[Tensor, ...]
     outputs: tuple[str, ...]
+    classes: int | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name of every input to its shape without the batch."""
@@ -50,28 +62,15 @@ def make_own_network(factory: str) -> nn.Module:
     Raises:
         InputError: there is no such factory, or it returns no module.
     """
-    module_name, _, name = factory.partition(":")
-    if not module_name or not name.isidentifier():
-        raise InputError(f"--module is {factory[:200]!r}; expected package.module:factory")
-    if module_name.partition(".")[0] in (*sys.stdlib_module_names, ""):
-        raise InputError(
-            f"--module {factory}: {module_name or 'a relative module'} holds no network; name your package"
-        )
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        make = getattr(importlib.import_module(module_name), name)
-    except ImportError as error:
-        raise InputError(f"--module {factory}: {error}") from None
-    except AttributeError:
-        raise InputError(f"--module {factory}: {module_name} has no {name}") from None
-    finally:
-        sys.path.pop(0)
+    make = find_named("--module", factory)
     try:
         network = make()
     except SystemExit:
         raise InputError(f"--module {factory} ends the process instead of returning a network") from None
     except TypeError as error:
-        raise InputError(f"--module {factory}: {_first_line(error)}; it is called without arguments") from None
+        raise InputError(f"--module {factory}: {first_line(error)}; it is called without arguments") from None
+    except Exception as error:  # noqa: BLE001 - a user's code raises anything
+        raise InputError(f"--module {factory} fails: {kind_and_line(error)}") from None
     if not isinstance(network, nn.Module):
         raise InputError(f"--module {factory} returns a {type(network).__name__}; expected a torch.nn.Module")
     return network.eval()
@@ -115,8 +114,8 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
     try:
         answer = network(**dict(zip(keywords, examples, strict=True))) if keywords else network(*examples)
         outputs = flatten_outputs(answer)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{called} does not run on example_input: {_first_line(error)}") from None
+    except Exception as error:  # noqa: BLE001 - a user's code raises anything
+        raise InputError(f"{called} does not run on example_input: {kind_and_line(error)}") from None
     if not outputs:
         raise InputError(f"{called} returns no tensor")
     batch = len(examples[0])
@@ -130,20 +129,51 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
     inputs = keywords or _parameter_names(network, len(examples))
     names = tuple(f"{name}_out" if name in inputs else name for name in outputs)
     plain = isinstance(answer, Tensor) and not keywords and len(examples) == 1
-    return (network if plain else Flat(network, keywords).eval()), Interface(inputs, examples, names)
+    shapes = [value.shape for value in outputs.values()]
+    classes = shapes[0][1] if len(shapes) == 1 and len(shapes[0]) > 1 else None
+    return (network if plain else Flat(network, keywords).eval()), Interface(inputs, examples, names, classes)
 
 
-def default_card(network: nn.Module, interface: Interface) -> ModelCard:
-    """Return the card of a network that came without one; it says nothing about outputs or images."""
+def default_card(network: nn.Module, interface: Interface, *, with_images: bool = False) -> ModelCard:
+    """Return the card of a network that came without one.
+
+    Args:
+        network: gives the name.
+        interface: gives the size.
+        with_images: the user says how images become inputs, so the network classifies them. Otherwise the card says
+            nothing about outputs or images.
+
+    Raises:
+        InputError: with images, the network does not take one image and return one vector of logits.
+    """
     sizes = [(x.shape[2], x.shape[3]) for x in interface.examples if x.ndim == _IMAGE_AXES]
+    classifies = len(interface.examples) == len(sizes) == 1 and interface.classes is not None
+    if with_images and not classifies:
+        raise InputError(
+            f"{type(network).__name__} does not turn one image into logits of classes: say what it takes with --card"
+        )
+    size = sizes[0] if sizes else (1, 1)  # read by nothing where the task is custom
+    channels = interface.examples[0].shape[1] if with_images else _COLOURS
     return ModelCard(
         name=re.sub(r"[^A-Za-z0-9_]", "-", type(network).__name__).strip("_-") or FAMILY,
         family=FAMILY,
-        task="custom",
-        input_size=sizes[0] if sizes else (1, 1),  # read by nothing where the task is custom
+        task="classify" if with_images else "custom",
+        input_size=size,
         network={},
-        preprocessing=Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+        preprocessing=usual_preprocessing(size, channels)
+        if with_images
+        else Preprocessing(mean=(0.0,) * _COLOURS, std=(1.0,) * _COLOURS),
     )
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return the network inside the wrappers of DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        parallel = isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        inside = network.module if parallel else getattr(network, "_orig_mod", None)  # torch.compile's name for it
+        if not isinstance(inside, nn.Module):
+            return network
+        network = inside
 
 
 def _tensors(example_input: Any) -> tuple[Tensor, ...]:
@@ -169,6 +199,12 @@ def _require_plain(network: nn.Module) -> None:
     training = next((name for name, module in network.named_modules() if module.training), None)
     if training is not None:
         raise InputError(f"{training or called} is in training mode: call .eval() first")
+    for name, module in network.named_modules():
+        if isinstance(module, BatchNorm) and (module.running_mean is None or module.running_var is None):
+            raise InputError(
+                f"{name or called} ({type(module).__name__}) keeps no running statistics, so its output depends on the "
+                "batch: train it with track_running_stats=True"
+            )
     for name, value in (*network.named_parameters(), *network.named_buffers()):
         if value.device.type != "cpu":
             raise InputError(f"{called}: {name} is on {value.device}: call .cpu() first")
@@ -181,7 +217,3 @@ def _parameter_names(network: nn.Module, count: int) -> tuple[str, ...]:
     parameters = inspect.signature(network.forward).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return tuple(names[:count]) if len(names) >= count else tuple(f"input_{i}" for i in range(count))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from repmlp_deploy.convert.source.checkpoint import OddTensor, Placeholder
+from repmlp_deploy.convert.source.other_families import recognise_family
 from repmlp_deploy.errors import CheckpointError, InputError
-from repmlp_deploy.nets.layouts import LAYOUTS, OWN, Layout
+from repmlp_deploy.nets.layouts import LAYOUTS, OWN, Layout, odd_layer_number
 
 __all__ = ["StateDict", "find_state_dict", "own_state_dict", "select_weights", "to_layout"]
 
@@ -50,6 +51,7 @@ class StateDict:
         others: the paths of further weights in the same file.
         keys: our key to the file's.
         notes: what a reader of the report should know.
+        ignored: the patterns of keys that were left out.
     """
 
     tensors: Mapping[str, Tensor]
@@ -60,6 +62,7 @@ class StateDict:
     others: tuple[str, ...]
     keys: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return our key to shape."""
@@ -107,6 +110,8 @@ def find_state_dict(
             left_out.append(key)
             continue
         renamed = layout.ours(plain.removeprefix(prefix))
+        if (odd := odd_layer_number(renamed)) is not None:
+            raise CheckpointError(f"{name} has the key {key[:200]}; no network has a layer {odd[:20]}")
         if renamed in ours:
             raise CheckpointError(f"{name} has two keys for one weight: {ours[renamed]} and {key}")
         ours[renamed] = key
@@ -117,7 +122,7 @@ def find_state_dict(
         raise CheckpointError(f"{name} is half merged: it has {merged[0]} and {trained[0]}")
     notes = (*selected.notes, *_said_of(left_out))
     shown = _common_prefix(ours, layout, prefix)
-    return StateDict(tensors, layout, selected.path, shown, bool(merged), selected.others, ours, notes)
+    return StateDict(tensors, layout, selected.path, shown, bool(merged), selected.others, ours, notes, tuple(ignore))
 
 
 def own_state_dict(  # noqa: PLR0913 - each says something else about the file
@@ -157,7 +162,7 @@ def own_state_dict(  # noqa: PLR0913 - each says something else about the file
             ours[renamed] = key
     tensors = {renamed: _checked(selected.found[key], key, name, integers=True) for renamed, key in ours.items()}
     notes = (*selected.notes, *_said_of(left_out))
-    return StateDict(tensors, OWN, selected.path, off, merged=False, others=selected.others, keys=ours, notes=notes)
+    return StateDict(tensors, OWN, selected.path, off, False, selected.others, ours, notes, tuple(ignore))
 
 
 def to_layout(tensors: Mapping[str, Tensor], origin: StateDict) -> dict[str, Any]:
@@ -323,8 +328,14 @@ def _recognise(keys: Mapping[str, str], name: str) -> tuple[Layout, str]:
         raise CheckpointError(
             f"{name} has RepMLP blocks ({blocks}) but no known network's frame: it has no {' or '.join(anchors)}"
         )
+    other = recognise_family(keys)
+    if other is not None:
+        raise CheckpointError(f"{name} is no RepMLP; it looks like {other}: {other.remedy}")
     some = ", ".join(list(keys.values())[:3])
-    raise CheckpointError(f"{name} is no RepMLP: no key ends in fc3.weight; it begins with {some}")
+    raise CheckpointError(
+        f"{name} is no RepMLP: no key ends in fc3.weight; it begins with {some}. Say what makes the network: "
+        "--module PACKAGE.MODULE:FACTORY or --model timm:NAME"
+    )
 
 
 def _own_prefix(keys: Mapping[str, str], expected: Collection[str]) -> tuple[str, str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from repmlp_deploy.card import ModelCard, load_card
 from repmlp_deploy.convert.source.checkpoint import Checkpoint, read_checkpoint
+from repmlp_deploy.convert.source.class_names import find_class_names
+from repmlp_deploy.convert.source.description import Description, complete_card
 from repmlp_deploy.convert.source.loading import infer_card, load_network
 from repmlp_deploy.convert.source.own_network import (
     Interface,
@@ -18,16 +21,29 @@ from repmlp_deploy.convert.source.own_network import (
     describe_interface,
     fill_own_network,
     make_own_network,
+    unwrapped,
 )
 from repmlp_deploy.convert.source.state_dict import StateDict, find_state_dict, own_state_dict
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.families import FAMILIES, card_spec
-from repmlp_deploy.nets.foreign import has_branches
+from repmlp_deploy.nets.foreign import has_branches, holds_blocks
 from repmlp_deploy.runtime.tasks import find_task
 
-__all__ = ["OwnRequest", "Trained", "describe_checkpoint", "find_interface", "load_own", "load_trained", "take_trained"]
+if TYPE_CHECKING:
+    from repmlp_deploy.convert.source.timm_network import TimmNetwork
+
+__all__ = [
+    "SourceRequest",
+    "Trained",
+    "describe_checkpoint",
+    "find_interface",
+    "load_own",
+    "load_trained",
+    "take_trained",
+]
 
 INPUT = "images"
+_IMAGE_AXES = 4  # (N, C, H, W)
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,9 @@ class Trained:
         state: the file's state dict and its layout; None likewise.
         merged: whether its branches are merged already.
         notes: what a reader of the report should know.
+        warnings: what may make answers wrong.
         interface: how it is called, for a network that no family describes.
+        model: `timm:NAME[,…]`, for a network of timm.
     """
 
     network: nn.Module
@@ -50,7 +68,9 @@ class Trained:
     state: StateDict | None = None
     merged: bool = False
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     interface: Interface | None = None
+    model: str | None = None
 
     def without_weights(self) -> Trained:
         """Return this with names and shapes only; memory of its own is freed.
@@ -64,13 +84,17 @@ class Trained:
         return replace(self, network=self.network.to("meta"), checkpoint=checkpoint, state=state)
 
 
-def load_trained(
+def load_trained(  # noqa: PLR0913 - each says something that the file does not
     path: str | Path,
     card: str | Path | ModelCard | None = None,
     *,
     weights: str | None = None,
+    state_key: str | None = None,
+    ignore: Sequence[str] = (),
     input_size: tuple[int, int] | None = None,
+    size_is_sure: bool = False,
     allow_merged: bool = False,
+    described: Description | None = None,
 ) -> Trained:
     """Load the trained network in a checkpoint of any layout.
 
@@ -78,9 +102,13 @@ def load_trained(
         path: `.pth`, `.pt` or `.safetensors`.
         card: a card, or the name or path of one; by default it is inferred from keys and shapes.
         weights: `model` or `ema`, where a file holds both; by default `model`.
+        state_key: the path of keys to the state dict, joined by dots, instead of `weights`.
+        ignore: patterns, as in a shell, of keys to leave out.
         input_size: (H, W), where keys and shapes cannot tell it.
+        size_is_sure: see `infer_card`.
         allow_merged: accept a checkpoint whose branches are merged already. Nothing can be proved about the trained
             network then; the merged one takes its place.
+        described: what the user says of images and labels.
 
     Raises:
         CheckpointError: the file is damaged, unsafe, of no network we know, or does not fit the card.
@@ -89,7 +117,7 @@ def load_trained(
     given = card if card is None or isinstance(card, ModelCard) else load_card(card)
     checkpoint = read_checkpoint(path)
     name = str(path)
-    state = find_state_dict(checkpoint.content, weights=weights, name=name)
+    state = find_state_dict(checkpoint.content, weights=weights, state_key=state_key, ignore=ignore, name=name)
     notes = []
     if state.merged:
         if not allow_merged:
@@ -98,16 +126,20 @@ def load_trained(
                 "training-time checkpoint, or pass --allow-merged to prove equality with the merged one"
             )
         notes.append("the checkpoint is merged already: the reference is the merged network, not the trained one")
+    assumed = ""
     if given is None:
-        given, remark = infer_card(
+        found = infer_card(
             state.shapes(),
             family=state.layout.family,
             layout=state.layout.name,
             merged=state.merged,
+            sha256=checkpoint.sha256,
             input_size=input_size,
+            size_is_sure=size_is_sure,
             name=name,
         )
-        notes.append(remark)
+        given, assumed = found.card, found.assumed
+        notes.append(found.remark)
     elif given.family != state.layout.family:
         raise CheckpointError(f"{name} is a {state.layout.family}; the card {given.name} describes a {given.family}")
     if input_size is not None and input_size != given.input_size:
@@ -115,24 +147,24 @@ def load_trained(
             f"--input-size {input_size[0]}x{input_size[1]} contradicts {given.name}, "
             f"which takes {given.input_size[0]}x{given.input_size[1]}"
         )
-    notes += state.notes
+    completed = complete_card(given, checkpoint.content, described or Description(), assumed)
+    notes += [*completed.notes, *_notes_on_file(checkpoint, state)]
+    network = load_network(state.tensors, completed.card, merged=state.merged, name=name)
+    return Trained(network, completed.card, checkpoint, state, state.merged, tuple(notes), completed.warnings)
+
+
+def _notes_on_file(checkpoint: Checkpoint, state: StateDict) -> list[str]:
+    """Return what was left out of a file, and what else it holds."""
+    notes = list(state.notes)
     if checkpoint.replaced:
         notes.append(f"objects in the file were not loaded, only its tensors: {', '.join(checkpoint.replaced)}")
     if state.others:
         notes.append(f"the file also holds {', '.join(state.others)}; used: {state.container or 'its top level'}")
-    network = load_network(state.tensors, given, merged=state.merged, name=name)
-    return Trained(network, given, checkpoint, state, state.merged, tuple(notes))
+    return notes
 
 
-def describe_checkpoint(
-    path: str | Path, *, weights: str | None = None, input_size: tuple[int, int] | None = None
-) -> dict[str, Any]:
-    """Describe a checkpoint for people: file, layout, architecture, parameters.
-
-    Raises:
-        CheckpointError: it cannot be read, or is of no network we know.
-    """
-    trained = load_trained(path, weights=weights, input_size=input_size, allow_merged=True)
+def describe_checkpoint(trained: Trained) -> dict[str, Any]:
+    """Describe a checkpoint for people: file, layout, architecture, parameters."""
     if trained.checkpoint is None or trained.state is None:
         raise AssertionError("a file that was loaded has both")
     return {
@@ -147,6 +179,7 @@ def describe_checkpoint(
         "family": trained.card.family,
         **card_spec(trained.card).model_dump(mode="json"),
         "parameters": sum(parameter.numel() for parameter in trained.network.parameters()),
+        "warnings": list(trained.warnings),
         "notes": list(trained.notes),
     }
 
@@ -161,22 +194,53 @@ def find_interface(trained: Trained) -> Interface:
     return Interface((INPUT,), (images,), names)
 
 
-def take_trained(
-    source: nn.Module | str | Path,
-    card: str | Path | ModelCard | None,
-    weights: str | None,
-    input_size: tuple[int, int] | None,
-    *,
-    allow_merged: bool,
-) -> Trained:
-    """Take a network of a family, from a file or from memory; arguments as in `load_trained`.
+@dataclass(frozen=True)
+class SourceRequest:
+    """What was said about the network to export; see `load_trained`.
+
+    Attributes:
+        module: `package.module:factory` of a network that no family describes.
+        example_input: what such a network takes.
+        card: or its name or path.
+        weights: `model` or `ema`.
+        state_key: the path of keys to the state dict.
+        ignore: patterns of keys to leave out.
+        input_size: (H, W).
+        described: what the user says of images and labels.
+        allow_merged: accept a network without branches.
+        model: `timm:NAME[,…]`, a network of timm.
+    """
+
+    module: str | None = None
+    example_input: Any = None
+    card: str | Path | ModelCard | None = None
+    weights: str | None = None
+    state_key: str | None = None
+    ignore: tuple[str, ...] = ()
+    input_size: tuple[int, int] | None = None
+    described: Description = field(default_factory=Description)
+    allow_merged: bool = False
+    model: str | None = None
+
+
+def take_trained(source: nn.Module | str | Path, said: SourceRequest) -> Trained:
+    """Take a network of a family, from a file or from memory.
 
     Raises:
         InputError: it has no card, is in training mode, or has no branches and that is not allowed.
     """
     if not isinstance(source, nn.Module):
-        return load_trained(source, card, weights=weights, input_size=input_size, allow_merged=allow_merged)
-    own = card if card is not None else getattr(source, "card", None)
+        return load_trained(
+            source,
+            said.card,
+            weights=said.weights,
+            state_key=said.state_key,
+            ignore=said.ignore,
+            input_size=said.input_size,
+            allow_merged=said.allow_merged,
+            described=said.described,
+        )
+    own = said.card if said.card is not None else getattr(source, "card", None)
     if own is None:
         raise InputError(
             f"{type(source).__name__} carries no card: pass example_input=, a tensor such as it takes, "
@@ -185,48 +249,89 @@ def take_trained(
     if source.training:
         raise InputError(f"{type(source).__name__} is in training mode: call .eval() first")
     found = own if isinstance(own, ModelCard) else load_card(own)
-    return Trained(source, found, merged=_is_merged(source, allow_merged=allow_merged))
+    completed = complete_card(found, None, said.described)
+    merged = _is_merged(source, allow_merged=said.allow_merged)
+    return Trained(source, completed.card, merged=merged, notes=completed.notes, warnings=completed.warnings)
 
 
-@dataclass(frozen=True)
-class OwnRequest:
-    """What was said about a network that no family describes."""
+def load_own(source: nn.Module | str | Path, said: SourceRequest) -> Trained:
+    """Take a network of no family: from memory, or made by its factory or by timm and filled from a weights file.
 
-    module: str | None
-    example_input: Any
-    card: str | Path | ModelCard | None
-    weights: str | None
-    input_size: tuple[int, int] | None
-    allow_merged: bool
-
-
-def load_own(source: nn.Module | str | Path, own: OwnRequest) -> Trained:
-    """Take a user's own network: from memory, or made by its factory and filled from a weights file."""
+    Raises:
+        InputError: it cannot be made or called, or what was said contradicts it.
+        CheckpointError: the file is damaged, unsafe, or does not fit the network.
+        MissingDependency: timm or what it needs is not installed.
+    """
+    network, made = _network_for(source, said)
     checkpoint = state = None
-    if isinstance(source, nn.Module):
-        if own.module is not None:
-            raise InputError(f"module={own.module} makes a network, and a {type(source).__name__} was given: drop one")
-        network = source
-    elif own.module is None:
-        raise InputError(f"{source} is a weights file: example_input= needs module=, the network it is for")
-    else:
-        network = make_own_network(own.module)
+    if not isinstance(source, nn.Module):
         checkpoint = read_checkpoint(source)
-        expected = network.state_dict()
-        state = own_state_dict(checkpoint.content, expected.keys(), weights=own.weights, name=str(source))
+        state = own_state_dict(
+            checkpoint.content,
+            network.state_dict().keys(),
+            weights=said.weights,
+            state_key=said.state_key,
+            ignore=said.ignore,
+            name=str(source),
+        )
         fill_own_network(network, state.tensors, str(source))
-    called, interface = describe_interface(network, _example(network, own))
-    card = own.card if own.card is not None else getattr(network, "card", None)
-    if card is None:
-        card = default_card(network, interface)
-    elif not isinstance(card, ModelCard):
-        card = load_card(card)
-    merged = _is_merged(network, allow_merged=own.allow_merged)
-    return Trained(called, card, checkpoint, state, merged, interface=interface)
+    called, interface = describe_interface(network, _example(network, said, made))
+    content = None if checkpoint is None else checkpoint.content
+    card, assumed, notes = _own_card(network, interface, said, made, content)
+    completed = complete_card(
+        card, content, said.described, assumed, classes=interface.classes, channels=_channels(interface)
+    )
+    notes = (*notes, *completed.notes)
+    if checkpoint is not None and state is not None:
+        notes = (*notes, *_notes_on_file(checkpoint, state))
+    merged = _is_merged(network, allow_merged=said.allow_merged)
+    return Trained(called, completed.card, checkpoint, state, merged, notes, completed.warnings, interface, said.model)
 
 
-def _example(network: nn.Module, own: OwnRequest) -> Any:
+def _network_for(source: nn.Module | str | Path, said: SourceRequest) -> tuple[nn.Module, TimmNetwork | None]:
+    """Return the network, and what timm says of it if it is timm's."""
+    if said.module is not None and said.model is not None:
+        raise InputError(f"module={said.module} and model={said.model} both make the network: drop one")
+    maker = said.module or said.model
+    if isinstance(source, nn.Module):
+        if maker is not None:
+            kind = "module" if said.module else "model"
+            raise InputError(f"{kind}={maker} makes a network, and a {type(source).__name__} was given: drop one")
+        return unwrapped(source), None
+    if said.model is not None:
+        # timm, for its networks alone
+        from repmlp_deploy.convert.source.timm_network import make_timm_network  # noqa: PLC0415
+
+        made = make_timm_network(said.model, said.input_size)
+        return made.network, made
+    if said.module is None:
+        raise InputError(f"{source} is a weights file: example_input= needs module=, the network it is for")
+    return make_own_network(said.module), None
+
+
+def _own_card(
+    network: nn.Module, interface: Interface, said: SourceRequest, made: TimmNetwork | None, content: Any
+) -> tuple[ModelCard, str, tuple[str, ...]]:
+    """Return the card of a network of no family, whose preprocessing it assumes, and what to say of it."""
+    card = said.card if said.card is not None else getattr(network, "card", None)
+    if card is not None:
+        return (card if isinstance(card, ModelCard) else load_card(card)), "", ()
+    if made is None:
+        assumed = "ImageNet" if said.described else ""
+        return default_card(network, interface, with_images=bool(said.described)), assumed, ()
+    return made.described(interface, names_in_file=find_class_names(content) is not None)
+
+
+def _channels(interface: Interface) -> int | None:
+    """Return the channels of a network's only input, if that can be an image."""
+    examples = interface.examples
+    return examples[0].shape[1] if len(examples) == 1 and examples[0].ndim == _IMAGE_AXES else None
+
+
+def _example(network: nn.Module, own: SourceRequest, made: TimmNetwork | None) -> Any:
     """Return the example that was given, the network's own, or an image of the given size."""
+    if made is not None and own.example_input is None:
+        return torch.zeros(1, made.channels, *made.input_size)
     example = own.example_input if own.example_input is not None else getattr(network, "example_input", None)
     if example is None and own.input_size is not None:
         return torch.zeros(1, 3, *own.input_size)
@@ -239,15 +344,15 @@ def _example(network: nn.Module, own: OwnRequest) -> Any:
 
 
 def _is_merged(network: nn.Module, *, allow_merged: bool) -> bool:
-    """Return whether no block has branches; raise InputError if that is not allowed."""
+    """Return whether there are blocks of which none has branches; raise InputError if that is not allowed."""
     try:
-        if has_branches(network):
+        if has_branches(network) or not holds_blocks(network):
             return False
     except ValueError as error:  # the parts of a block, but not all of them
         raise InputError(str(error)) from None
     if not allow_merged:
         raise InputError(
-            f"{type(network).__name__} has no RepMLP block with branches; if it is merged already, nothing can be "
-            "proved about the trained network: export it before switch_to_deploy(), or pass allow_merged=True"
+            f"{type(network).__name__} has RepMLP blocks, but none with branches: it is merged already, and nothing "
+            "can be proved about the trained network: export it before switch_to_deploy(), or pass allow_merged=True"
         )
     return True

@@ -9,8 +9,8 @@ lists and plain values in the file, and for every tensor the place of its number
 tensor nor a plain container becomes an inert placeholder: its state is kept, its code is never looked up. A pickled
 module therefore gives its tensors by their places in it.
 
-A pickle can be small and still describe something endless: nested repetitions double at every level. The tree is
-therefore counted while it is written, and refused beyond `_MOST_NODES`.
+A pickle can be small and still describe something endless: nested repetitions double at every level. The values are
+therefore counted before the tree is written, each shared one once, and refused beyond `_MOST_NODES`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pickle
 import struct
 import sys
 import zipfile
+from functools import partial
 from typing import Any, BinaryIO, Self
 
 __all__ = ["Refused", "main", "read_structure"]
@@ -128,7 +129,7 @@ class TensorPlace:
 class OddTensor:
     """A tensor that cannot be weights: sparse, quantized or without numbers."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *_arguments: Any) -> None:
         self.kind = kind
 
     def __setstate__(self, state: Any) -> None:
@@ -155,21 +156,6 @@ def _size(*parts: Any) -> Any:
     return tuple(parts[0]) if parts else ()
 
 
-class _Sparse(OddTensor):
-    def __init__(self, *_arguments: Any) -> None:
-        super().__init__("sparse")
-
-
-class _Quantized(OddTensor):
-    def __init__(self, *_arguments: Any) -> None:
-        super().__init__("quantized")
-
-
-class _Meta(OddTensor):
-    def __init__(self, *_arguments: Any) -> None:
-        super().__init__("without numbers")
-
-
 _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): _tensor_v2,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor_v2,
@@ -177,9 +163,9 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _of_subclass,
-    ("torch._utils", "_rebuild_sparse_tensor"): _Sparse,
-    ("torch._utils", "_rebuild_qtensor"): _Quantized,
-    ("torch._utils", "_rebuild_meta_tensor_no_storage"): _Meta,
+    ("torch._utils", "_rebuild_sparse_tensor"): partial(OddTensor, "sparse"),
+    ("torch._utils", "_rebuild_qtensor"): partial(OddTensor, "quantized"),
+    ("torch._utils", "_rebuild_meta_tensor_no_storage"): partial(OddTensor, "without numbers"),
     ("torch", "Size"): _size,
     ("collections", "OrderedDict"): _Dictionary,
 }
@@ -281,34 +267,53 @@ def _read_legacy(file: BinaryIO) -> dict[str, Any]:
 
 def _described(tree: Any, reader: Reader) -> dict[str, Any]:
     named = {".".join(name)[:_LONGEST_TEXT] for name in reader.replaced if name[0].partition(".")[0] not in _ORDINARY}
+    _check_size(tree)
     return {"tree": _Description().of(tree), "replaced": sorted(named)[:_MOST_NAMES]}
 
 
-class _Description:
-    """Turn the tree into what JSON can hold, counting its nodes."""
+def _check_size(tree: Any) -> None:
+    """Count the values of the tree and the levels of them, without visiting a shared one twice.
 
-    def __init__(self) -> None:
-        self._left = _MOST_NODES
+    Raises:
+        Refused: there are more than a checkpoint has.
+    """
+    known: dict[int, tuple[int, int]] = {}  # a value's id to how many values and levels are in it
 
-    def of(self, value: Any, depth: int = 0) -> Any:
-        """Return a value as JSON holds it.
-
-        Raises:
-            Refused: there are too many values, or too many levels of them.
-        """
-        self._left -= 1
-        if self._left < 0:
+    def measure(value: Any, depth: int) -> tuple[int, int]:
+        if id(value) not in known:
+            children = _children(value) if depth <= _MOST_DEPTH else []
+            inside = [measure(child, depth + 1) for child in children[: _MOST_NODES + 1]]
+            known[id(value)] = 1 + sum(n for n, _ in inside), 1 + max((levels for _, levels in inside), default=0)
+        if known[id(value)][0] > _MOST_NODES:
             raise Refused(f"it describes more than {_MOST_NODES} values")
-        if depth > _MOST_DEPTH:
+        if depth + known[id(value)][1] > _MOST_DEPTH + 1:
             raise Refused(f"it is nested deeper than {_MOST_DEPTH} levels")
+        return known[id(value)]
+
+    measure(tree, 0)
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    return [*value.items.values(), *value.values, value.state] if isinstance(value, Placeholder) else []
+
+
+class _Description:
+    """Turn the tree into what JSON can hold."""
+
+    def of(self, value: Any) -> Any:
+        """Return a value as JSON holds it."""
         if value is None or isinstance(value, bool | int | float | str):
             return self._scalar(value)
         if isinstance(value, dict):
-            return {"dict": self._items(value, depth)}
+            return {"dict": self._items(value)}
         if isinstance(value, list | tuple | set | frozenset):
-            return {"list": [self.of(item, depth + 1) for item in value]}
+            return {"list": [self.of(item) for item in value]}
         if isinstance(value, Placeholder):
-            return self._placeholder(value, depth)
+            return self._placeholder(value)
         if isinstance(value, TensorPlace):
             return {"tensor": self._tensor(value)}
         return {"odd": value.kind} if isinstance(value, OddTensor) else {"other": type(value).__name__}
@@ -321,22 +326,21 @@ class _Description:
             return {"other": "a very large integer"}
         return value
 
-    def _placeholder(self, value: Placeholder, depth: int) -> dict[str, Any]:
+    def _placeholder(self, value: Placeholder) -> dict[str, Any]:
         return {
             "class": value.name[:_LONGEST_TEXT],
-            "dict": self._items(value.items, depth),
-            "list": [self.of(item, depth + 1) for item in value.values],
-            "state": self.of(value.state, depth + 1),
+            "dict": self._items(value.items),
+            "list": [self.of(item) for item in value.values],
+            "state": self.of(value.state),
         }
 
-    def _items(self, items: dict[Any, Any], depth: int) -> list[list[Any]]:
-        return [
-            [key[:_LONGEST_TEXT] if isinstance(key, str) else self._key(key), self.of(value, depth + 1)]
-            for key, value in items.items()
-        ]
+    def _items(self, items: dict[Any, Any]) -> list[list[Any]]:
+        return [[self._key(key), self.of(value)] for key, value in items.items()]
 
     @staticmethod
     def _key(key: Any) -> Any:
+        if isinstance(key, str):
+            return key[:_LONGEST_TEXT]
         fits = isinstance(key, int) and key.bit_length() <= _LONGEST_NUMBER_BITS
         return key if fits else f"<{type(key).__name__}>"
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -14,10 +16,13 @@ from torch import Tensor, nn
 
 from repmlp_deploy import Bundle, Predictor, VerificationError, export
 from repmlp_deploy.convert import transform
+from repmlp_deploy.convert.source.own_network import unwrapped
 from repmlp_deploy.errors import CheckpointError, InputError
+from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.nets.flat import flatten_outputs
 from support.networks import randomize
 from support.own_networks import Scorer, Segmenter
+from support.task_cases import small_card, small_network
 
 
 def _make(kind: type[nn.Module]) -> nn.Module:
@@ -100,8 +105,28 @@ def test_the_merged_checkpoint_has_the_networks_own_names(exported: Bundle, segm
 
 
 def test_predictor_refuses_several_outputs_by_name(exported: Bundle) -> None:
-    with pytest.raises(InputError, match=r"2 inputs \(images, weight\)"):
-        Predictor(exported)
+    with Predictor(exported) as predictor, pytest.raises(InputError, match=r"2 inputs \(images, weight\).*run\(\)"):
+        predictor.logits(np.zeros((1, 3, 32, 32), np.float32))
+
+
+def test_any_number_of_inputs_and_outputs_run_by_name(exported: Bundle) -> None:
+    """Batches beyond the largest are split, and what does not fit is named."""
+    probe = exported.probe()
+    (images, weight), references = probe.batches(12)
+    with Predictor(exported, check=True) as predictor:
+        found = predictor.run(weight=weight, images=images)
+        assert list(found) == [spec.name for spec in exported.manifest.outputs]
+        for output, reference in zip(found.values(), references, strict=True):
+            np.testing.assert_allclose(output, reference, rtol=1e-3, atol=1e-5)
+        assert len(predictor.self_check()) == 2 * len(references)
+        for inputs, said in [
+            ({"images": images}, "inputs are images; Segmenter takes images, weight"),
+            ({"images": images, "weight": weight[:3]}, "batches of 3, 12; they must be equal"),
+            ({"images": images, "weight": weight.astype(np.float64)}, "input weight is float64"),
+            ({"images": images[:, :1], "weight": weight}, r"input images is \(12, 1, 32, 32\); Segmenter takes"),
+        ]:
+            with pytest.raises(InputError, match=said):
+                predictor.run(**inputs)
 
 
 def test_a_probe_with_several_inputs_and_outputs_survives_its_file(exported: Bundle) -> None:
@@ -176,6 +201,8 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
         ("nowhere", "expected package.module:factory"),
         ("nowhere.at_all:make", "No module named 'nowhere'"),
         ("support.own_networks:absent", "has no absent"),
+        ("support.own_networks:make_nothing", "fails: KeyError: 'no weights here'"),
+        ("support.fails_on_import:make", "importing it fails: RuntimeError: no GPU here"),
         ("support.configs:Config", "expected a torch.nn.Module"),
     ],
 )
@@ -193,7 +220,11 @@ def test_what_cannot_be_proved_here_is_refused(tmp_path: Path) -> None:
         (network, torch.zeros(1, 3, 10, 10), "does not run on example_input"),
         (network, "images", "expected a tensor"),
         (network, {"x": x, "y": torch.zeros(2, 1)}, "they must be equal"),
-        (nn.Sequential(nn.Flatten()).eval(), x, "no RepMLP block with branches"),
+        (
+            RepMLPBlock(4, 4, 4, sharesets=2, hidden=2, deploy=True).eval(),
+            torch.zeros(1, 4, 4, 4),
+            "has RepMLP blocks, but none with branches",
+        ),
         (Whole(Labels()), x, "only float32 outputs can be proved"),
         (Whole(HalfABlock()), x, "has the parts of a RepMLP block, but"),
         (nn.Sequential(nn.Flatten(0)).eval(), x, "first axis must be the batch"),
@@ -214,3 +245,35 @@ def test_outputs_are_flattened_under_dotted_names() -> None:
     assert flatten_outputs({"x": {"y": a}, "z": [b, c]}) == {"x.y": a, "z.0": b, "z.1": c}
     with pytest.raises(TypeError, match="output z is a str"):
         flatten_outputs({"z": "text"})
+
+
+class Pair(NamedTuple):
+    scores: Tensor
+    features: Tensor
+
+
+def test_fields_of_a_named_tuple_are_the_outputs_names() -> None:
+    assert list(flatten_outputs(Pair(torch.zeros(1), torch.ones(1)))) == ["scores", "features"]
+    nested = flatten_outputs({"first": Pair(torch.zeros(1), torch.ones(1))})
+    assert list(nested) == ["first.scores", "first.features"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "compile"])
+def test_a_wrapped_network_is_exported_as_the_one_inside(wrap: Any, tmp_path: Path) -> None:
+    network = _make(Scorer)
+    assert unwrapped(wrap(network)) is unwrapped(network) is network
+    bundle = export(wrap(network), example_input=torch.randn(2, 3, 32, 32), batch="1:2:3", out=tmp_path / "bundle")
+    assert bundle.manifest.name == "Scorer"
+    assert bundle.manifest.verdict.passed
+
+
+def test_a_repmlpnet_inside_an_own_module_becomes_the_graph_of_its_family(tmp_path: Path) -> None:
+    card, network = small_card("repmlpnet"), small_network("repmlpnet")
+    own = export(Whole(network).eval(), example_input=torch.zeros(1, 3, 32, 32), out=tmp_path / "own")
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "own" / "model.onnx").graph.node)
+    assert own.manifest.family == "custom"
+    assert kinds["BatchNormalization"] == 0
+    network.card = card
+    export(network, out=tmp_path / "family")
+    assert kinds == Counter(node.op_type for node in onnx.load(tmp_path / "family" / "model.onnx").graph.node)

@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 import torch
 
-from repmlp_deploy.card import load_card
+from repmlp_deploy.bundle import hash_file
+from repmlp_deploy.card import data_root, load_card
 from repmlp_deploy.convert.source.loading import infer_card, load_network
 from repmlp_deploy.convert.source.state_dict import find_state_dict, own_state_dict, to_layout
 from repmlp_deploy.errors import CheckpointError, InputError
@@ -146,20 +147,31 @@ def shapes(state: State) -> dict[str, tuple[int, ...]]:
 
 def test_a_card_is_found_by_architecture_and_layout(digits_state: State) -> None:
     about = {"family": "repmlpnet", "merged": False}
-    card, remark = infer_card(shapes(digits_state), layout="official", **about)
-    assert (card.name, remark) == ("repmlp-digits", "recognised as repmlp-digits")
+    found = infer_card(shapes(digits_state), layout="official", **about)
+    assert (found.card.name, found.remark) == ("repmlp-digits", "recognised as repmlp-digits by its architecture")
     b224 = {k: tuple(v) for k, v in GoldenCase("repmlpnet-b224").about["state_dict"].items()}
-    assert infer_card(b224, layout="official", **about)[0].name == "repmlpnet-b224"
-    assert infer_card(b224, layout="mmpretrain", **about)[0].name == "repmlp-base_3rdparty_8xb64_in1k"
+    assert infer_card(b224, layout="official", **about).card.name == "repmlpnet-b224"
+    assert infer_card(b224, layout="mmpretrain", **about).card.name == "repmlp-base_3rdparty_8xb64_in1k"
 
 
 def test_a_fine_tuned_network_keeps_the_preprocessing_and_loses_the_labels(digits_state: State) -> None:
     tuned = shapes(digits_state) | {"head.weight": (3, 96), "head.bias": (3,)}
-    card, remark = infer_card(tuned, family="repmlpnet", layout="official", merged=False, name="my run 7")
-    assert card.name == "my-run-7"
-    assert card.preprocessing == load_card("repmlp-digits").preprocessing
-    assert card.labels is None
-    assert "with other classes" in remark
+    found = infer_card(tuned, family="repmlpnet", layout="official", merged=False, name="my run 7")
+    assert found.card.name == "my-run-7"
+    assert found.card.preprocessing == load_card("repmlp-digits").preprocessing
+    assert found.card.labels is None
+    assert found.assumed == "repmlp-digits"
+    assert "with other classes" in found.remark
+
+
+def test_only_the_file_that_a_card_names_has_its_labels(digits_state: State) -> None:
+    """Another file of that architecture may have been trained on anything."""
+    about = {"family": "repmlpnet", "layout": "official", "merged": False}
+    shipped = hash_file(data_root() / "weights" / "repmlp-digits.safetensors")
+    own = infer_card(shapes(digits_state), sha256=shipped, **about)
+    assert (own.assumed, own.card.labels) == ("", load_card("repmlp-digits").labels)
+    other = infer_card(shapes(digits_state), sha256="0" * 64, **about)
+    assert (other.assumed, other.card.labels) == ("repmlp-digits", None)
 
 
 def test_a_key_that_every_network_has_is_named_when_it_lacks(digits_state: State) -> None:
