@@ -7,7 +7,6 @@ it. The table is printed at the end.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -20,13 +19,14 @@ import pytest
 import torch
 
 from repmlp_deploy import Bundle, export
-from repmlp_deploy.bundle import MANIFEST, PROBE, Probe, hash_file
+from repmlp_deploy.bundle import PROBE, Probe
 from repmlp_deploy.card import ModelCard
 from repmlp_deploy.convert.proof.certificate import recertify
 from repmlp_deploy.convert.rework.locate import blame_bundle
 from repmlp_deploy.errors import BundleError, VerificationError
 from repmlp_deploy.nets.families import build_network
 from support import faults
+from support.bundles import certify_again
 from support.mutants import CUT, EXPORT, FOLDING, LOADING, MERGING, MISLOADING, Mutant
 from support.task_cases import filled, save_network
 
@@ -109,7 +109,7 @@ def control(checkpoint: Callable[[ModelCard], Path], tmp_path_factory: pytest.Te
     hops = bundle.manifest.certificate
     assert {hop.name for hop in hops} >= {"merged", "folded", "exported ONNX", "simplified ONNX"}
     assert all(hop.passed for hop in hops[1:])
-    assert blame_bundle(bundle, checkpoint(CUT), CUT) is None
+    assert blame_bundle(bundle, checkpoint(CUT), CUT).blame is None
     return bundle
 
 
@@ -171,14 +171,14 @@ def test_float16_overflow(table: Table, tmp_path: Path) -> None:
     path = save_network(network, tmp_path / "large.pth")
     good = export(path, card=CUT, batch=2, out=tmp_path / "control")
     assert all(hop.passed for hop in good.manifest.certificate[1:])
-    mutant = Mutant("float16 overflow", lambda _: None, "stages.1.0 · ffn", "not finite")
+    mutant = Mutant("float16 overflow", lambda _: None, "stages.1.0 · ffn_fc1", "float16 ends at 65504")
     table.check("export", mutant, lambda: export(path, card=CUT, precision="fp16", batch=2, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def bisect(bundle: Bundle, path: Path) -> None:
     """What `repmlp-verify --ckpt FILE --bisect` does."""
-    blame = blame_bundle(bundle, path, CUT)
+    blame = blame_bundle(bundle, path, CUT).blame
     if blame is not None:
         raise VerificationError(str(blame))
 
@@ -198,16 +198,6 @@ def test_a_fault_that_only_the_checkpoint_can_tell(
 def copied(control: Bundle, tmp_path: Path) -> Path:
     """The control's folder, to be tampered with."""
     return Path(shutil.copytree(control.folder, tmp_path / "bundle"))
-
-
-def certify_again(folder: Path) -> Bundle:
-    """Write the hashes of what lies there now into the manifest, as whoever exchanges a file on purpose would."""
-    data = json.loads((folder / MANIFEST).read_text())
-    for entry in [*data["artifacts"].values(), data["probe"]]:
-        path = folder / entry["path"]
-        entry |= {"sha256": hash_file(path), "bytes": path.stat().st_size}
-    (folder / MANIFEST).write_text(json.dumps(data))
-    return Bundle.load(folder)
 
 
 def replace_probe(folder: Path) -> None:
