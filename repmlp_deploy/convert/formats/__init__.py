@@ -54,6 +54,8 @@ class Format:
         """Raise if the format cannot be made here as requested."""
         if self.float32_only and request.precision != "fp32":
             raise InputError(f"--format {name} is float32, not {request.precision}: drop one of them")
+        if request.input != "float32" and self.needs in ("form", "trace"):
+            raise InputError(f"--format {name} takes normalised float32: drop it, or --input {request.input}")
         import_module(self.module).check(name, request)
 
     def build(self, name: str, job: Job, source: Any) -> Step[Artifact]:

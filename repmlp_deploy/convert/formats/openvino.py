@@ -22,7 +22,6 @@ rows there is nothing to gain (1.02 at batch 1, 1.04 at 4), nor in float32 and i
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -40,6 +39,7 @@ from repmlp_deploy.convert.capture import captured_output
 from repmlp_deploy.convert.graph.lowering.patterns import match_patterns, module_and_parents
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency
 from repmlp_deploy.precision import PRECISIONS, OpenVinoNames
+from repmlp_deploy.text import first_line
 
 try:
     import openvino as ov
@@ -212,7 +212,9 @@ def _in_two_axes(op: Any, flat: Mapping[str, Any]) -> Any:
         on_points = [str(edge) for edge in bias.get_output_partial_shape(0)][2:] == ["1", "1"]
         values = bias.input_value(0).get_node() if bias.get_type_name() == "Reshape" else bias
         if on_points and values.get_type_name() == "Constant":
-            return ops.add(twins[i], ops.constant(values.data.reshape(1, -1)))
+            row = ops.constant(values.data.reshape(1, -1))
+            row.set_friendly_name(values.get_friendly_name())
+            return ops.add(twins[i], row)
     return None
 
 
@@ -243,6 +245,7 @@ def _cut_large_products(model: Any) -> None:
             product.set_friendly_name(f"{op.get_friendly_name()}.columns{i}")
             products.append(product)
         whole = ops.concat(products, axis=-1)
+        whole.set_friendly_name(op.get_friendly_name())
         for reader in list(op.output(0).get_target_inputs()):
             reader.replace_source_output(whole.output(0))
 
@@ -336,24 +339,16 @@ def _quantized(model: Any, calibration: Sequence[Mapping[str, NDArray[Any]]], ke
                 advanced_parameters=nncf.AdvancedQuantizationParameters(activations_range_estimator_params=ranges),
             )
         except Exception as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BuildError(f"NNCF cannot quantize the graph: {said}; run again with --debug") from error
+            raise BuildError(f"NNCF cannot quantize the graph: {first_line(error)}; run again with --debug") from error
 
 
 def _import_nncf() -> Any:
-    """Import NNCF, which takes a second and a half, with its telemetry off."""
-    before = os.environ.get("NNCF_CI")
-    os.environ["NNCF_CI"] = "1"  # read once, at import
+    """Import NNCF, which takes a second and a half."""
     try:
         with captured_output("nncf"):
             import nncf  # noqa: PLC0415 - int8 alone needs it
     except ImportError:
         raise MissingDependency("nncf", "export") from None
-    finally:
-        if before is None:
-            del os.environ["NNCF_CI"]
-        else:
-            os.environ["NNCF_CI"] = before
     return nncf
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,22 +14,33 @@ from numpy.typing import NDArray
 from repmlp_deploy.bundle import hash_file
 from repmlp_deploy.card import Preprocessing
 from repmlp_deploy.convert.capture import captured_output
-from repmlp_deploy.errors import InputError, MissingDependency
-from repmlp_deploy.runtime.images import IMAGE_SUFFIXES, open_image, preprocess
+from repmlp_deploy.convert.graph.sample_checks import check_samples
+from repmlp_deploy.convert.options import ENOUGH_SAMPLES
+from repmlp_deploy.convert.step import Tell, tell_nobody
+from repmlp_deploy.errors import InputError, optional_imports
+from repmlp_deploy.runtime.images import IMAGE_SUFFIXES, find_images, network_input
 
-try:
+with optional_imports():  # onnxruntime, or onnx, which its quantization needs
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
     from onnxruntime.quantization.calibrate import create_calibrator
-except ImportError:
-    raise MissingDependency("onnxruntime", "cpu") from None
 
-__all__ = ["ENOUGH", "LIMIT", "METHODS", "Calibration", "measure_ranges", "read_calibration", "take_calibration"]
-
-ENOUGH = 32
-"""Samples below which the ranges are a guess: the report says so."""
+__all__ = [
+    "LIMIT",
+    "METHODS",
+    "UNSEEN",
+    "Calibration",
+    "measure_ranges",
+    "read_calibration",
+    "take_calibration",
+]
 
 LIMIT = 256
-"""Samples used at most, evenly spaced over what is given: more change no range worth the memory."""
+"""Samples whose ranges are measured at most, evenly spaced over what is given: more change no range much."""
+
+UNSEEN = 8
+"""Samples kept out of the ranges at most, for the probe: int8 is judged on images that its ranges have not seen."""
+
+_PART_UNSEEN = 5  # one of so many, where there are few
 
 METHODS = {
     "minmax": CalibrationMethod.MinMax,
@@ -47,14 +57,18 @@ class Calibration:
     """Samples by the network's inputs.
 
     Attributes:
-        samples: name of every input to (n, …) float32, the same n for all.
+        samples: name of every input to (n, …), the same n for all; ranges are measured on them.
         source: where they are from, for the report.
         available: how many there were.
+        unseen: samples that are in no range, likewise.
+        warnings: what looks wrong about them.
     """
 
     samples: Mapping[str, NDArray[Any]]
     source: str
     available: int
+    unseen: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.samples.values())))
@@ -63,19 +77,29 @@ class Calibration:
         """Return one feed per sample, batch 1."""
         return [{name: values[i : i + 1] for name, values in self.samples.items()} for i in range(len(self))]
 
+    def batches(self, size: int) -> list[list[NDArray[Any]]]:
+        """Return all samples in batches of a size, an array for every input; the last is filled with first ones."""
+        order = np.arange(-(-len(self) // size) * size) % len(self)
+        return [[values[part] for values in self.samples.values()] for part in order.reshape(-1, size)]
+
     def chosen(self, count: int) -> list[NDArray[Any]]:
-        """Return `count` samples evenly spaced, an array for every input."""
-        order = _spaced(len(self), count)
-        return [values[order] for values in self.samples.values()]
+        """Return at most `count` samples, an array for every input: unseen ones first, then others evenly spaced."""
+        order = _spaced(len(self), count - self._unseen())
+        kept = {name: values[:count] for name, values in self.unseen.items()}
+        return [np.concatenate([kept.get(name, values[:0]), values[order]]) for name, values in self.samples.items()]
+
+    def probe_kinds(self, count: int) -> list[str]:
+        """Return what each of the `count` samples of `chosen` is."""
+        unseen = min(self._unseen(), count)
+        return ["unseen"] * unseen + ["calibration"] * (count - unseen)
+
+    def _unseen(self) -> int:
+        return len(next(iter(self.unseen.values()), ()))
 
     def remarks(self) -> list[str]:
         """Return what a reader of the report should know."""
-        notes = [f"calibrated with {len(self)} of {self.available} samples of {self.source}"]
-        if len(self) < ENOUGH:
-            notes.append(
-                f"only {len(self)} calibration samples: at least {ENOUGH} are asked for, so the int8 ranges are a guess"
-            )
-        return notes
+        probed = f"the probe has {self._unseen() or 'none'} of those that were not used"
+        return [f"calibrated with {len(self)} of {self.available} samples of {self.source}; {probed}"]
 
 
 def read_calibration(
@@ -98,19 +122,34 @@ def read_calibration(
         return _read_images(path, inputs, preprocessing)
     if path.suffix.lower() != ".npz" or not path.is_file():
         raise InputError(f"--calibration {path}: expected a folder of images or a .npz file")
-    return _read_arrays(path, inputs)
+    return _read_arrays(path, inputs, preprocessing)
 
 
-def take_calibration(arrays: Mapping[str, NDArray[Any]], inputs: Mapping[str, Sequence[int]]) -> Calibration:
+def take_calibration(
+    arrays: Mapping[str, NDArray[Any]],
+    inputs: Mapping[str, Sequence[int]],
+    preprocessing: Preprocessing | None = None,
+) -> Calibration:
     """Take samples that are in memory: arrays (n, …) as the network takes them, by the names of its inputs.
 
+    Args:
+        arrays: input to samples.
+        inputs: see `read_calibration`.
+        preprocessing: see `read_calibration`.
+
     Raises:
-        InputError: they do not fit the network.
+        InputError: they do not fit the network, or are no such images as `preprocessing` makes.
     """
-    return _checked(dict(arrays), inputs, "calibration", "arrays in memory")
+    return _checked(dict(arrays), inputs, "calibration", "arrays in memory", preprocessing)
 
 
-def measure_ranges(graph: bytes, calibration: Calibration, tensors: Sequence[str], method: str) -> dict[str, float]:
+def measure_ranges(
+    graph: bytes,
+    calibration: Calibration,
+    tensors: Sequence[str],
+    method: str,
+    tell: Tell = tell_nobody,
+) -> dict[str, float]:
     """Measure the largest absolute value that int8 must hold, for every one of `tensors`.
 
     Args:
@@ -118,6 +157,7 @@ def measure_ranges(graph: bytes, calibration: Calibration, tensors: Sequence[str
         calibration: what to run it on.
         tensors: names of activations.
         method: an entry of `METHODS`.
+        tell: is told how many of how many samples ran.
 
     Raises:
         InputError: the calibrator cannot find a range.
@@ -135,6 +175,7 @@ def measure_ranges(graph: bytes, calibration: Calibration, tensors: Sequence[str
         feeds = calibration.feeds()
         for start in range(0, len(feeds), _CHUNK):
             calibrator.collect_data(_Feeds(feeds[start : start + _CHUNK]))
+            tell(min(start + _CHUNK, len(feeds)), len(feeds))
         measured = calibrator.compute_data()
     ranges = {}
     for name in tensors:
@@ -164,29 +205,32 @@ def _read_images(path: Path, inputs: Mapping[str, Sequence[int]], how: Preproces
         raise InputError(
             f"--calibration {path}: the network takes {', '.join(inputs)}: give a .npz with an array for each"
         )
-    files = sorted(
-        p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and p.name[0] != "."
-    )
+    files = find_images(path)
     if not files:
         raise InputError(f"--calibration {path} holds no images; expected {', '.join(IMAGE_SUFFIXES)} files")
     name, shape = next(iter(inputs.items()))
-    samples = np.empty((min(len(files), LIMIT), *shape), np.float32)
-    for i, index in enumerate(_spaced(len(files), LIMIT)):
-        samples[i] = preprocess(open_image(files[index]), how)
-    return Calibration({name: samples}, f"{path.name}/", len(files))
+    order = _spaced(len(files), LIMIT + UNSEEN)
+    samples = np.empty((len(order), *shape), np.float32)
+    for i, index in enumerate(order):
+        samples[i] = network_input(files[index], how)[0]
+    return _split({name: samples}, f"--calibration {path}", f"{path.name}/", len(files), how)
 
 
-def _read_arrays(path: Path, inputs: Mapping[str, Sequence[int]]) -> Calibration:
+def _read_arrays(path: Path, inputs: Mapping[str, Sequence[int]], how: Preprocessing | None) -> Calibration:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise InputError(f"--calibration {path} cannot be read: {error}") from None
-    return _checked(found, inputs, f"--calibration {path}", f"{path.name} (sha256 {hash_file(path)[:12]})")
+    except Exception as error:  # noqa: BLE001 - archives make zipfile, zlib and numpy raise whatever they like
+        raise InputError(f"--calibration {path} cannot be read: {error or type(error).__name__}") from None
+    return _checked(found, inputs, f"--calibration {path}", f"{path.name} (sha256 {hash_file(path)[:12]})", how)
 
 
 def _checked(
-    found: dict[str, NDArray[Any]], inputs: Mapping[str, Sequence[int]], what: str, source: str
+    found: dict[str, NDArray[Any]],
+    inputs: Mapping[str, Sequence[int]],
+    what: str,
+    source: str,
+    how: Preprocessing | None,
 ) -> Calibration:
     """Return the arrays of the network's inputs."""
     if len(inputs) == len(found) == 1:
@@ -195,7 +239,7 @@ def _checked(
     for name, shape in inputs.items():
         if name not in found:
             raise InputError(f"{what} holds {', '.join(found) or 'nothing'}; the network takes {name}")
-        values = found[name]
+        values = np.asarray(found[name])
         if values.shape[1:] != tuple(shape) or not len(values):
             expected = ", ".join(str(edge) for edge in shape)
             raise InputError(f"{what}: {name} is {values.shape}; the network takes (N, {expected})")
@@ -203,11 +247,36 @@ def _checked(
             values = values.astype(np.float32, copy=False)
             if not np.isfinite(values).all():
                 raise InputError(f"{what}: {name} has values that are not finite")
-        samples[name] = values[_spaced(len(values), LIMIT)]
+        elif how is not None or not np.issubdtype(values.dtype, np.integer):
+            raise InputError(
+                f"{what}: {name} is {values.dtype}; the network takes float32, normalised: give that, or images"
+            )
+        samples[name] = values[_spaced(len(values), LIMIT + UNSEEN)]
     lengths = sorted({len(found[name]) for name in inputs})
     if len(lengths) > 1:
         raise InputError(f"{what}: its arrays hold {', '.join(map(str, lengths))} samples")
-    return Calibration(samples, source, lengths[0])
+    return _split(samples, what, source, lengths[0], how)
+
+
+def _split(
+    values: Mapping[str, NDArray[Any]], what: str, source: str, available: int, how: Preprocessing | None
+) -> Calibration:
+    """Return the samples, some of them kept out of the ranges; refuse those that no range can come from."""
+    warnings = check_samples(values, what, how)
+    count = len(next(iter(values.values())))
+    if count < ENOUGH_SAMPLES:
+        warnings.append(
+            f"only {count} calibration samples; expected {ENOUGH_SAMPLES} or more, so the int8 ranges are a guess"
+        )
+    unseen = _spaced(count, min(UNSEEN, count // _PART_UNSEEN))
+    seen = [i for i in range(count) if i not in set(unseen)]
+    return Calibration(
+        {name: array[seen] for name, array in values.items()},
+        source,
+        available,
+        {name: array[unseen] for name, array in values.items()} if unseen else {},
+        tuple(warnings),
+    )
 
 
 def _spaced(available: int, count: int) -> list[int]:

@@ -9,6 +9,7 @@ sizes tells; where it was not, the network is traced again as it should be.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,19 +19,23 @@ from torch import Tensor, nn
 
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert.capture import captured_output
+from repmlp_deploy.convert.graph.nodes import name_by_module
 from repmlp_deploy.convert.graph.proto import SCOPES, copy_graph
+from repmlp_deploy.convert.options import DEFAULT_OPSET
 from repmlp_deploy.errors import InputError, MissingDependency, RepMLPError
-from repmlp_deploy.nets.flat import Flat
+from repmlp_deploy.nets.flat import Flat, failing_module
+from repmlp_deploy.text import first_line
 
 try:
     import onnx
     import onnxscript  # noqa: F401 - torch.onnx.export needs it, and says so only in passing
+    from onnx import helper
 except ImportError as error:
     raise MissingDependency(error.name or "onnx", "export") from None
 
-__all__ = ["OPSET", "TRACED", "Traced", "export_graph", "trace_network", "with_metadata", "with_symbolic_batch"]
+__all__ = ["TRACED", "Traced", "export_graph", "trace_network", "with_metadata", "with_symbolic_batch"]
 
-OPSET = 20  # the first with Gelu
+BATCH_AXIS = "batch"
 
 _TALKATIVE = ("torch", "onnxscript", "onnx_ir")
 _TRACED_BATCH = 2  # 0 and 1 would be specialised
@@ -73,14 +78,22 @@ def trace_network(network: nn.Module, examples: Sequence[Tensor], batch: BatchRa
         try:
             program = torch.export.export(network, inputs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
             hint = "" if fixed else "; a fixed batch, --batch N, may help"
-            raise InputError(f"torch.export cannot trace the network: {said}{hint}; run again with --debug") from error
+            place = failing_module(
+                network, lambda: torch.export.export(network, inputs, dynamic_shapes=dynamic, strict=False)
+            )
+            raise InputError(f"torch.export cannot trace {place}: {said}{hint}; run again with --debug") from error
     return Traced(program, chatter.getvalue())
 
 
 def export_graph(
-    traced: Traced, *, input_names: Sequence[str], output_names: Sequence[str], optimize: bool = True
+    traced: Traced,
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    optimize: bool = True,
+    opset: int = DEFAULT_OPSET,
 ) -> onnx.ModelProto:
     """Export a traced network to an ONNX graph.
 
@@ -89,7 +102,9 @@ def export_graph(
         input_names: of the graph's inputs.
         output_names: of the graph's outputs.
         optimize: let the exporter fold constants and shapes, which takes a second; a network traced with a fixed batch
-            has no shapes to compute, and the simplifier comes to the same graph without.
+            has no shapes to compute, and the simplifier comes to the same graph without. It also moves BatchNorms into
+            convolutions, which the simplifier does not.
+        opset: of the graph; before 20, GELU is made of other operators.
 
     Raises:
         RepMLPError: the exporter failed; the message is its own first line.
@@ -99,7 +114,7 @@ def export_graph(
             exported = torch.onnx.export(
                 traced.program,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=list(input_names),
                 output_names=list(output_names),
                 external_data=False,
@@ -107,15 +122,28 @@ def export_graph(
                 optimize=optimize,
             )
         except Exception as error:
-            said = (str(error).splitlines() or [""])[0]
-            raise RepMLPError(f"torch.onnx.export failed: {said}; run again with --debug") from error
+            raise RepMLPError(f"torch.onnx.export failed: {first_line(error)}; run again with --debug") from error
     if exported is None:
         raise RepMLPError(f"torch.onnx.export returned nothing: {chatter.getvalue()[-200:]}")
     graph = exported.model_proto
-    if (given := graph.opset_import[0].version) != OPSET:
-        raise RepMLPError(f"torch.onnx.export wrote opset {given} where {OPSET} was asked for")
+    if (given := graph.opset_import[0].version) != opset:
+        raise RepMLPError(f"torch.onnx.export wrote opset {given} where {opset} was asked for")
     _drop_notes(graph)
+    _name_batch(graph)
+    name_by_module(graph)
+    graph.ir_version = helper.find_min_ir_version_for(graph.opset_import)
     return graph
+
+
+def _name_batch(graph: onnx.ModelProto) -> None:
+    """Call a symbolic batch `batch`, wherever a shape names it; the exporter calls it after a variable of its own."""
+    symbol = next((v.type.tensor_type.shape.dim[0].dim_param for v in graph.graph.input), "")
+    if not symbol or symbol == BATCH_AXIS:
+        return
+    for value in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:  # may be an expression, such as 4*s77
+                dim.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", BATCH_AXIS, dim.dim_param)
 
 
 def _drop_notes(graph: onnx.ModelProto) -> None:
@@ -137,7 +165,7 @@ def with_symbolic_batch(graph: onnx.ModelProto) -> onnx.ModelProto:
     for value in (*result.graph.input, *result.graph.output):
         batch = value.type.tensor_type.shape.dim[0]
         batch.ClearField("dim_value")
-        batch.dim_param = "batch"
+        batch.dim_param = BATCH_AXIS
     del result.graph.value_info[:]  # inner shapes would still name the traced batch
     return result
 

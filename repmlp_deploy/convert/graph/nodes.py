@@ -8,6 +8,7 @@ may use its weight without calling it.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from repmlp_deploy.convert.graph.lowering.patterns import module_and_parents
@@ -19,7 +20,10 @@ try:
 except ImportError:
     raise MissingDependency("onnx", "rtx") from None
 
-__all__ = ["module_of", "modules_around", "names_of", "node_modules", "scopes_of"]
+__all__ = ["module_of", "modules_around", "name_by_module", "names_of", "node_modules", "scopes_of"]
+
+
+_TYPE = re.compile(r"_b?float16$")  # what a cast appends to the name of a weight
 
 
 def scopes_of(node: onnx.NodeProto) -> list[str]:
@@ -39,7 +43,7 @@ def modules_around(node: onnx.NodeProto) -> list[str]:
 
 def module_of(node: onnx.NodeProto) -> str:
     """Return the module of a node by the weight it reads, or by its innermost scope; empty if neither says one."""
-    for name in node.input[1:]:
+    for name in (_TYPE.sub("", read) for read in node.input[1:]):
         if name.endswith((".weight", ".bias")):
             return str(name.rpartition(".")[0])
         if "." in name:
@@ -62,6 +66,18 @@ def names_of(node: onnx.NodeProto) -> Iterator[str]:
     yield node.name
     for module in (module_of(node), _innermost(node)):
         yield from module_and_parents(module)
+
+
+def name_by_module(graph: onnx.ModelProto) -> None:
+    """Name every node after its module and operator, as `stages.0.1.fc3/MatMul`, in place; repeated names get numbers.
+
+    Profilers and TensorRT's logs show these names, and `--keep-fp32` takes them.
+    """
+    seen: dict[str, int] = {}
+    for node in graph.graph.node:
+        name = "/".join(part for part in (module_of(node), node.op_type) if part)
+        seen[name] = seen.get(name, 0) + 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
 
 
 def _innermost(node: onnx.NodeProto) -> str:

@@ -1,8 +1,9 @@
 """Simplification with onnxsim, in a child process: a crash there is a refusal here, not the end of the export.
 
-Large weights stay here when nothing could be folded into them, that is when no BatchNormalization is left: the child
-sees them as inputs, and hundreds of megabytes are spared five trips through files and parsers. Most of what is left is
-the child's imports, so it may be started before there is a graph.
+Large weights stay here when nothing could be done to them: no BatchNormalization is left to fold into them, and no
+value is in so many products that they are computed as one. The child then sees them as inputs, and hundreds of
+megabytes are spared five trips through files and parsers. Most of what is left is the child's imports, so it may be
+started before there is a graph.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 
+from repmlp_deploy.convert.graph.nodes import name_by_module
 from repmlp_deploy.convert.graph.proto import SCOPES, large_weights, restore_weights, serialize_model, without_weights
 from repmlp_deploy.errors import MissingDependency
 
 __all__ = ["SimplificationFailed", "Simplifier", "simplifier_started", "simplify_graph"]
 
 TIMEOUT_SECONDS = 600
+_PACKED = 3
+"""Products of one value that onnxsim packs."""
 
 # torch is not for the child: onnxsim would import it, for seconds, in search of an optional quantizer
 _CHILD = """
@@ -76,14 +81,22 @@ def simplify_graph(graph: onnx.ModelProto, simplifier: Simplifier | None = None)
     if simplifier is None:
         with simplifier_started() as started:
             return simplify_graph(graph, started)
-    foldable = any(node.op_type == "BatchNormalization" for node in graph.graph.node)
-    kept = [] if foldable else large_weights(graph)
+    kept = [] if _changes_weights(graph) else large_weights(graph)
     simplified = _in_child(without_weights(graph, kept, as_inputs=True), simplifier)
     restore_weights(simplified, kept)
     del simplified.metadata_props[:]
     simplified.metadata_props.extend(graph.metadata_props)
     _copy_scopes(graph, simplified)
+    name_by_module(simplified)
     return simplified
+
+
+def _changes_weights(graph: onnx.ModelProto) -> bool:
+    """Return whether onnxsim would fold a BatchNormalization, or pack products such as those of q, k and v."""
+    products = Counter(node.input[0] for node in graph.graph.node if node.op_type == "MatMul")
+    return max(products.values(), default=0) >= _PACKED or any(
+        node.op_type == "BatchNormalization" for node in graph.graph.node
+    )
 
 
 def _copy_scopes(graph: onnx.ModelProto, simplified: onnx.ModelProto) -> None:

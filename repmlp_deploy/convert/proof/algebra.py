@@ -154,6 +154,8 @@ def compare_weights(name: str, stored: nn.Module, precise: nn.Module) -> Hop:
         odd = min(weights.keys() ^ twins.keys())
         raise VerificationError(f"{name}: {odd} is a weight of the float32 network or of its float64 twin, not of both")
     lines = [_largest_error(key, weight, twins[key]) for key, weight in weights.items() if weight.numel()]
+    if not lines:
+        return _no_weights(name)
     worst = max(lines, key=lambda line: line[0])
     _, key, row, floor = worst
     result = compare(_row(weights[key], row), _row(twins[key], row), classes=False)
@@ -173,6 +175,20 @@ def compare_weights(name: str, stored: nn.Module, precise: nn.Module) -> Hop:
             "note": f"farthest: {key}, row {row}",
         }
     )
+
+
+def _no_weights(name: str) -> Hop:
+    """Return the row of a network without any weight."""
+    zero = {"max_abs": 0.0, "mean_abs": 0.0, "max_rel": 0.0, "between": None, "cosine": 1.0, "top1": None}
+    about = {
+        "floor": 0.0,
+        "allowed": 0.0,
+        "passed": True,
+        "ratio": None,
+        "margin": None,
+        "note": "there are no weights",
+    }
+    return Hop.model_validate({"name": name, "kind": "weights", "precision": "fp32", "batch": None, **zero, **about})
 
 
 def _floats(network: nn.Module) -> dict[str, Tensor]:

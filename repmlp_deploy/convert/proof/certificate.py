@@ -77,6 +77,11 @@ class Certifier:
         """Return the inputs of every batch size that steps are run at, and of further ones."""
         return [self._probe.batches(size)[0] for size in sorted({*self._sizes, *further})]
 
+    def covering(self) -> list[list[NDArray[Any]]]:
+        """Return the inputs of batches of the largest size that together hold every sample of the probe."""
+        size = max(self._sizes)
+        return [self._probe.batches(size, start)[0] for start in range(0, len(self._probe.inputs), size)]
+
     def measure(self, name: str, run: Run, precision: str, artifact: str = "") -> list[Hop]:
         """Return the rows of one step, one per batch size and output; some may have failed.
 

@@ -21,6 +21,7 @@ from repmlp_deploy.convert.proof.summation import PlainSums
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.nets.flat import flatten_outputs
 from repmlp_deploy.nets.surgery import in_double
+from repmlp_deploy.text import kind_and_line
 
 __all__ = ["KINDS", "SEED", "probe_inputs", "probe_like", "record_probe", "run_network"]
 
@@ -107,14 +108,15 @@ def record_probe(trained: nn.Module, *inputs: NDArray[Any]) -> Probe:
     Long sums in float32 are added as plain runtimes add them, see `summation`.
 
     Raises:
-        InputError: the network does not run in float64.
+        InputError: the network does not run in float64, or gives no row per sample.
     """
     precise = [value.astype(np.float64) if np.issubdtype(value.dtype, np.floating) else value for value in inputs]
     try:
         references = _several(run_network(in_double(trained), *precise))
-    except RuntimeError as error:
-        said = (str(error).splitlines() or ["no message"])[0]
-        raise InputError(f"the network does not run in float64, which the proof needs: {said}") from None
+    except Exception as error:  # noqa: BLE001 - a user's code raises anything
+        where = f"in float64 on {len(inputs[0])} samples, which the proof needs"
+        raise InputError(f"the network does not run {where}: {kind_and_line(error)}") from None
+    _require_rows(references, len(inputs[0]))
     with PlainSums():
         rounded = _several(run_network(trained, *inputs))
     answers = [
@@ -122,6 +124,16 @@ def record_probe(trained: nn.Module, *inputs: NDArray[Any]) -> Probe:
         for reference, float32 in zip(references, rounded, strict=True)
     ]
     return Probe(inputs[0], *answers[0], tuple(inputs[1:]), tuple(answers[1:]))
+
+
+def _require_rows(outputs: Sequence[NDArray[Any]], samples: int) -> None:
+    """Raise unless every output has a row per sample."""
+    for output in outputs:
+        if output.ndim == 0 or len(output) != samples:
+            raise InputError(
+                f"an output has shape {output.shape} for {samples} samples; expected ({samples}, …): what a network "
+                "answers to a sample must not depend on the others"
+            )
 
 
 def _several(answer: NDArray[Any] | tuple[NDArray[Any], ...]) -> tuple[NDArray[Any], ...]:

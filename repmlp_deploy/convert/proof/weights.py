@@ -20,7 +20,7 @@ from torch import nn
 
 from repmlp_deploy.bundle import Hop
 from repmlp_deploy.errors import MissingDependency, VerificationError
-from repmlp_deploy.nets.blocks.algebra import BatchNorm
+from repmlp_deploy.nets.blocks.algebra import has_batch_norms
 from repmlp_deploy.nets.blocks.protocol import Reparameterizable
 from repmlp_deploy.numerics import allowed_error
 
@@ -51,7 +51,7 @@ def match_weights(
     Raises:
         VerificationError: a weight is nowhere in the graph, or nothing reads it.
     """
-    constants, norms = _constants(graph), any(isinstance(module, BatchNorm) for module in network.modules())
+    constants, norms = _constants(graph), has_batch_norms(network)
     may_change = _changeable(network) if own or norms else set()
     by_size: dict[int, list[onnx.TensorProto]] = {}
     for constant in constants.values():

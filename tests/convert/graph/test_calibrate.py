@@ -9,7 +9,14 @@ import pytest
 from PIL import Image
 
 from repmlp_deploy import Bundle
-from repmlp_deploy.convert.graph.calibrate import LIMIT, METHODS, measure_ranges, read_calibration, take_calibration
+from repmlp_deploy.convert.graph.calibrate import (
+    LIMIT,
+    METHODS,
+    UNSEEN,
+    measure_ranges,
+    read_calibration,
+    take_calibration,
+)
 from repmlp_deploy.convert.options import CALIBRATION_METHODS
 from repmlp_deploy.errors import ImageError, InputError
 from repmlp_deploy.runtime.images import preprocess, to_image
@@ -32,28 +39,41 @@ def images(tmp_path: Path) -> Path:
 def test_images_are_preprocessed_as_the_network_wants_them(images: Path, bundle: Bundle) -> None:
     how = bundle.manifest.preprocessing
     calibration = read_calibration(images, INPUTS, how)
-    first = sorted(images.rglob("*.png"))[1]  # the first is hidden
-    assert len(calibration) == calibration.available == 6
-    np.testing.assert_array_equal(calibration.samples["images"][0], preprocess(to_image(first), how))
-    assert calibration.feeds()[5]["images"].shape == (1, 3, 32, 32)
+    seen = sorted(images.rglob("*.png"))[1:]  # the first is hidden
+    assert (len(calibration), calibration.available) == (5, 6)
+    np.testing.assert_array_equal(calibration.unseen["images"][0], preprocess(to_image(seen[0]), how))
+    np.testing.assert_array_equal(calibration.samples["images"][0], preprocess(to_image(seen[1]), how))
+    assert calibration.feeds()[4]["images"].shape == (1, 3, 32, 32)
 
 
 def test_few_samples_are_said_to_be_few(images: Path, bundle: Bundle) -> None:
     calibration = read_calibration(images, INPUTS, bundle.manifest.preprocessing)
     assert calibration.remarks() == [
-        "calibrated with 6 of 6 samples of images/",
-        "only 6 calibration samples: at least 32 are asked for, so the int8 ranges are a guess",
+        "calibrated with 5 of 6 samples of images/; the probe has 1 of those that were not used"
     ]
-    enough = take_calibration({"images": np.zeros((32, 3, 32, 32), np.float32)}, INPUTS)
-    assert len(enough.remarks()) == 1
+    assert calibration.warnings == ("only 6 calibration samples; expected 32 or more, so the int8 ranges are a guess",)
+    values = np.random.default_rng(0).standard_normal((32, 3, 32, 32)).astype(np.float32)
+    assert take_calibration({"images": values}, INPUTS).warnings == ()
 
 
 def test_of_many_samples_some_evenly_spaced_are_used() -> None:
     values = np.arange(3 * LIMIT, dtype=np.float32).reshape(-1, 1, 1, 1)
     calibration = take_calibration({"images": values}, {"images": (1, 1, 1)})
-    assert calibration.samples["images"].ravel().tolist() == list(range(0, 3 * LIMIT, 3))
-    assert calibration.available == 3 * LIMIT
-    assert [x.ravel().tolist() for x in calibration.chosen(2)] == [[0, 3 * LIMIT // 2]]
+    seen, unseen = (part["images"].ravel().tolist() for part in (calibration.samples, calibration.unseen))
+    assert (len(seen), len(unseen), calibration.available) == (LIMIT, UNSEEN, 3 * LIMIT)
+    steps = np.diff(sorted(seen + unseen))
+    assert set(steps.tolist()) <= {2.0, 3.0}, "evenly spaced"
+
+
+def test_the_probe_has_samples_that_no_range_was_measured_on() -> None:
+    values = np.arange(40, dtype=np.float32).reshape(-1, 1, 1, 1)
+    calibration = take_calibration({"images": values}, {"images": (1, 1, 1)})
+    probed = {float(x) for x in calibration.chosen(8)[0].ravel()}
+    assert len(probed) == 8
+    assert not probed & set(calibration.samples["images"].ravel().tolist())
+    assert calibration.probe_kinds(8) == ["unseen"] * 8
+    few = take_calibration({"images": values[:6]}, {"images": (1, 1, 1)})
+    assert few.probe_kinds(len(few.chosen(8)[0])) == ["unseen"] + ["calibration"] * 5
 
 
 def test_arrays_are_taken_by_name_or_alone(tmp_path: Path) -> None:
@@ -74,6 +94,8 @@ def test_arrays_are_taken_by_name_or_alone(tmp_path: Path) -> None:
         ({"images": np.zeros((4, 3, 8, 8))}, r"images is \(4, 3, 8, 8\); the network takes \(N, 3, 32, 32\)"),
         ({"images": np.zeros((0, 3, 32, 32))}, r"images is \(0, 3, 32, 32\)"),
         ({"images": np.full((4, 3, 32, 32), np.nan)}, "not finite"),
+        ({"images": np.full((4, 3, 32, 32), "a")}, "images is <U1; the network takes float32"),
+        ({"images": np.ones((4, 3, 32, 32))}, "all 4 samples are the same"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
@@ -116,10 +138,12 @@ def test_the_options_are_the_methods() -> None:
 def test_ranges_are_those_of_the_samples(bundle: Bundle, method: str, capfd: pytest.CaptureFixture[str]) -> None:
     """The input's own, which can be told without running anything; nothing is printed."""
     values = np.random.default_rng(0).uniform(-1, 1, (9, 3, 32, 32)).astype(np.float32)
-    values[8, 0, 0, 0] = -3
+    values[8, 0, 0, 0] = -3  # the first is for the probe
     calibration = take_calibration({"images": values}, INPUTS)
     graph = bundle.read(bundle.artifact("onnx"))
-    ranges = measure_ranges(graph, calibration, ["images", "conv2d"], method)
+    told: list[tuple[int, int]] = []
+    ranges = measure_ranges(graph, calibration, ["images", "conv2d"], method, lambda *done: told.append(done))
+    assert told == [(4, 8), (8, 8)]
     if method == "minmax":
         assert ranges["images"] == 3
     else:

@@ -5,6 +5,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 import repmlp_deploy
 from repmlp_deploy.bundle import BatchRange
@@ -67,6 +68,31 @@ def test_simplification_drops_idle_nodes_and_keeps_weights_and_metadata() -> Non
     large = {t.name: numpy_helper.to_array(t) for t in simplified.graph.initializer}
     np.testing.assert_array_equal(large["large"], numpy_helper.to_array(model.graph.initializer[0]))
     assert [value.name for value in simplified.graph.input] == ["x"]
+
+
+def test_products_of_one_value_are_packed_however_large_they_are() -> None:
+    width = 160
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal((width, width)).astype(np.float32) for _ in "qkv"]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Relu", ["x"], ["a"]),
+            *(helper.make_node("MatMul", ["a", f"w{i}"], [f"y{i}"]) for i in range(3)),
+        ],
+        "toy",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, width])],
+        [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, [1, 4, width]) for i in range(3)],
+        [numpy_helper.from_array(weight, f"w{i}") for i, weight in enumerate(weights)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    assert len(large_weights(model)) == 3
+    packed = simplify_graph(model)
+    assert [node.op_type for node in packed.graph.node] == ["Relu", "MatMul", "Split"]
+    assert [value.name for value in packed.graph.input] == ["x"]
+    x = rng.standard_normal((1, 4, width)).astype(np.float32)
+    results = (ReferenceEvaluator(either).run(None, {"x": x}) for either in (model, packed))
+    for got, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(

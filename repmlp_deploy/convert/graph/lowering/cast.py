@@ -24,7 +24,7 @@ try:
 except ImportError:
     raise MissingDependency("onnx", "export") from None
 
-__all__ = ["cast_graph"]
+__all__ = ["cast_graph", "float_tensors"]
 
 _TYPED = ("Cast", "CastLike", "ConstantOfShape", "If", "Loop", "Range", "Scan")
 
@@ -63,7 +63,7 @@ class _Casting:
 def cast_graph(graph: onnx.ModelProto, precision: Precision, kept_names: AbstractSet[str]) -> Lowered:
     """Return `graph` with every value that may have the low type in it."""
     low = TensorProto.DataType.Value(precision.onnx_type)
-    floats = _float_tensors(graph)
+    floats = float_tensors(graph)
     initializers = {tensor.name: tensor for tensor in graph.graph.initializer}
     work = _Casting(precision, dict.fromkeys(floats, TensorProto.FLOAT))
     outputs = {value.name for value in graph.graph.output}
@@ -109,7 +109,7 @@ def _why_float32(node: NodeProto, precision: Precision, floats: set[str], kept_n
     return precision.sensitive.get(node.op_type, "")
 
 
-def _float_tensors(graph: onnx.ModelProto) -> set[str]:
+def float_tensors(graph: onnx.ModelProto) -> set[str]:
     """Return activations that are float32, inputs of the graph among them."""
     small = without_weights(graph, large_weights(graph), as_inputs=True)
     inferred = onnx.shape_inference.infer_shapes(small).graph

@@ -56,7 +56,7 @@ def set_precision(
     if entry.lowering == "quantize":
         if ranges is None:
             raise InputError(f"{precision} needs calibration images: pass --calibration DIR|FILE.npz")
-        lowered = quantize_graph(graph, ranges, kept)
+        lowered = quantize_graph(graph, entry, ranges, kept)
     else:
         lowered = cast_graph(graph, entry, kept)
     if not any(op in PRODUCTS for op in lowered.lowered):

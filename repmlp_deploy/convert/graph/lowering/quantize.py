@@ -10,6 +10,11 @@ Pairs of 1×1 convolutions become products over channels first (`pointwise`), wh
 the whole network's time in ONNX Runtime. An activation that is only transposed for a product is quantized before
 the transposition, which then moves a quarter of the bytes.
 
+**fp8.** The same pairs with E4M3, whose largest value is 448: x ≈ (r/448) · fp8(448 x / r), rounded to three bits of
+mantissa. A convolution needs no pair after it. ONNX Runtime takes the zero point for an integer's: it removes a Relu
+before such a QuantizeLinear, as if values below zero were cut off there (seen in 1.32; outputs are off by their own
+size). So every Relu is written as Max(x, 0).
+
 FC3 of several sharesets, (S, h·w, h·w), has one scale: DequantizeLinear takes scales along one axis, and ONNX Runtime
 computes no batched product with those. (Bringing the sharesets to one range beforehand, exactly, by powers of two that
 the block's own scale takes back, changed nothing on the networks tried.) The residual sums, gates and GELU between the
@@ -30,8 +35,10 @@ from repmlp_deploy.convert.graph.lowering.lowered import BY_PATTERN, PRODUCTS, K
 from repmlp_deploy.convert.graph.lowering.pointwise import with_pointwise_products
 from repmlp_deploy.convert.graph.nodes import module_of
 from repmlp_deploy.errors import InputError, MissingDependency
+from repmlp_deploy.precision import Precision
 
 try:
+    import ml_dtypes
     import onnx
     from onnx import NodeProto, TensorProto, helper, numpy_helper
 except ImportError:
@@ -39,17 +46,18 @@ except ImportError:
 
 __all__ = ["quantize_graph"]
 
-_INT8_MAX = 127
 _SINGLE_AXIS_RANK = 2  # MatMul weights of more axes have one scale
 
 
-def quantize_graph(graph: onnx.ModelProto, ranges: Mapping[str, float], kept_names: AbstractSet[str]) -> Lowered:
+def quantize_graph(
+    graph: onnx.ModelProto, precision: Precision, ranges: Mapping[str, float], kept_names: AbstractSet[str]
+) -> Lowered:
     """Return `graph` with a QuantizeLinear/DequantizeLinear pair around every product."""
     graph = with_pointwise_products(graph, lambda node: node.name not in kept_names)
     weights = {tensor.name: tensor for tensor in graph.graph.initializer}
-    reasons = {node.output[0]: _why_not_int8(node, weights.keys(), kept_names) for node in graph.graph.node}
+    reasons = {node.output[0]: _why_float32(node, weights.keys(), kept_names) for node in graph.graph.node}
     transposed = _transposed_for(graph.graph, lambda node: not reasons[node.output[0]])
-    work = _Quantizing(ranges, weights, transposed)
+    work = _Quantizing(precision, ranges, weights, transposed)
     counts: Counter[str] = Counter()
     kept = []
     for node in graph.graph.node:
@@ -61,11 +69,11 @@ def quantize_graph(graph: onnx.ModelProto, ranges: Mapping[str, float], kept_nam
         else:
             work.quantize(node)
             counts[node.op_type] += 1
-    opset = graph.opset_import[0].version
+    opset = max(graph.opset_import[0].version, precision.min_opset)
     return Lowered(rebuild(graph, work.nodes, work.tensors.values(), opset), dict(counts), tuple(kept))
 
 
-def _why_not_int8(node: NodeProto, weights: Iterable[str], kept_names: AbstractSet[str]) -> str:
+def _why_float32(node: NodeProto, weights: Iterable[str], kept_names: AbstractSet[str]) -> str:
     """Return why a node is not quantized; empty if it is."""
     if node.op_type not in PRODUCTS:
         return "no product: 8 bits would cost accuracy and save no arithmetic"
@@ -88,15 +96,29 @@ class _Quantizing:
     """The graph under construction; `transposed` are transpositions that move after QuantizeLinear."""
 
     def __init__(
-        self, ranges: Mapping[str, float], weights: Mapping[str, TensorProto], transposed: Mapping[str, NodeProto]
+        self,
+        precision: Precision,
+        ranges: Mapping[str, float],
+        weights: Mapping[str, TensorProto],
+        transposed: Mapping[str, NodeProto],
     ) -> None:
+        kind = TensorProto.DataType.Value(precision.onnx_type)
+        self._kind, self._codes = kind, helper.tensor_dtype_to_np_dtype(kind)
+        self._is_integer = bool(np.issubdtype(self._codes, np.integer))
+        self._largest = float((np.iinfo if self._is_integer else ml_dtypes.finfo)(self._codes).max)  # 127 or 448
         self._ranges, self._weights, self._transposed = ranges, weights, transposed
         self.nodes: list[NodeProto] = []
         self.tensors: dict[str, TensorProto] = {}
         self._quantized: set[str] = set()
 
     def keep(self, node: NodeProto) -> None:
-        """Copy a node unchanged."""
+        """Copy a node; a Relu before 8-bit floats becomes the maximum with zero, see the module's text."""
+        if node.op_type == "Relu" and not self._is_integer:
+            zero = f"{node.output[0]}_zero"
+            self.tensors[zero] = numpy_helper.from_array(np.zeros((), np.float32), zero)
+            made = helper.make_node("Max", [node.input[0], zero], node.output, name=node.name)
+            made.metadata_props.extend(node.metadata_props)
+            node = made
         self.nodes.append(node)
         self._use(node.input)
 
@@ -109,7 +131,7 @@ class _Quantizing:
         made.input[1] = self._weight(node)
         self._use(node.input[2:])
         self.nodes.append(made)
-        if node.op_type == "Conv":
+        if node.op_type == "Conv" and self._is_integer:
             self._quantize_output(made, node.output[0])
 
     def _quantized_activation(self, name: str) -> tuple[str, tuple[str, str]]:
@@ -148,17 +170,17 @@ class _Quantizing:
         return self._constants(name, np.float32(self._ranges[name]))
 
     def _constants(self, name: str, largest: NDArray[np.float32] | np.float32) -> tuple[str, str]:
-        scale = np.maximum(np.asarray(largest, np.float32) / _INT8_MAX, np.finfo(np.float32).tiny)
+        scale = np.maximum(np.asarray(largest, np.float32) / self._largest, np.finfo(np.float32).tiny)
         pair = (f"{name}_scale", f"{name}_zero_point")
         self.tensors[pair[0]] = numpy_helper.from_array(scale.astype(np.float32), pair[0])
-        self.tensors[pair[1]] = numpy_helper.from_array(np.zeros(scale.shape, np.int8), pair[1])
+        self.tensors[pair[1]] = self._stored(np.zeros(scale.shape, np.float32), pair[1])
         return pair
 
     def _weight(self, node: NodeProto) -> str:
         """Return the name of a product's dequantized weights."""
         name = node.input[1]
-        result = f"{name}_dequantized"
-        if f"{name}_int8" in self.tensors:
+        result, stored = f"{name}_dequantized", f"{name}_{TensorProto.DataType.Name(self._kind).lower()}"
+        if stored in self.tensors:
             return result
         values = numpy_helper.to_array(self._weights[name])
         axis = _output_axis(node, values.ndim)
@@ -166,10 +188,15 @@ class _Quantizing:
         scale, zero = self._constants(name, np.abs(values).max(axis=others))
         factor = numpy_helper.to_array(self.tensors[scale])
         shape = [-1 if i == axis else 1 for i in range(values.ndim)] if axis is not None else []
-        rounded = np.rint(values / factor.reshape(shape)).clip(-_INT8_MAX, _INT8_MAX).astype(np.int8)
-        self.tensors[f"{name}_int8"] = numpy_helper.from_array(rounded, f"{name}_int8")
+        self.tensors[stored] = self._stored(values / factor.reshape(shape), stored)
         attributes = {} if axis is None else {"axis": axis}
-        return self._add("DequantizeLinear", [f"{name}_int8", scale, zero], result, **attributes)
+        return self._add("DequantizeLinear", [stored, scale, zero], result, **attributes)
+
+    def _stored(self, values: NDArray[np.float32], name: str) -> TensorProto:
+        """Return values in units of their scale, each as the nearest code."""
+        exact = values.clip(-self._largest, self._largest)
+        codes = (np.rint(exact) if self._is_integer else exact).astype(self._codes)
+        return TensorProto(name=name, data_type=self._kind, dims=codes.shape, raw_data=codes.tobytes())
 
     def _use(self, names: Iterable[str]) -> None:
         self.tensors |= {name: self._weights[name] for name in names if name in self._weights}
