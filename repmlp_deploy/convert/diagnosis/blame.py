@@ -9,7 +9,6 @@ is where the fault is. Inside a block whose parts were merged or folded away, `s
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from repmlp_deploy.convert.diagnosis.places import describe_place, place_of
 from repmlp_deploy.errors import VerificationError
 from repmlp_deploy.nets.block_types import block_of
 from repmlp_deploy.nets.blocks.algebra import BatchNorm
@@ -28,24 +28,11 @@ from repmlp_deploy.nets.blocks.conv_bn import ChannelAffine
 from repmlp_deploy.nets.flat import flatten_outputs
 from repmlp_deploy.nets.foreign import adopt_blocks
 from repmlp_deploy.numerics import allowed_error, compare, noise_floor
+from repmlp_deploy.text import first_line, kind_and_line
 
-__all__ = ["Blame", "blame_network", "blamed", "describe_blame", "place_of"]
+__all__ = ["Blame", "blame_network", "blamed", "describe_blame"]
 
-_CONTAINERS = re.compile(r"\d+|module|backbone|stages?\d*|units|embeds|layers|blocks")
 _MODES_MATTER = (BatchNorm, nn.modules.dropout._DropoutNd)  # noqa: SLF001 - torch's names for all of a kind
-_WORDS = {
-    "repmlp_block": "",
-    "repmlp": "",
-    "conv": "",
-    "gp": "global perceptron",
-    "fc1_fc2": "global perceptron",
-    "scale": "prebn1 fold",
-    "offset": "prebn1 fold",
-    "ffn.0": "ffn_fc1",
-    "ffn.1": "ffn",
-    "ffn.2": "ffn_fc2",
-}
-"""What a module inside a block is called here, where that is not its own name."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +59,7 @@ class Blame:
     @property
     def place(self) -> str:
         """Block and part."""
-        return " · ".join(word for word in (self.block, self.part) if word) or "the network"
+        return describe_place(self.block, self.part)
 
     def __str__(self) -> str:
         off = ""
@@ -96,27 +83,8 @@ def describe_blame(find: Callable[[], Blame | None]) -> str:
     try:
         blame = find()
     except Exception as error:  # noqa: BLE001 - whatever stops the search, the failure it explains is what matters
-        said = (str(error).splitlines() or [""])[0]
-        return f"the place could not be found: {type(error).__name__}: {said}"
+        return f"the place could not be found: {kind_and_line(error)}"
     return "no single place differs: the error is spread over many" if blame is None else str(blame)
-
-
-def place_of(name: str) -> tuple[str, str]:
-    """Return block and part of a module or parameter of this dotted name: `stages.2.5.gp.fc1` is the block's global perceptron."""  # noqa: E501
-    pieces = [piece for piece in name.split(".") if piece]
-    taken = 0
-    while taken < len(pieces) and _CONTAINERS.fullmatch(pieces[taken]):
-        taken += 1
-    if not any(piece.isdigit() for piece in pieces[:taken]):
-        taken += 1
-        while taken < len(pieces) and pieces[taken].isdigit():
-            taken += 1
-    inside = ".".join(pieces[taken:])
-    for theirs, ours in _WORDS.items():
-        inside = re.sub(rf"^{re.escape(theirs)}(?=\.|$)", ours, inside).lstrip(".")
-    part = inside if " " in inside and "." not in inside else " · ".join(word for word in inside.split(".") if word)
-    block = ".".join(piece for piece in pieces[:taken] if piece != "module")
-    return block, part
 
 
 @torch.no_grad()
@@ -225,7 +193,7 @@ class _Walk:
             got = self._candidate[name](*_cloned(args), **kwargs)
             pairs = list(zip(_arrays(got), _arrays(answer), strict=True))
         except (RuntimeError, ValueError, TypeError) as failure:
-            return _Outcome(None, None, None, f"does not run: {(str(failure).splitlines() or [''])[0]}")
+            return _Outcome(None, None, None, f"does not run: {first_line(failure)}")
         single = self._trained[name](*_narrow(args), **{key: _narrow(value) for key, value in kwargs.items()})
         for (y, reference), float32 in zip(pairs, _arrays(single), strict=True):
             floor = noise_floor(float32, reference)

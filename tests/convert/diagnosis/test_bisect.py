@@ -16,17 +16,18 @@ from repmlp_deploy import Bundle
 from repmlp_deploy.bundle import MANIFEST, BatchRange, hash_file
 from repmlp_deploy.cli import verify as verify_cli
 from repmlp_deploy.cli.shared.console import run_command
-from repmlp_deploy.convert.diagnosis.bisect import blame_graph, said_by_runtime
+from repmlp_deploy.convert.diagnosis.bisect import blame_graph
 from repmlp_deploy.convert.graph.calibrate import measure_ranges, take_calibration
 from repmlp_deploy.convert.graph.export import TRACED, Traced, export_graph, trace_network, with_symbolic_batch
 from repmlp_deploy.convert.graph.lowering.lower import product_tensors, set_precision
 from repmlp_deploy.convert.graph.lowering.pointwise import channels_last_values
 from repmlp_deploy.convert.graph.proto import SCOPES, serialize_model
+from repmlp_deploy.convert.graph.run import said_by_runtime
 from repmlp_deploy.convert.graph.simplify import simplify_graph
 from repmlp_deploy.convert.proof.probe import probe_inputs
 from repmlp_deploy.convert.reparam.fold import fold_affine
 from repmlp_deploy.convert.reparam.merge import merge_branches
-from repmlp_deploy.convert.rework.locate import blame_bundle
+from repmlp_deploy.convert.rework.locate import Bisection, blame_bundle
 from repmlp_deploy.errors import InputError
 from support.task_cases import small_network
 
@@ -189,7 +190,7 @@ def test_a_graph_that_does_not_run_is_blamed_at_its_node(traced: Traced, simplif
     node.input[1] = "wrong"
     blame = blame_graph(traced.program, serialize_model(model), [INPUTS])
     assert blame.block == "stages.1.1"
-    assert re.match(r"\w+ node_\w+ fails at batch 2: Node ", blame.fault)
+    assert re.match(r"\w+ stages\.\S+ fails at batch 2: Node ", blame.fault)
 
 
 def test_a_trace_of_one_batch_size_is_not_asked_for_others(traced: Traced, exported: onnx.ModelProto) -> None:
@@ -261,7 +262,7 @@ def test_a_probe_of_other_answers_is_blamed(
     probe = bundle.probe()
     wrong = replace(probe, reference=change(probe.reference), float32=change(probe.float32))
     monkeypatch.setattr(Bundle, "probe", lambda _self: wrong)
-    assert blame_bundle(bundle, digits_checkpoint).block == "probe"
+    assert blame_bundle(bundle, digits_checkpoint).blame.block == "probe"
 
 
 def test_a_fixed_batch_is_traced_as_it_is(digits_checkpoint: Path, tmp_path: Path) -> None:
@@ -269,4 +270,12 @@ def test_a_fixed_batch_is_traced_as_it_is(digits_checkpoint: Path, tmp_path: Pat
 
     fixed = export(digits_checkpoint, batch=3, graph="merged", out=tmp_path / "out")
     assert fixed.manifest.batch == BatchRange(min=3, opt=3, max=3)
-    assert blame_bundle(fixed, digits_checkpoint) is None
+    assert blame_bundle(fixed, digits_checkpoint) == Bisection(None, ("onnx",))
+
+
+def test_a_bfloat16_graph_is_bisected_as_emulated(digits_checkpoint: Path, tmp_path: Path) -> None:
+    """ONNX Runtime's CPU provider cannot run it; that is no fault of the graph."""
+    from repmlp_deploy import export
+
+    made = export(digits_checkpoint, batch=2, precision="bf16", out=tmp_path / "out")
+    assert blame_bundle(made, digits_checkpoint) == Bisection(None, ("onnx",))

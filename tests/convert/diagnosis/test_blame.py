@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from repmlp_deploy.convert.diagnosis.blame import Blame, blame_network, blamed, describe_blame, place_of
+from repmlp_deploy.convert.diagnosis.blame import Blame, blame_network, blamed, describe_blame
+from repmlp_deploy.convert.diagnosis.places import place_of
 from repmlp_deploy.convert.proof.probe import probe_inputs
 from repmlp_deploy.convert.reparam.fold import fold_affine
 from repmlp_deploy.convert.reparam.merge import merge_branches
