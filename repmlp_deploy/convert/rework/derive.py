@@ -8,8 +8,11 @@ more than rounding, and the artifacts must hold the weights that follow.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from torch import nn
 
 from repmlp_deploy.bundle import Bundle, Hop, hash_file
 from repmlp_deploy.card import ModelCard
@@ -17,9 +20,12 @@ from repmlp_deploy.convert.proof.algebra import compare_weights
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
 from repmlp_deploy.convert.proof.probe import record_probe
 from repmlp_deploy.convert.proof.weights import match_weights
-from repmlp_deploy.convert.rework.locate import load_origin
+from repmlp_deploy.convert.rework.locate import float_probe, load_origin, merge_of
+from repmlp_deploy.convert.source.checkpoint import read_checkpoint
+from repmlp_deploy.convert.source.own_network import fill_own_network
+from repmlp_deploy.convert.source.state_dict import own_state_dict
 from repmlp_deploy.convert.source.trained import Trained, load_trained
-from repmlp_deploy.convert.step import Clock
+from repmlp_deploy.convert.step import Clock, Tell, tell_nobody
 from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.errors import InputError, MissingDependency, VerificationError
 from repmlp_deploy.runtime.tasks import find_task
@@ -36,6 +42,7 @@ def derive_again(
     bundle: Bundle,
     checkpoint: str | Path,
     card: str | Path | ModelCard | None = None,
+    module: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[list[Hop], list[str]]:
     """Return the rows of every step from the checkpoint to the bundle's weights, and what could not be compared.
@@ -44,39 +51,53 @@ def derive_again(
         bundle: on disk.
         checkpoint: the file it was made of.
         card: see `load_origin`.
+        module: see `load_origin`.
         progress: called with the name of every step as it begins.
 
     Raises:
-        InputError: the bundle was made of no file, or of a network of the user's own.
+        InputError: the bundle was made of no file, or of a network of the user's own without a `module`.
         BundleError: a file is not what was certified.
         VerificationError: the checkpoint is another one, or a step or a file is not what comes of it.
     """
 
     @contextlib.contextmanager
-    def step(name: str) -> Iterator[None]:
+    def step(name: str) -> Iterator[Tell]:
         if progress is not None:
             progress(name)
-        yield
+        yield tell_nobody
 
     manifest = bundle.manifest
     _require_same_file(bundle, Path(checkpoint))
-    trained = load_origin(bundle, checkpoint, card)
+    trained = load_origin(bundle, checkpoint, card, module)
     certifier, recorded = _certifier(bundle, trained, step)
-    transformed = transform_and_prove(trained, manifest.graph, certifier, step)
+    transformed = transform_and_prove(trained, manifest.graph, certifier, step, merge_of(bundle))
     hops, notes = [*certifier.floor_rows(), *recorded, *transformed.hops], []
     for name, entry in manifest.artifacts.items():
-        if name == "onnx" and entry.precision == "fp32":
+        if name == "onnx" and manifest.preprocessing.input == "uint8":
+            notes.append("the weights of onnx were not compared: the normalisation of uint8 images is in them")
+        elif name == "onnx" and entry.precision == "fp32":
             graph = onnx.load_from_string(bundle.read(entry))
-            rows = [match_weights("onnx weights", graph, transformed.value.network, exact=False)]
+            own = trained.interface is not None
+            rows = [match_weights("onnx weights", graph, transformed.value.network, own=own, exact=False)]
             hops += certifier.require_passed(rows)
         elif name == "checkpoint" and bundle.folder is not None:
             bundle.read(entry)
-            again = load_trained(bundle.folder / entry.path, trained.card, allow_merged=True)
-            rows = [compare_weights("checkpoint weights", again.network, transformed.value.merged)]
+            again = _read_again(bundle.folder / entry.path, trained, transformed.value.merged)
+            rows = [compare_weights("checkpoint weights", again, transformed.value.merged)]
             hops += certifier.require_passed(rows)
         else:
             notes.append(f"the weights of {name} were not compared: they are not float32, or not readable here")
     return hops, notes
+
+
+def _read_again(path: Path, trained: Trained, merged: nn.Module) -> nn.Module:
+    """Return the merged network with the weights of the bundle's checkpoint."""
+    if trained.interface is None:
+        return load_trained(path, trained.card, allow_merged=True).network
+    network = copy.deepcopy(merged)
+    state = own_state_dict(read_checkpoint(path).content, network.state_dict().keys(), name=str(path))
+    fill_own_network(network, state.tensors, str(path))
+    return network
 
 
 def _require_same_file(bundle: Bundle, path: Path) -> None:
@@ -100,7 +121,7 @@ def _certifier(bundle: Bundle, trained: Trained, step: Clock) -> tuple[Certifier
     Raises:
         VerificationError: the outputs in the bundle differ from the network's.
     """
-    manifest, recorded = bundle.manifest, bundle.probe()
+    manifest, recorded = bundle.manifest, float_probe(bundle)
     with step("probe"):
         again = record_probe(trained.network, recorded.inputs, *recorded.further_inputs)
     certifier = Certifier(

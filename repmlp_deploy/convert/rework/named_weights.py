@@ -27,6 +27,7 @@ except ImportError:
 
 __all__ = ["named_weights", "with_named_weights"]
 
+_QUANTIZED = (TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
 _FLOATS = {TensorProto.FLOAT: "", TensorProto.FLOAT16: "_float16", TensorProto.BFLOAT16: "_bfloat16"}
 """Type of an initializer to the suffix after the name of its parameter."""
 
@@ -43,10 +44,10 @@ def named_weights(
 
     Raises:
         CheckpointError: it is of another architecture: a weight is missing, unused or of another shape.
-        InputError: the graph is int8: its scales were measured of one checkpoint.
+        InputError: the graph is in 8 bits: its scales were measured of one checkpoint.
     """
-    if any(t.data_type == TensorProto.INT8 for t in graph.graph.initializer):
-        raise InputError("int8 graphs hold scales that were measured of one checkpoint: export the new one instead")
+    if any(t.data_type in _QUANTIZED for t in graph.graph.initializer):
+        raise InputError("8-bit graphs hold scales that were measured of one checkpoint: export the new one instead")
     found: dict[str, NDArray[Any]] = {}
     unused, slopes = set(state), _slopes(graph)
     for tensor in graph.graph.initializer:

@@ -20,20 +20,25 @@ from torch import nn
 
 from repmlp_deploy.bundle import PROBE, ArtifactEntry, Bundle, EngineReport, Hop, check_output_folder, describe_file
 from repmlp_deploy.bundle.records import CheckpointOrigin
+from repmlp_deploy.card import load_labels
 from repmlp_deploy.convert.formats.tensorrt.build import NOT_RUN
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
 from repmlp_deploy.convert.formats.tensorrt.refit import check_refit, refit_engine
+from repmlp_deploy.convert.graph.headroom import find_headroom, widened_graph
 from repmlp_deploy.convert.graph.run import onnx_run, ways_to_run
+from repmlp_deploy.convert.graphs import require_headroom
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
 from repmlp_deploy.convert.proof.probe import probe_like, record_probe
 from repmlp_deploy.convert.proof.weights import match_weights
 from repmlp_deploy.convert.provenance import describe_provenance
 from repmlp_deploy.convert.rework.add_engine import verified_graph
+from repmlp_deploy.convert.rework.locate import merge_of
 from repmlp_deploy.convert.rework.named_weights import named_weights, with_named_weights
 from repmlp_deploy.convert.source.trained import Trained, find_interface, load_trained
 from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.families import FAMILIES
+from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["refit_bundle"]
@@ -60,7 +65,8 @@ def refit_bundle(
         CheckpointError: the checkpoint cannot be read, or is of another architecture.
         InputError: the bundle holds what cannot be refitted (BundleError among them).
         MissingDependency, MissingDevice: it holds an engine, and this machine has not what it takes to refit it.
-        VerificationError: the refitted graph differs from the trained network; nothing is written.
+        VerificationError: the refitted graph differs from the trained network, or its type has no room for a value;
+            nothing is written.
         OutputError: it could not be written; the earlier bundle is untouched.
     """
     show, started = progress or (lambda _step: None), time.perf_counter()
@@ -79,11 +85,12 @@ def refit_bundle(
         class_axes=find_task(trained.card.task).class_axes,
         outputs=interface.outputs,
     )
-    transformed = transform_and_prove(trained, bundle.manifest.graph, certifier)
+    transformed = transform_and_prove(trained, bundle.manifest.graph, certifier, merge=merge_of(bundle))
     show("refit the graph")
     network = transformed.value.network
     state = {key: x.detach().numpy() for key, x in network.state_dict().items() if x.is_floating_point()}
     data = with_named_weights(graph, named_weights(state, graph, name=Path(checkpoint).name))
+    about = _headroom(data, bundle.artifact("onnx").precision, certifier)
     refitted = _compared(data, network, bundle.artifact("onnx").precision, certifier)
     contents = {PROBE: probe.to_bytes(), bundle.artifact("onnx").path: data}
     named = {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer}
@@ -93,7 +100,7 @@ def refit_bundle(
     show("save")
     seconds = {"refit": round(time.perf_counter() - started, 3)}
     hops = [*certifier.floor_rows(), *transformed.hops, *refitted]
-    return _renewed(bundle, trained, hops, contents, seconds).save(target)
+    return _renewed(bundle, trained, hops, contents, seconds, about).save(target)
 
 
 def _check(bundle: Bundle) -> list[str]:
@@ -101,13 +108,15 @@ def _check(bundle: Bundle) -> list[str]:
     manifest = bundle.manifest
     if manifest.family not in FAMILIES:
         raise InputError(f"{manifest.name} is no family's network, whose checkpoints could be told apart: export it")
+    if manifest.preprocessing.input == "uint8":
+        raise InputError(f"{manifest.name} takes uint8 images, whose normalisation is in its weights: export anew")
     if manifest.graph != "folded":
         raise InputError(f"the graph is {manifest.graph}: only folded ones keep the names of all weights; export anew")
     other = [name for name in manifest.artifacts if name != "onnx" and name not in FLAVOURS]
     if other:
         raise InputError(f"{manifest.name} also holds {', '.join(other)}, which cannot be refitted: export anew")
-    if bundle.artifact("onnx").precision == "int8":
-        raise InputError("int8 graphs hold scales that were measured of one checkpoint: export the new one instead")
+    if PRECISIONS[bundle.artifact("onnx").precision].lowering == "quantize":
+        raise InputError("8-bit graphs hold scales that were measured of one checkpoint: export the new one instead")
     engines = [name for name in manifest.artifacts if name in FLAVOURS]
     for name in engines:
         options = bundle.artifact(name).record(EngineReport).options
@@ -124,7 +133,7 @@ def _trained(bundle: Bundle, checkpoint: str | Path, weights: str | None) -> Tra
     if height is None or width is None:
         raise InputError(f"{manifest.name} has no fixed input size")
     try:
-        trained = load_trained(checkpoint, weights=weights, input_size=(height, width))
+        trained = load_trained(checkpoint, weights=weights, input_size=(height, width), size_is_sure=True)
     except InputError:  # damaged, or a network whose maps are of another size: then it can be read without one
         trained = load_trained(checkpoint, weights=weights)
     theirs, ours = (trained.card.family, trained.card.input_size), (manifest.family, (height, width))
@@ -132,12 +141,26 @@ def _trained(bundle: Bundle, checkpoint: str | Path, weights: str | None) -> Tra
         raise CheckpointError(
             f"{Path(checkpoint).name} is of another architecture: {_named(*theirs)}, not {_named(*ours)}"
         )
+    labels = manifest.labels
+    if trained.card.labels is not None and labels is not None and load_labels(trained.card) != labels:
+        raise CheckpointError(f"{Path(checkpoint).name} is for other classes than the bundle's: export it instead")
     return trained
 
 
 def _named(family: str, size: tuple[int, int]) -> str:
     """Return `repmlpnet of 224x224`."""
     return f"{family} of {size[0]}x{size[1]}"
+
+
+def _headroom(data: bytes, precision: str, certifier: Certifier) -> dict[str, Any]:
+    """Return what the manifest says of the refitted graph's largest value in a type of limited range."""
+    entry = PRECISIONS[precision]
+    if not entry.is_limited:
+        return {}
+    wide, kept = widened_graph(onnx.load_from_string(data), entry)
+    found = find_headroom(wide, entry, kept, certifier.covering())
+    require_headroom(found, entry, "export this checkpoint with")
+    return {"headroom": found.describe()}
 
 
 def _compared(data: bytes, network: nn.Module, precision: str, certifier: Certifier) -> list[Hop]:
@@ -155,19 +178,26 @@ def _refitted(bundle: Bundle, name: str, named: dict[str, NDArray[Any]]) -> byte
     return refit_engine(name, bundle.read(bundle.artifact(name)), named)
 
 
-def _renewed(
-    bundle: Bundle, trained: Trained, hops: list[Hop], contents: dict[str, bytes], seconds: dict[str, float]
+def _renewed(  # noqa: PLR0913 - what a refit renews
+    bundle: Bundle,
+    trained: Trained,
+    hops: list[Hop],
+    contents: dict[str, bytes],
+    seconds: dict[str, float],
+    about: dict[str, Any],
 ) -> Bundle:
-    """Return the bundle with new contents and a manifest that describes them."""
+    """Return the bundle with new contents and a manifest that describes them; `about` is of the ONNX graph."""
     entries = {}
     for name, entry in bundle.manifest.artifacts.items():
         described = entry.model_dump() | describe_file(entry.path, contents[entry.path]).model_dump()
+        if name == "onnx":
+            described |= about
         if name in FLAVOURS:  # it holds now whatever was left out
             described["options"] = {**described["options"], "refittable": True, "strip_weights": False}
         entries[name] = ArtifactEntry.model_validate(described)
     engines = [NOT_RUN.format(name) for name in entries if name in FLAVOURS]
     notes = (*trained.notes, f"refitted from a bundle of {_origin(bundle)}", *engines)
-    provenance = describe_provenance(trained, seconds)
+    provenance = describe_provenance(trained, seconds) | {"merge": bundle.manifest.origin.merge}
     kept = {"engines": bundle.manifest.provenance["engines"]} if "engines" in bundle.manifest.provenance else {}
     update = {
         "artifacts": entries,

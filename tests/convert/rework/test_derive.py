@@ -120,6 +120,17 @@ def test_what_no_file_was_made_into_cannot_be_derived_again(tmp_path: Path, digi
         derive_again(bundle, digits_checkpoint)
 
 
+def test_the_weights_that_were_exported_are_derived_again(tmp_path: Path, digits_checkpoint: Path) -> None:
+    state = safetensors.torch.load_file(digits_checkpoint)
+    averaged = {key: value * 0.5 if key == "head.weight" else value for key, value in state.items()}
+    content = {"state_dict": state, "averaged": averaged | {"aux.weight": torch.zeros(3)}}
+    torch.save(content, tmp_path / "both.pth")
+    for said in ({"weights": "ema"}, {"state_key": "averaged"}):
+        bundle = export(tmp_path / "both.pth", ignore=["aux.*"], formats="onnx", batch=2, out=tmp_path / "out", **said)
+        hops, _ = derive_again(bundle, tmp_path / "both.pth")
+        assert [hop.name for hop in hops if hop.passed is False] == []
+
+
 def test_a_merged_graph_and_an_inferred_card_are_derived_again(tmp_path: Path, digits_checkpoint: Path) -> None:
     path = Path(shutil.copy(digits_checkpoint, tmp_path / "mine.safetensors"))
     bundle = export(path, graph="merged", batch=2, out=tmp_path / "out")

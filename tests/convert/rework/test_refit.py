@@ -21,9 +21,9 @@ from repmlp_deploy.convert.graph.lowering.lower import product_tensors, set_prec
 from repmlp_deploy.convert.rework import refit as refitting
 from repmlp_deploy.convert.rework.named_weights import named_weights, with_named_weights
 from repmlp_deploy.convert.rework.refit import refit_bundle
-from repmlp_deploy.errors import BuildError, CheckpointError, InputError, MissingDevice
+from repmlp_deploy.errors import BuildError, CheckpointError, InputError, MissingDevice, VerificationError
 from support.graph_cases import SMALL, graph_case
-from support.task_cases import save_network, small_network
+from support.task_cases import network_reaching, save_network, small_card, small_network
 
 FAST = ("repmlpnet", "mobilefacenet")  # the second has PReLUs, whose slopes lose their name
 
@@ -90,7 +90,7 @@ def test_weights_beyond_the_type_are_refused() -> None:
 def test_int8_scales_are_of_one_checkpoint() -> None:
     graph = graph_case("repmlpnet").model
     lowered = set_precision(graph, "int8", ranges=dict.fromkeys(product_tensors(graph), 4.0)).model
-    with pytest.raises(InputError, match="int8 graphs hold scales that were measured of one checkpoint"):
+    with pytest.raises(InputError, match="8-bit graphs hold scales that were measured of one checkpoint"):
         named_weights(state_of("repmlpnet", 0), lowered)
 
 
@@ -218,6 +218,49 @@ def test_a_bundle_with_an_engine_gets_it_refitted_with_the_graphs_own_weights(
     options = refitted.artifact("trt-rtx").model_extra["options"]
     assert (options["refittable"], options["strip_weights"]) == (True, False)
     assert refitted.manifest.notes[-1].startswith("the trt-rtx engine was built from the verified graph")
+
+
+# room in float16
+
+
+@pytest.fixture(scope="module")
+def fp16_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle in float16 whose values have room."""
+    folder = tmp_path_factory.mktemp("fp16")
+    path = save_network(network_reaching(1.0), folder / "small.pth")
+    export(path, card=small_card("repmlpnet"), precision="fp16", batch=2, out=folder / "bundle")
+    return folder / "bundle"
+
+
+def test_new_weights_whose_values_are_near_the_end_of_float16_are_refused(fp16_bundle: Path, tmp_path: Path) -> None:
+    """Nothing overflows on the probe, and every weight fits into float16; on another image a value would not."""
+    path = save_network(network_reaching(2e4), tmp_path / "large.pth")
+    with pytest.raises(VerificationError) as caught:
+        refit_bundle(fp16_bundle, path, out=tmp_path / "out")
+    said = str(caught.value)
+    assert said.startswith("fp16 has no room for this network: first at stages.1.0 · ffn_fc1: Conv ")
+    assert "export this checkpoint with --keep-fp32 'stages.1.0*', or use bf16" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_manifest_says_the_headroom_of_the_new_weights(fp16_bundle: Path, tmp_path: Path) -> None:
+    """It is the one that their own export measures in float32."""
+    path = save_network(network_reaching(2e3), tmp_path / "larger.pth")
+    refitted = refit_bundle(fp16_bundle, path, out=tmp_path / "out")
+    own = export(path, card=small_card("repmlpnet"), precision="fp16", batch=2, out=tmp_path / "own")
+    found, expected = (made.artifact("onnx").model_extra["headroom"] for made in (refitted, own))
+    assert (found["module"], found["node"]) == (expected["module"], expected["node"])
+    assert found["largest"] == pytest.approx(expected["largest"], rel=1e-2)
+    assert found["largest"] > 10 * Bundle.load(fp16_bundle).artifact("onnx").model_extra["headroom"]["largest"]
+
+
+def test_blocks_that_stay_in_float32_need_no_room_in_a_refit(tmp_path: Path) -> None:
+    kept = {"keep_fp32": ["stages.1.0*"]}
+    first = save_network(network_reaching(1.0), tmp_path / "small.pth")
+    export(first, card=small_card("repmlpnet"), precision="fp16", batch=2, out=tmp_path / "bundle", **kept)
+    path = save_network(network_reaching(2e4), tmp_path / "large.pth")
+    refitted = refit_bundle(tmp_path / "bundle", path, out=tmp_path / "out")
+    assert not refitted.artifact("onnx").model_extra["headroom"]["module"].startswith("stages.1.0")
 
 
 # engines, with a stand-in for what needs a GPU: the module's own types, a refitter that keeps what it is given
