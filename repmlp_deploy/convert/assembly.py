@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from repmlp_deploy.bundle import PROBE, Bundle, Hop, Manifest, Probe, TensorSpec, describe_file
 from repmlp_deploy.card import load_labels
+from repmlp_deploy.convert.graph.calibrate import Calibration
 from repmlp_deploy.convert.job import Artifact, Graphs, Job
 from repmlp_deploy.convert.provenance import describe_provenance
+from repmlp_deploy.convert.source.trained import Trained
 from repmlp_deploy.convert.step import Step
 
 __all__ = ["Assembly"]
@@ -23,6 +25,7 @@ class Assembly:
         probe: inputs and the trained network's outputs.
         hops: the certificate's rows.
         notes: for the report.
+        warnings: what may make answers wrong.
         artifacts: format to what it made.
         digests: of the graphs on the way.
     """
@@ -30,8 +33,21 @@ class Assembly:
     probe: Probe
     hops: tuple[Hop, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, Artifact] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def begun(cls, probe: Probe, trained: Trained, samples: Calibration | None, floors: Sequence[Hop]) -> Assembly:
+        """Return what is known before any step: the probe, the noise floors, and what to say of the input."""
+        notes, warnings = trained.notes, trained.warnings
+        if samples is not None:
+            notes, warnings = (*notes, *samples.remarks()), (*warnings, *samples.warnings)
+        return cls(probe, tuple(floors), notes, warnings)
+
+    def with_probe(self, probe: Probe) -> Assembly:
+        """Return this with another form of the probe's inputs."""
+        return replace(self, probe=probe)
 
     def after(self, step: Step[Any]) -> Assembly:
         """Return this with the rows and notes of a step."""
@@ -69,9 +85,9 @@ class Assembly:
             TensorSpec(name=name, dtype="float32", shape=(n, *reference.shape[1:]))
             for name, (reference, _) in zip(interface.outputs, self.probe.outputs(), strict=True)
         )
-        provenance = describe_provenance(trained, seconds) | {"graphs": dict(self.digests)}
+        provenance = describe_provenance(trained, seconds) | {"merge": request.merge, "graphs": dict(self.digests)}
         if job.samples is not None:
-            provenance["probe"]["samples"] = ["calibration"] * len(self.probe.inputs)
+            provenance["probe"]["samples"] = job.samples.probe_kinds(len(self.probe.inputs))
         return Manifest(
             name=trained.card.name,
             family=trained.card.family,
@@ -79,12 +95,14 @@ class Assembly:
             graph=request.graph,
             inputs=inputs,
             outputs=outputs,
-            preprocessing=trained.card.preprocessing,
+            preprocessing=job.preprocessing,
             labels=load_labels(trained.card),
+            scores=trained.card.scores,
             batch=request.batch,
             artifacts={name: made.entry for name, made in self.artifacts.items()},
             probe=describe_file(PROBE, probe),
             certificate=self.hops,
             provenance=provenance,
+            warnings=self.warnings,
             notes=self.notes,
         )

@@ -18,12 +18,12 @@ from torch import nn
 
 import repmlp_deploy
 from repmlp_deploy.bundle import Hop
-from repmlp_deploy.card import load_labels
+from repmlp_deploy.card import Preprocessing, load_labels
 from repmlp_deploy.convert.diagnosis.bisect import blame_graph
 from repmlp_deploy.convert.diagnosis.blame import Blame, blamed, describe_blame
+from repmlp_deploy.convert.diagnosis.places import describe_place, place_of
 from repmlp_deploy.convert.graph.calibrate import measure_ranges
 from repmlp_deploy.convert.graph.export import (
-    OPSET,
     TRACED,
     Traced,
     export_graph,
@@ -31,15 +31,19 @@ from repmlp_deploy.convert.graph.export import (
     with_metadata,
     with_symbolic_batch,
 )
-from repmlp_deploy.convert.graph.lowering.lower import blocks_of, product_tensors, set_precision
+from repmlp_deploy.convert.graph.headroom import MARGIN, Headroom, find_headroom
+from repmlp_deploy.convert.graph.level_input import with_level_input
+from repmlp_deploy.convert.graph.lowering.lower import Lowered, blocks_of, product_tensors, set_precision
 from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.convert.graph.run import onnx_run, ways_to_run
 from repmlp_deploy.convert.graph.simplify import SimplificationFailed, Simplifier, simplifier_started, simplify_graph
 from repmlp_deploy.convert.job import Graphs, Job
 from repmlp_deploy.convert.step import Step
 from repmlp_deploy.errors import InputError, VerificationError
+from repmlp_deploy.nets.blocks.algebra import has_batch_norms
+from repmlp_deploy.precision import PRECISIONS, Precision
 
-__all__ = ["may_trace_fixed", "trace_for", "verified_graphs"]
+__all__ = ["may_trace_fixed", "require_headroom", "trace_for", "verified_graphs"]
 
 Find = Callable[..., Blame | None]
 """Bytes of a graph, and its precision if that is not fp32, to the first place where it differs from the trace."""
@@ -80,8 +84,8 @@ def trace_for(job: Job, network: nn.Module, *, fixed: bool) -> Traced:
         return trace_network(network, job.interface.examples, TRACED if fixed else job.request.batch)
 
 
-def verified_graphs(
-    job: Job, network: nn.Module, traced: Traced, *, fixed: bool, needs: Collection[str]
+def verified_graphs(  # noqa: PLR0913 - what is exported, and in which forms
+    job: Job, network: nn.Module, traced: Traced, *, fixed: bool, needs: Collection[str], served: Job
 ) -> Step[Graphs]:
     """Return the graphs that formats need, verified.
 
@@ -90,6 +94,7 @@ def verified_graphs(
         network: float32, for the comparison of weights.
         traced: of `network`.
         fixed: whether it was traced for a fixed batch.
+        served: the job with the inputs that the artifacts take, which may be uint8 images; else `job` itself.
         needs: `fp32` if a format needs the float32 graph, `lowered` if one needs the precision that was asked for.
 
     Raises:
@@ -103,15 +108,35 @@ def verified_graphs(
     digests = {"exported": exported.value.sha256}
     if simplified.value is not None:
         digests["simplified"] = hashlib.sha256(data).hexdigest()
-    hops, notes = (*exported.hops, *simplified.hops), simplified.notes
-    about: dict[str, Any] = {"opset": OPSET}
+    hops, notes, find = (*exported.hops, *simplified.hops), simplified.notes, exported.value.find
+    if served is not job:
+        levels = _with_levels(served, data)
+        data, find = levels.value, _find_nothing  # the trace takes other inputs
+        digests["uint8 input"] = hashlib.sha256(data).hexdigest()
+        hops, notes = (*hops, *levels.hops), (*notes, *levels.notes)
+    about: dict[str, Any] = {"opset": job.request.opset}
     if precision == "fp32":
         return Step(Graphs(data, data, about, digests), hops, notes)
     if "lowered" not in needs:
         return Step(Graphs(data, None, about, digests), hops, notes)
-    low = _lowered(job, data, exported.value.find)
+    low = _lowered(served, data, find)
     content, more = low.value
     return Step(Graphs(data if "fp32" in needs else None, content, about | more, digests), (*hops, *low.hops), notes)
+
+
+def _with_levels(job: Job, data: bytes) -> Step[bytes]:
+    """Return the graph that takes uint8 images and normalises them, serialized."""
+    with job.clock("uint8 input"):
+        model, how = with_level_input(onnx.load_from_string(data), job.preprocessing)
+        levels = serialize_model(with_metadata(model, _metadata(job, job.preprocessing)))
+        del model
+    with job.clock("verify uint8 input"):
+        hops = job.certifier.require("uint8 input, ONNX", onnx_run(levels), artifact="onnx")
+    return Step(levels, tuple(hops), (how,))
+
+
+def _find_nothing(*_: Any, **__: Any) -> Blame | None:
+    return None
 
 
 def _exported_in_some_way(
@@ -131,9 +156,15 @@ def _exported_in_some_way(
 def _exported(job: Job, network: nn.Module, traced: Traced, file: BinaryIO, *, fixed: bool = False) -> Step[_Exported]:
     interface, certifier = job.interface, job.certifier
     with job.clock("export"):
-        model = export_graph(traced, input_names=interface.inputs, output_names=interface.outputs, optimize=not fixed)
+        model = export_graph(
+            traced,
+            input_names=interface.inputs,
+            output_names=interface.outputs,
+            optimize=not fixed or has_batch_norms(network),
+            opset=job.request.opset,
+        )
         model = with_symbolic_batch(model) if job.request.fixed_batch is None else model
-        model = with_metadata(model, _metadata(job))
+        model = with_metadata(model, _metadata(job, job.trained.card.preprocessing))
         data = serialize_model(model)
         del model  # before a runtime takes its own copies
     find = partial(blame_graph, traced.program, batches=certifier.batches(*([TRACED.opt] if fixed else [])))
@@ -179,13 +210,14 @@ def _lowered(job: Job, data: bytes, find: Find) -> Step[tuple[bytes, dict[str, A
     model = onnx.load_from_string(data)
     ranges = None
     about: dict[str, Any] = {}
-    if job.samples is not None:
-        with job.clock("calibrate"):
-            ranges = measure_ranges(data, job.samples, product_tensors(model), request.low.method)
+    if job.samples is not None and PRECISIONS[precision].needs_calibration:
+        with job.clock("calibrate") as tell:
+            ranges = measure_ranges(data, job.samples, product_tensors(model), request.low.method, tell)
         about = {"calibration": {"method": request.low.method, "samples": len(job.samples)}}
     with job.clock(precision):
         lowered = set_precision(model, precision, ranges=ranges, keep_fp32=request.low.keep_fp32)
         data = serialize_model(lowered.model)
+    about |= _headroom(job, model, lowered)
     hops: list[Hop] = []
     with job.clock(f"verify {precision}"):
         for name, runnable in ways_to_run(lowered.model, data, precision):
@@ -196,6 +228,47 @@ def _lowered(job: Job, data: bytes, find: Find) -> Step[tuple[bytes, dict[str, A
             about["sensitivity"] = _sensitivity(job, model, ranges)
     about |= {"opset": lowered.model.opset_import[0].version} | lowered.describe()
     return Step((data, about), tuple(hops))
+
+
+def _headroom(job: Job, model: onnx.ModelProto, lowered: Lowered) -> dict[str, Any]:
+    """Return what the manifest says of the largest value in a type of limited range; nothing for other types.
+
+    Raises:
+        VerificationError: a value is beyond the range, or so near that another input may be.
+    """
+    entry = PRECISIONS[job.request.precision]
+    if not entry.is_limited:
+        return {}
+    batches = job.certifier.covering()
+    with job.clock("headroom"):
+        if job.samples is not None:
+            size = len(batches[0][0])
+            batches += job.samples.batches(size)
+        found = find_headroom(model, entry, {kept.node for kept in lowered.kept}, batches)
+    require_headroom(found, entry)
+    return {"headroom": found.describe()}
+
+
+def require_headroom(found: Headroom, entry: Precision, remedy: str = "pass") -> None:
+    """Return if the largest value has room in its type.
+
+    Args:
+        found: the largest value, or the first without room.
+        entry: the precision of the type.
+        remedy: how the option that keeps a block in float32 is given, before its name.
+
+    Raises:
+        VerificationError: it has not.
+    """
+    if found.is_enough:
+        return
+    block, part = place_of(found.module)
+    instead = f", or use {entry.wider}" if entry.wider else ""
+    raise VerificationError(
+        f"{entry.name} has no room for this network: first at {describe_place(block, part)}: {found.node} reaches "
+        f"{found.largest:.3g}; {entry.element} ends at {found.end:g}, and a margin of {MARGIN:g} is kept for unseen "
+        f"inputs: nothing was written; {remedy} --keep-fp32 '{block or found.module}*'{instead}"
+    )
 
 
 def _sensitivity(job: Job, model: onnx.ModelProto, ranges: Mapping[str, float] | None) -> list[dict[str, Any]]:
@@ -213,7 +286,7 @@ def _sensitivity(job: Job, model: onnx.ModelProto, ranges: Mapping[str, float] |
     return sorted(found, key=lambda line: -line["max_abs"])
 
 
-def _metadata(job: Job) -> dict[str, object]:
+def _metadata(job: Job, preprocessing: Preprocessing) -> dict[str, object]:
     """Return what the graph says of itself, for tools that see it alone."""
     trained = job.trained
     labels = load_labels(trained.card)
@@ -221,8 +294,9 @@ def _metadata(job: Job) -> dict[str, object]:
         "name": trained.card.name,
         "family": trained.card.family,
         "task": trained.card.task,
-        "preprocessing": trained.card.preprocessing.model_dump(mode="json"),
+        "preprocessing": preprocessing.model_dump(mode="json"),
         "labels": list(labels) if labels is not None else [],
+        **({} if trained.card.scores is None else {"scores": trained.card.scores}),
         "batch": job.request.batch.model_dump(),
         "checkpoint_sha256": trained.checkpoint.sha256 if trained.checkpoint is not None else "",
         "repmlp_deploy": repmlp_deploy.__version__,

@@ -1,24 +1,38 @@
-"""An export under way: what the steps after loading share. Nothing in it changes."""
+"""An export under way: what the steps after loading share. Nothing in it changes.
+
+Where artifacts are to take uint8 images, every step up to the simplified graph takes normalised inputs. From there on
+the same samples go in as levels, and the trained network's outputs for them stay the reference. So the probe's inputs
+are whole levels from the start.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import onnx
+import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from repmlp_deploy.bundle import ArtifactEntry, FileEntry, Hop, describe_file
+from repmlp_deploy.bundle import ArtifactEntry, FileEntry, Hop, Probe, describe_file
+from repmlp_deploy.card import Preprocessing
 from repmlp_deploy.convert.graph.calibrate import Calibration
-from repmlp_deploy.convert.proof.certificate import Certifier
+from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
 from repmlp_deploy.convert.proof.weights import match_weights
 from repmlp_deploy.convert.request import Request
 from repmlp_deploy.convert.source.own_network import Interface
 from repmlp_deploy.convert.source.trained import Trained
 from repmlp_deploy.convert.step import Clock
+from repmlp_deploy.errors import InputError
+from repmlp_deploy.runtime.images import levels_of, normalised
+from repmlp_deploy.runtime.tasks import find_task
 
-__all__ = ["Artifact", "Graphs", "Job"]
+__all__ = ["Artifact", "Graphs", "Job", "of_whole_levels", "require_images", "taking_images"]
+
+_MAP_AXES = 4  # (N, C, H, W)
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,11 @@ class Job:
     certifier: Certifier
     clock: Clock
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """From an image to what the artifacts take."""
+        return self.trained.card.preprocessing.model_copy(update={"input": self.request.input})
+
     def match_weights(self, name: str, model: onnx.ModelProto, network: nn.Module) -> Hop:
         """Return the row that compares a graph's weights with the network's."""
         return match_weights(name, model, network=network, own=self.trained.interface is not None)
@@ -54,7 +73,7 @@ class Graphs:
         fp32: exported and, if that went well, simplified; None if no format needs it.
         lowered: in the precision that was asked for, the same bytes for fp32; None if no format needs it.
         about: what the manifest says of the lowered one.
-        digests: SHA-256 of the exported and of the simplified graph.
+        digests: SHA-256 of the exported graph, of the simplified one, and of the one that takes uint8 images.
     """
 
     fp32: bytes | None
@@ -66,7 +85,7 @@ class Graphs:
     def lowered_sha256(self) -> str | None:
         """The digest of `lowered` if it is known already: computing it twice takes a second."""
         same = self.lowered is not None and self.lowered is self.fp32
-        return self.digests.get("simplified", self.digests["exported"]) if same else None
+        return list(self.digests.values())[-1] if same else None
 
 
 @dataclass(frozen=True)
@@ -103,3 +122,47 @@ class Artifact:
         if more:
             described["companions"] = tuple(describe_file(*item) for item in more.items())
         return cls(ArtifactEntry.model_validate(described), {**more, name: data})
+
+
+def require_images(trained: Trained, interface: Interface) -> None:
+    """Raise InputError unless the network takes one batch of images, and somebody said how they are normalised."""
+    name, how = trained.card.name, trained.card.preprocessing
+    if trained.card.task == "custom":
+        raise InputError(
+            f"--input uint8: {name} has no card, so nobody said how its images are normalised: pass --card"
+        )
+    if len(interface.examples) != 1:
+        raise InputError(f"--input uint8 is for one input; {name} takes {', '.join(interface.inputs)}")
+    example = interface.examples[0]
+    if example.ndim != _MAP_AXES or example.shape[1] != how.channels or example.dtype != torch.float32:
+        got = f"{str(example.dtype).removeprefix('torch.')} {tuple(example.shape)}"
+        raise InputError(f"--input uint8 is for float32 (N, {how.channels}, H, W); {name} takes {got}")
+
+
+def of_whole_levels(inputs: NDArray[Any], how: Preprocessing) -> NDArray[np.float32]:
+    """Return the nearest inputs that 8-bit images give: (N, C, H, W) float32."""
+    return normalised(levels_of(inputs, how), how)
+
+
+def taking_images(job: Job, probe: Probe) -> tuple[Job, Probe]:
+    """Return the job and the probe with uint8 images (N, H, W, C) for inputs.
+
+    Args:
+        job: with normalised inputs.
+        probe: of whole levels.
+    """
+    how, name = job.trained.card.preprocessing, job.interface.inputs[0]
+    shown = replace(probe, inputs=levels_of(probe.inputs, how))
+    example = torch.from_numpy(levels_of(job.interface.examples[0].numpy(), how))
+    samples = job.samples
+    if samples is not None:
+        unseen = {key: levels_of(values, how) for key, values in samples.unseen.items()}
+        samples = replace(samples, samples={name: levels_of(samples.samples[name], how)}, unseen=unseen)
+    certifier = Certifier(
+        shown,
+        batch_sizes(job.request.batch),
+        class_axes=find_task(job.trained.card.task).class_axes,
+        outputs=job.interface.outputs,
+    )
+    interface = replace(job.interface, examples=(example,))
+    return replace(job, interface=interface, samples=samples, certifier=certifier), shown

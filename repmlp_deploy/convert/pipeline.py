@@ -24,14 +24,16 @@ from repmlp_deploy.convert.engine_options import EngineOptions, with_profiles
 from repmlp_deploy.convert.formats import FORMATS, check_formats, formats_that_need, parse_formats
 from repmlp_deploy.convert.graph.calibrate import Calibration, read_calibration, take_calibration
 from repmlp_deploy.convert.graphs import may_trace_fixed, trace_for, verified_graphs
-from repmlp_deploy.convert.job import Job
+from repmlp_deploy.convert.job import Job, of_whole_levels, require_images, taking_images
 from repmlp_deploy.convert.memory import release_memory
-from repmlp_deploy.convert.options import parse_profiles, whole_range
+from repmlp_deploy.convert.options import DEFAULT_OPSET, parse_profiles, whole_range
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
 from repmlp_deploy.convert.proof.probe import probe_like, record_probe
 from repmlp_deploy.convert.request import LowPrecision, Request
+from repmlp_deploy.convert.source.description import Description
 from repmlp_deploy.convert.source.own_network import Interface
-from repmlp_deploy.convert.source.trained import OwnRequest, Trained, find_interface, load_own, take_trained
+from repmlp_deploy.convert.source.trained import SourceRequest, Trained, find_interface, load_own, take_trained
+from repmlp_deploy.convert.step import Tell
 from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.runtime.tasks import find_task
 
@@ -47,19 +49,26 @@ def export(  # noqa: PLR0913 - one per command-line option
     model_or_checkpoint: nn.Module | str | Path,
     *,
     module: str | None = None,
+    model: str | None = None,
     example_input: Any = None,
     card: str | Path | ModelCard | None = None,
     formats: str | Sequence[str] = ("onnx",),
     graph: str = "folded",
+    merge: str = "auto",
+    input: str = "float32",  # noqa: A002 - the word of the command line
     precision: str = "fp32",
     batch: str | int | BatchRange = "1:8:64",
+    opset: int = DEFAULT_OPSET,
     engine: EngineOptions | None = None,
     calibration: str | Path | Mapping[str, NDArray[Any]] | None = None,
     calibration_method: str = "minmax",
     keep_fp32: Sequence[str] = (),
     sensitivity: bool = False,
     weights: str | None = None,
+    state_key: str | None = None,
+    ignore: Sequence[str] = (),
     input_size: tuple[int, int] | None = None,
+    description: Description | None = None,
     out: str | Path | None = None,
     allow_merged: bool = False,
     progress: Progress | None = None,
@@ -69,20 +78,29 @@ def export(  # noqa: PLR0913 - one per command-line option
     Args:
         model_or_checkpoint: a weights file; a network of `get_model`; or, with `example_input`, any module with blocks.
         module: `package.module:factory` of the network that the weights file is for, if it is no family's.
+        model: `timm:NAME[,key=value…]`, the network of timm that the weights file is for; needs the extra `timm`.
         example_input: a tensor, or several by position or name, whose first axis is the batch.
         card: see `load_trained`; for a network of your own, what it says of images, labels and the name.
         formats: of `FORMATS`, as a sequence or comma-separated.
         graph: `folded`, or `merged` for what upstream's own merge leaves.
+        merge: `auto` for every structure that can be merged, `blocks` for RepMLP's blocks alone, `regions` for what is
+            found in the traced graph alone, `hooks` for the methods of the network's own package, or
+            `PACKAGE:FUNCTION`, a function that merges the network.
+        input: `float32` for normalised images; `uint8` for graphs that take (N, H, W, C) levels and normalise them.
         precision: of the graph, an entry of `PRECISIONS`.
         batch: `MIN:OPT:MAX`, or one size that is fixed; several, comma-separated, are engines' profiles.
+        opset: of the ONNX graph, for older runtimes; before 20, GELU is made of other operators.
         engine: how to build engines.
         calibration: for int8: a folder of images, a `.npz`, or arrays (n, …) by the names of the inputs.
         calibration_method: of `CALIBRATION_METHODS`.
         keep_fp32: patterns of module or node names that stay in float32, such as `stages.0.*`.
         sensitivity: also measure the error of lowering each block alone.
         weights: see `load_trained`.
+        state_key: see `load_trained`.
+        ignore: see `load_trained`.
         input_size: see `load_trained`.
         allow_merged: see `load_trained`.
+        description: what you say of images and labels instead of a card.
         out: the bundle's folder, default `artifacts/<name>-<precision>`.
         progress: called with the name of every step as it begins.
 
@@ -93,8 +111,11 @@ def export(  # noqa: PLR0913 - one per command-line option
     profiles = (batch,) if isinstance(batch, BatchRange) else parse_profiles(batch)
     options = with_profiles(engine or EngineOptions(), profiles if len(profiles) > 1 else ())
     low = LowPrecision(precision, calibration, calibration_method, tuple(keep_fp32), sensitivity)
-    request = Request(parse_formats(formats), graph, whole_range(profiles), options, low)
-    own = OwnRequest(module, example_input, card, weights, input_size, allow_merged)
+    request = Request(parse_formats(formats), graph, whole_range(profiles), options, low, opset, merge, input)
+    said = description or Description()
+    own = SourceRequest(
+        module, example_input, card, weights, state_key, tuple(ignore), input_size, said, allow_merged, model
+    )
     clock = _Clock(progress)
     request.check()
     check_formats(request)
@@ -106,7 +127,7 @@ def export(  # noqa: PLR0913 - one per command-line option
 
 
 def _made(
-    source: nn.Module | str | Path, own: OwnRequest, request: Request, out: Path | None, clock: _Clock
+    source: nn.Module | str | Path, own: SourceRequest, request: Request, out: Path | None, clock: _Clock
 ) -> tuple[Bundle, Path]:
     """Return the bundle, in memory, and its folder: the steps, top to bottom."""
     trained = _loaded(source, own, clock)  # here and not in a caller, whose name for it would keep the weights
@@ -114,16 +135,17 @@ def _made(
     check_output_folder(target)
     interface = find_interface(trained)
     samples = _samples(trained, request, interface, clock)
-    probe = _probe(trained, interface, samples, clock)
+    if request.input == "uint8":
+        require_images(trained, interface)
+    probe = _probe(trained, interface, samples, request, clock)
     certifier = Certifier(
         probe,
         batch_sizes(request.batch),
         class_axes=find_task(trained.card.task).class_axes,
         outputs=interface.outputs,
     )
-    form = transform_and_prove(trained, request.graph, certifier, clock.step)
-    notes = (*trained.notes, *(() if samples is None else samples.remarks()))
-    made = Assembly(probe, tuple(certifier.floor_rows()), notes).after(form)
+    form = transform_and_prove(trained, request.graph, certifier, clock.step, request.merge)
+    made = Assembly.begun(probe, trained, samples, certifier.floor_rows()).after(form)
     job = Job(trained, interface, request, samples, certifier, clock.step)
     for name in formats_that_need(request, "form"):
         made = made.having(name, FORMATS[name].build(name, job, form.value))
@@ -142,22 +164,23 @@ def _made(
     if not graphs:
         return made.bundle(job, clock.seconds), target
     needs = {FORMATS[name].needs for name in graphs}
-    proved = verified_graphs(job, network, traced, fixed=fixed, needs=needs)
+    served, shown = taking_images(job, probe) if request.input == "uint8" else (job, probe)
+    proved = verified_graphs(job, network, traced, fixed=fixed, needs=needs, served=served)
     del network, traced
-    made = made.after_graphs(proved)
+    made = made.after_graphs(proved).with_probe(shown)
     if any(FORMATS[name].copies_weights for name in graphs):
         release_memory(cycles=True)
     for name in graphs:
-        made = made.having(name, FORMATS[name].build(name, job, proved.value))
-    return made.bundle(job, clock.seconds), target
+        made = made.having(name, FORMATS[name].build(name, served, proved.value))
+    return made.bundle(served, clock.seconds), target
 
 
-def _loaded(source: nn.Module | str | Path, own: OwnRequest, clock: _Clock) -> Trained:
+def _loaded(source: nn.Module | str | Path, own: SourceRequest, clock: _Clock) -> Trained:
     """Return the trained network, of a family or of the user's own."""
     with clock.step("load"):
-        if own.module is not None or own.example_input is not None:
+        if own.module is not None or own.model is not None or own.example_input is not None:
             return load_own(source, own)
-        return take_trained(source, own.card, own.weights, own.input_size, allow_merged=own.allow_merged)
+        return take_trained(source, own)
 
 
 def _samples(trained: Trained, request: Request, interface: Interface, clock: _Clock) -> Calibration | None:
@@ -166,18 +189,25 @@ def _samples(trained: Trained, request: Request, interface: Interface, clock: _C
     if given is None:
         return None
     with clock.step("read calibration"):
+        how = None if find_task(trained.card.task).refusal else trained.card.preprocessing
         if isinstance(given, Mapping):
-            return take_calibration(given, shapes)
-        refusal = find_task(trained.card.task).refusal
-        return read_calibration(given, shapes, None if refusal else trained.card.preprocessing)
+            return take_calibration(given, shapes, how)
+        return read_calibration(given, shapes, how)
 
 
-def _probe(trained: Trained, interface: Interface, samples: Calibration | None, clock: _Clock) -> Probe:
+def _probe(
+    trained: Trained, interface: Interface, samples: Calibration | None, request: Request, clock: _Clock
+) -> Probe:
     """Return the inputs that every step runs with, and the trained network's outputs."""
     with clock.step("probe"):
-        if samples is not None:
-            return record_probe(trained.network, *samples.chosen(PROBED))
-        return record_probe(trained.network, *(probe_like(x.numpy()) for x in interface.examples))
+        examples = interface.examples
+        inputs = samples.chosen(PROBED) if samples is not None else [probe_like(x.numpy()) for x in examples]
+        if request.input == "uint8":
+            inputs = [of_whole_levels(values, trained.card.preprocessing) for values in inputs]
+        return record_probe(trained.network, *inputs)
+
+
+_TELL_SECONDS = 5.0
 
 
 class _Clock:
@@ -188,10 +218,17 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Time a part of the work; parts of one name add up."""
-        if self._progress is not None:
-            self._progress(name)
-        started = time.perf_counter()
-        yield
+    def step(self, name: str) -> Iterator[Tell]:
+        """Time a part of the work; parts of one name add up. Yield what the part calls to say how far it is."""
+        show = self._progress or (lambda _name: None)
+        show(name)
+        started = told = time.perf_counter()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            if done < total and time.perf_counter() - told >= _TELL_SECONDS:
+                told = time.perf_counter()
+                show(f"{name}: {done} of {total}")
+
+        yield tell
         self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - started, 3)

@@ -18,7 +18,18 @@ from repmlp_deploy.convert.source.trained import Trained
 
 __all__ = ["describe_provenance"]
 
-PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf", "numpy")
+PACKAGES = (
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxsim",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "nncf",
+    "numpy",
+    "timm",
+)
 
 
 def describe_provenance(trained: Trained, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -30,9 +41,12 @@ def describe_provenance(trained: Trained, seconds: Mapping[str, float]) -> dict[
             "sha256": trained.checkpoint.sha256,
             "layout": trained.state.layout.name,
             "container": trained.state.container,
+            "ignored": list(trained.state.ignored),
             "prefix": trained.state.prefix,
             "merged": trained.state.merged,
         }
+    if trained.model is not None:
+        source["model"] = trained.model
     return {
         **source,
         "parameters": sum(parameter.numel() for parameter in trained.network.parameters()),

@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert.engine_options import EngineOptions
-from repmlp_deploy.convert.options import CALIBRATION_METHODS, GRAPHS, require_choice
+from repmlp_deploy.convert.options import (
+    CALIBRATION_METHODS,
+    DEFAULT_OPSET,
+    GRAPHS,
+    INPUTS,
+    OPSETS,
+    check_merge,
+    require_choice,
+)
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.precision import PRECISIONS
 
@@ -47,6 +55,9 @@ class Request:
         batch: the sizes to serve.
         engine: how to build engines.
         low: the precision, and how to get it.
+        opset: of the ONNX graph.
+        merge: of `MERGES`, or PACKAGE:FUNCTION.
+        input: of `INPUTS`.
     """
 
     formats: tuple[str, ...]
@@ -54,6 +65,9 @@ class Request:
     batch: BatchRange
     engine: EngineOptions
     low: LowPrecision
+    opset: int = DEFAULT_OPSET
+    merge: str = "auto"
+    input: str = "float32"
 
     @property
     def precision(self) -> str:
@@ -68,13 +82,23 @@ class Request:
     def check(self) -> None:
         """Raise InputError if the choices are unknown or contradict each other."""
         require_choice("--graph", self.graph, GRAPHS)
+        check_merge(self.merge)
+        require_choice("--input", self.input, INPUTS)
         require_choice("--precision", self.precision, tuple(PRECISIONS))
         require_choice("--calibration-method", self.low.method, CALIBRATION_METHODS)
+        if self.opset not in OPSETS:
+            raise InputError(f"--opset is {self.opset}; expected {OPSETS[0]} to {OPSETS[-1]}")
+        needed = PRECISIONS[self.precision].min_opset
+        if self.opset < needed and self.opset != DEFAULT_OPSET:
+            raise InputError(f"{self.precision} needs opset {needed} or later; --opset is {self.opset}")
         calibrated = PRECISIONS[self.precision].needs_calibration
         if calibrated and self.low.calibration is None:
             raise InputError(f"{self.precision} needs calibration images: pass --calibration DIR|FILE.npz")
-        if not calibrated and self.low.calibration is not None:
-            raise InputError(f"--calibration is for int8, and --precision is {self.precision}: drop one of them")
+        looked_at = calibrated or PRECISIONS[self.precision].is_limited
+        if not looked_at and self.low.calibration is not None:
+            raise InputError(
+                f"--calibration is for int8, fp8 and fp16, and --precision is {self.precision}: drop one of them"
+            )
         if self.precision == "fp32" and (self.low.keep_fp32 or self.low.sensitivity):
             option = "--keep-fp32" if self.low.keep_fp32 else "--sensitivity"
             raise InputError(f"{option} says nothing where everything is fp32: name a --precision")

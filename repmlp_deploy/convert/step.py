@@ -9,11 +9,20 @@ from typing import Generic, TypeVar
 
 from repmlp_deploy.bundle import Hop
 
-__all__ = ["Clock", "Step", "untimed"]
+__all__ = ["Clock", "Step", "Tell", "tell_nobody", "untimed"]
 
 T = TypeVar("T")
 
-Clock = Callable[[str], AbstractContextManager[None]]
+Tell = Callable[[int, int], None]
+"""Is told how many of how many are done, within a part of the work that takes long."""
+
+
+def tell_nobody(done: int, total: int) -> None:
+    """Be a `Tell` where nobody looks."""
+    del done, total
+
+
+Clock = Callable[[str], AbstractContextManager[Tell]]
 """A context around a part of the work, told its name: it shows progress and takes the time."""
 
 
@@ -32,12 +41,15 @@ class Step(Generic[T]):
     notes: tuple[str, ...] = ()
 
 
-class _Untimed(AbstractContextManager[None]):
+class _Untimed(AbstractContextManager[Tell]):
+    def __enter__(self) -> Tell:
+        return tell_nobody
+
     def __exit__(self, *_: object) -> None:
         return None
 
 
-def untimed(name: str) -> AbstractContextManager[None]:
+def untimed(name: str) -> AbstractContextManager[Tell]:
     """Return a context that shows nothing: a `Clock` for callers without one."""
     del name
     return _Untimed()

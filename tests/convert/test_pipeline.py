@@ -42,6 +42,18 @@ def test_the_manifest_says_what_the_contract_asks(bundle: Bundle) -> None:
     assert {"versions", "platform", "date", "cpu"} <= set(provenance)
 
 
+def test_a_long_step_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    clock = pipeline._Clock(shown.append)
+    with clock.step("calibrate") as tell:
+        tell(4, 12)  # too early to say anything
+        monkeypatch.setattr(pipeline, "_TELL_SECONDS", 0)
+        tell(8, 12)
+        tell(12, 12)
+    assert shown == ["calibrate", "calibrate: 8 of 12"]
+    assert list(clock.seconds) == ["calibrate"]
+
+
 def test_every_hop_is_in_the_certificate_at_three_batch_sizes(bundle: Bundle) -> None:
     hops = bundle.manifest.certificate
     steps = ["merged", "folded", "torch.export program", "exported ONNX", "simplified ONNX"]

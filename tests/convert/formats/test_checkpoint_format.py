@@ -70,11 +70,12 @@ def test_merged_weights_of_another_network_would_be_noticed(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["repmlp-res50-light-224", "repmlp-res50-bottleneck-224"])
-def test_the_official_res50_exports_to_an_onnx_graph_equal_to_its_release(name: str, tmp_path: Path) -> None:
+def test_an_official_res50_exports_to_an_onnx_graph_equal_to_its_release(tmp_path: Path) -> None:
+    """The light one; what its trained and merged networks compute is compared for both in tests/nets."""
+    name = "repmlp-res50-light-224"
     case = GoldenCase(name)
     torch.save({"state_dict": case.weights()}, tmp_path / "trained.pth")
-    bundle = export(tmp_path / "trained.pth", formats="onnx,trt-rtx", out=tmp_path / "out")
+    bundle = export(tmp_path / "trained.pth", formats="onnx", out=tmp_path / "out")
     with Predictor(bundle) as predictor:
         assert_matches_golden(predictor.logits(case.input()), case.output(), atol=1e-5)
     assert bundle.manifest.name == name

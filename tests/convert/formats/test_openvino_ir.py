@@ -53,7 +53,7 @@ def test_every_product_has_the_precision_and_every_batch_size_its_answer(
 
 
 def test_the_file_is_as_small_as_the_precision_says(bundle: Bundle) -> None:
-    sizes = {precision: len(digits_ir(bundle, precision).weights) for precision in PRECISIONS}
+    sizes = {name: len(digits_ir(bundle, name).weights) for name, entry in PRECISIONS.items() if entry.openvino}
     assert sizes["bf16"] == sizes["fp16"] < 0.55 * sizes["fp32"]
     assert sizes["int8"] < 0.3 * sizes["fp32"]
 

@@ -29,7 +29,7 @@ from support.plan_files import Embedded, find_embedded
 
 pytestmark = pytest.mark.slow  # many exports, seconds each
 
-PRECISIONS = {"fp32": "float", "fp16": "half", "bf16": "bf16", "int8": "int8"}
+PRECISIONS = {"fp32": "float", "fp16": "half", "bf16": "bf16", "int8": "int8", "fp8": "fp8"}
 
 
 def lower(model: onnx.ModelProto, spec: GraphSpec, precision: str) -> tuple[bytes, GraphSpec]:
