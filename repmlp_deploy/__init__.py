@@ -8,10 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from repmlp_deploy.privacy import report_nothing
+
 __version__ = "0.1.0"
+
+report_nothing()  # before a library is loaded that would report
 
 _HOMES = {
     "Bundle": "repmlp_deploy.bundle",
+    "Description": "repmlp_deploy.convert.source.description",
     "Embedding": "repmlp_deploy.runtime.tasks",
     "EngineOptions": "repmlp_deploy.convert.engine_options",
     "EngineSettings": "repmlp_deploy.runtime.runner",
@@ -31,6 +36,7 @@ _HOMES = {
 
 __all__ = [
     "Bundle",
+    "Description",
     "Embedding",
     "EngineOptions",
     "EngineSettings",
@@ -55,6 +61,7 @@ if TYPE_CHECKING:
     from repmlp_deploy.convert.engine_options import EngineOptions
     from repmlp_deploy.convert.pipeline import export
     from repmlp_deploy.convert.reparam.merge import merge_branches
+    from repmlp_deploy.convert.source.description import Description
     from repmlp_deploy.errors import RepMLPError, VerificationError
     from repmlp_deploy.runtime.predictor import Predictor
     from repmlp_deploy.runtime.runner import EngineSettings

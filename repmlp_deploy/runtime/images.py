@@ -2,12 +2,17 @@
 
 Resizing is Pillow's, on 8-bit levels. Sizes and offsets round as the training pipelines do: the longer edge is
 truncated, int(long · size / short), and a centre crop starts at int(round((edge - crop) / 2)).
+
+That is the mode `exact`. The mode `fast` is for photographs much larger than the input: a JPEG file is decoded at 1/2,
+1/4 or 1/8 of its size, where that leaves at least twice the size to resize to, and a large reduction begins with
+whole-number steps. Some levels differ then; `docs/benchmarks.md` says by how much.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable
@@ -18,10 +23,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from repmlp_deploy.card import Preprocessing
+from repmlp_deploy.card import Preprocessing, Resize
 from repmlp_deploy.errors import ImageError
 
-__all__ = ["IMAGE_SUFFIXES", "RASTER_FORMATS", "ImageLike", "open_image", "preprocess", "to_image"]
+__all__ = [
+    "DECODE_MODES",
+    "IMAGE_SUFFIXES",
+    "RASTER_FORMATS",
+    "ImageLike",
+    "find_images",
+    "levels_of",
+    "network_input",
+    "normalised",
+    "open_image",
+    "preprocess",
+    "to_image",
+]
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -31,9 +48,21 @@ RASTER_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 ImageLike = str | os.PathLike[str] | bytes | io.BytesIO | Image.Image | NDArray[Any]
 
+DECODE_MODES = ("exact", "fast")
+
 MAX_PIXELS = 100_000_000  # after every step; Pillow needs 400 MB for as many. A file of 20 KB can claim more.
 MAX_EDGE = 1_000_000  # Pillow's tables for resizing grow with the edge, whatever the other edge is
 
+MAX_SCANS = 100  # of a JPEG, each over every pixel; progressive files have about ten. One of 66 KB can hold thousands.
+
+_JPEG_MARKER = re.compile(
+    rb"\xff([\x01-\xcf\xd8-\xfe])"
+)  # after a scan's 0xff come 0 or a restart marker, 0xd0 to 0xd7
+_JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
+_COLOURS = 3
+_GAP = 2.0  # how much larger than the resized image the fast mode leaves what Pillow's filters see
+_SCALES = (8, 4, 2)  # by which libjpeg decodes smaller
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 _PROGRAM_FORMATS = ("EPS", "WMF")  # loading one may start an interpreter
 _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # Pillow gives their 16-bit gray images as mode I
 _ORIENTATION = 0x0112
@@ -64,18 +93,37 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
         ImageError: the file is missing, is no regular file, is no raster image, is truncated, has floating-point
             levels, or decodes to more than `MAX_PIXELS`.
     """
+    return _opened(source)[0]
+
+
+def _opened(
+    source: str | os.PathLike[str] | bytes, resize: Resize | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Return the RGB image, decoded smaller if `resize` allows it, and the file's upright (height, width)."""
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours, and an error
             with Image.open(_stream(source), formats=RASTER_FORMATS) as image:
-                return _upright_rgb(image, name)
+                return _upright_rgb(image, name, resize)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except ImageError:
         raise
     except Exception as error:  # noqa: BLE001 - decoders raise whatever a damaged file makes them raise
         raise ImageError(f"{name} is not a readable image: {error}") from None
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Return the image files in a folder and the folders inside it, sorted; hidden ones are left out.
+
+    What has an image's name and is no file, such as a dangling link, is among them: reading it names it in an error.
+    """
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir() and path.name[0] != "."
+    )
 
 
 def to_image(source: ImageLike, *, array_order: str = "RGB") -> Image.Image:
@@ -99,24 +147,103 @@ def to_image(source: ImageLike, *, array_order: str = "RGB") -> Image.Image:
     raise ImageError(f"cannot read an image from {type(source).__name__}; give a path, bytes, a Pillow image or array")
 
 
-def preprocess(image: Image.Image, how: Preprocessing) -> NDArray[np.float32]:
-    """Return the network's input for an RGB image: (3, H, W) float32, a new array.
+def network_input(
+    source: ImageLike, how: Preprocessing, *, array_order: str = "RGB", decode: str = "exact"
+) -> tuple[NDArray[Any], tuple[int, int]]:
+    """Return the network's input for anything that shows an image, and the image's (height, width).
+
+    It is (C, H, W) float32, or (H, W, C) uint8 where the graph normalises.
+
+    A network of one channel takes gray images: colours are converted with Pillow's weights. One of three takes RGB.
+    With any other number of channels only arrays (H, W, channels) uint8 are images.
+
+    Args:
+        source: see `to_image`.
+        how: from the card.
+        array_order: see `to_image`.
+        decode: of `DECODE_MODES`.
 
     Raises:
-        ImageError: a step would make more than `MAX_PIXELS`, or the image is smaller than the crop.
+        ImageError: see `to_image` and `preprocess`; or the array has another number of bands.
+    """
+    if how.channels in (1, _COLOURS):
+        fast = decode == "fast"
+        content = source.getvalue() if isinstance(source, io.BytesIO) else source
+        if fast and isinstance(content, str | os.PathLike | bytes):
+            image, size = _opened(content, how.resize)
+        else:
+            image = to_image(content, array_order=array_order)
+            size = image.height, image.width
+        return _prepared(image, how, size, fast=fast), size
+    if not isinstance(source, np.ndarray) or source.shape[2:] != (how.channels,) or source.dtype != np.uint8:
+        got = f"{source.dtype} {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
+        raise ImageError(f"image is {got}; a network of {how.channels} bands takes uint8 (H, W, {how.channels}) arrays")
+    if 0 in source.shape:
+        raise ImageError(f"image array is empty: {source.shape}")
+    _refuse_large(source.shape[1], source.shape[0], "the image array")
+    bands = [Image.fromarray(np.ascontiguousarray(source[:, :, c])) for c in range(how.channels)]
+    levels = np.stack([np.asarray(_fitted(band, how, source.shape[:2])) for band in bands], axis=-1)
+    return _as_input(levels, how), source.shape[:2]
+
+
+def preprocess(image: Image.Image, how: Preprocessing) -> NDArray[Any]:
+    """Return the network's input for an RGB image: (3, H, W) float32, or (1, H, W) of its gray levels; a new array.
+
+    Where the graph normalises, it is (H, W, 3) or (H, W, 1) uint8.
+
+    Raises:
+        ImageError: a step would make more than `MAX_PIXELS`, the image is smaller than the crop, or the network takes
+            neither gray images nor RGB.
+    """
+    if how.channels not in (1, _COLOURS):
+        raise ImageError(f"the network takes {how.channels} bands, and an image has 3: give uint8 arrays (H, W, bands)")
+    return _prepared(image, how, (image.height, image.width), fast=False)
+
+
+def normalised(levels: NDArray[Any], how: Preprocessing) -> NDArray[np.float32]:
+    """Return levels less the mean over the std: (…, H, W, C) uint8 -> (…, C, H, W) float32, contiguous."""
+    ordered = levels[..., ::-1] if how.colour_order == "BGR" else levels
+    channels_first = np.moveaxis(ordered, -1, -3).astype(np.float32)  # (…, H, W, C) -> (…, C, H, W)
+    mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (how.mean, how.std))
+    normal: NDArray[np.float32] = np.ascontiguousarray((channels_first - mean) / std)
+    return normal
+
+
+def levels_of(inputs: NDArray[Any], how: Preprocessing) -> NDArray[np.uint8]:
+    """Return the nearest levels that normalised inputs are made of: (…, C, H, W) -> (…, H, W, C) uint8."""
+    mean, std = (np.asarray(values, np.float64)[:, None, None] for values in (how.mean, how.std))
+    levels = np.moveaxis(np.rint(inputs * std + mean).clip(0, 255).astype(np.uint8), -3, -1)
+    return np.ascontiguousarray(levels[..., ::-1] if how.colour_order == "BGR" else levels)
+
+
+def _prepared(image: Image.Image, how: Preprocessing, size: tuple[int, int], *, fast: bool) -> NDArray[Any]:
+    """Return the network's input for an RGB image, which may be a smaller form of one of (height, width) `size`."""
+    fitted = _fitted(image.convert("L") if how.channels == 1 else image, how, size, _GAP if fast else None)
+    return _as_input(np.atleast_3d(np.asarray(fitted)), how)
+
+
+def _as_input(levels: NDArray[np.uint8], how: Preprocessing) -> NDArray[Any]:
+    """Return what the graph takes of (H, W, C) levels, a new array."""
+    return np.array(levels, order="C") if how.input == "uint8" else normalised(levels, how)
+
+
+def _fitted(image: Image.Image, how: Preprocessing, whole: tuple[int, int], gap: float | None = None) -> Image.Image:
+    """Return the image resized and cropped.
+
+    Args:
+        image: to resize.
+        how: from the card.
+        whole: (height, width) of what `image` shows, which counts where it was decoded smaller.
+        gap: see Pillow's `reducing_gap`.
     """
     if how.resize is not None:
-        size = how.resize.size if how.resize.mode == "exact" else _short_edge(image, how.resize.size[0])
+        size = how.resize.size if how.resize.mode == "exact" else _short_edge(whole, how.resize.size[0])
         if size != (image.height, image.width):
             _refuse_large_resize(image, size)
-            image = image.resize((size[1], size[0]), _FILTERS[how.interpolation])
+            image = image.resize((size[1], size[0]), _FILTERS[how.interpolation], reducing_gap=gap)
     if how.crop is not None:
         image = _centre_crop(image, how.crop)
-    levels = np.asarray(image, dtype=np.float32)  # (H, W, 3), RGB
-    if how.colour_order == "BGR":
-        levels = levels[:, :, ::-1]
-    normal = (levels - np.asarray(how.mean, np.float32)) / np.asarray(how.std, np.float32)
-    return np.ascontiguousarray(normal.transpose(2, 0, 1))  # (H, W, 3) -> (3, H, W)
+    return image
 
 
 def _from_pillow(image: Image.Image) -> Image.Image:
@@ -124,7 +251,7 @@ def _from_pillow(image: Image.Image) -> Image.Image:
     if image.format in _PROGRAM_FORMATS:
         raise ImageError(f"{name} has the format {image.format}; convert it to one of {', '.join(RASTER_FORMATS)}")
     try:
-        return _upright_rgb(image, name)
+        return _upright_rgb(image, name)[0]
     except ImageError:
         raise
     except Exception as error:  # noqa: BLE001 - a lazily loaded file is decoded here, and a closed one raises
@@ -172,12 +299,45 @@ def _refuse_large_resize(image: Image.Image, size: tuple[int, int]) -> None:
         )
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _refuse_many_scans(image: Image.Image, name: str) -> None:
+    """Raise if a JPEG that is not decoded yet has more scans than `MAX_SCANS`."""
+    file = getattr(image, "fp", None)
+    if file is None or image.format not in ("JPEG", "MPO") or not image.info.get("progressive"):
+        return
+    at = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(at)
+    place, scans = 2, 0  # after the mark of the start
+    while (marker := _JPEG_MARKER.search(data, place)) is not None and data[marker.start() + 1] != _JPEG_END:
+        scans += data[marker.start() + 1] == _JPEG_SCAN
+        place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
+    if scans > MAX_SCANS:
+        raise ImageError(f"{name} is a JPEG of {scans} scans; at most {MAX_SCANS} are decoded: save it again")
+
+
+def _upright_rgb(image: Image.Image, name: str, resize: Resize | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """Return the image upright, decoded smaller if `resize` allows it, and its whole (height, width)."""
     _refuse_large(image.width, image.height, name)
+    _refuse_many_scans(image, name)
+    height, width = image.height, image.width
+    if resize is not None:
+        _decode_smaller(image, resize)
     image.load()  # before the EXIF is read, which may load too, so that no damage is taken for damaged EXIF
-    turn = _TURNS.get(_orientation(image))
+    orientation = _orientation(image)
+    turn = _TURNS.get(orientation)
     rgb = _levels(image, name).convert("RGB")  # always a new image: `image` is the caller's
-    return rgb if turn is None else rgb.transpose(turn)
+    size = (width, height) if orientation in _SIDEWAYS else (height, width)
+    return (rgb if turn is None else rgb.transpose(turn)), size
+
+
+def _decode_smaller(image: Image.Image, resize: Resize) -> None:
+    """Have an image that is not loaded yet decoded at a fraction of its size; only JPEG's decoder can."""
+    edge = min(image.width, image.height)
+    wanted = resize.size[0] if resize.mode == "short-edge" else max(resize.size)
+    scale = next((scale for scale in _SCALES if edge >= scale * _GAP * wanted), None)
+    if scale is not None:
+        image.draft(None, (image.width // scale, image.height // scale))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -210,12 +370,13 @@ def _high_byte(levels: NDArray[Any]) -> Image.Image:
     return Image.fromarray((levels >> 8).astype(np.uint8))
 
 
-def _short_edge(image: Image.Image, short: int) -> tuple[int, int]:
+def _short_edge(whole: tuple[int, int], short: int) -> tuple[int, int]:
     """Return (height, width) with the shorter edge `short` and the longer one truncated."""
+    height, width = whole
     scale: Callable[[int, int], int] = lambda long, edge: int(long * short / edge)  # noqa: E731
-    if image.height <= image.width:
-        return short, scale(image.width, image.height)
-    return scale(image.height, image.width), short
+    if height <= width:
+        return short, scale(width, height)
+    return scale(height, width), short
 
 
 def _centre_crop(image: Image.Image, crop: tuple[int, int]) -> Image.Image:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from threading import Condition
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self, overload
 
@@ -15,15 +16,16 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import Bundle, Manifest
 from repmlp_deploy.errors import InputError
-from repmlp_deploy.numerics import Comparison, noise_floor, require_close
-from repmlp_deploy.runtime.images import ImageLike, preprocess, to_image
-from repmlp_deploy.runtime.runner import EngineSettings, RunnerOptions, open_runner
+from repmlp_deploy.numerics import Comparison
+from repmlp_deploy.runtime.decoding import Decoder
+from repmlp_deploy.runtime.images import ImageLike
+from repmlp_deploy.runtime.runner import EngineSettings, RunnerOptions
+from repmlp_deploy.runtime.served import Closed, Served
 from repmlp_deploy.runtime.tasks import (
     Answer,
     Embedding,
     Prediction,
     Segmentation,
-    find_task,
     predictions_from_logits,
     softmax,
 )
@@ -33,16 +35,6 @@ __all__ = ["Embedding", "Prediction", "Predictor", "Segmentation", "predictions_
 F32 = NDArray[np.float32]
 
 _MOST_THREADS = 1024
-
-
-def _require_single(manifest: Manifest) -> None:
-    """Raise unless the network has one input and one output."""
-    for what, several in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
-        if len(several) > 1:
-            names = ", ".join(spec.name for spec in several)
-            raise InputError(
-                f"{manifest.name} has {len(several)} {what} ({names}); Predictor serves one: run the artifact itself"
-            )
 
 
 def _check_types(threads: object, cache: object) -> None:
@@ -55,40 +47,6 @@ def _check_types(threads: object, cache: object) -> None:
         raise InputError(f"cache is a {type(cache).__name__}; expected the path of a folder or None")
 
 
-class _Calls:
-    """Counts the calls under way, so that closing can wait for them."""
-
-    def __init__(self) -> None:
-        self._changed = Condition()
-        self._running = 0
-        self._closed = False
-
-    @contextmanager
-    def one(self, name: str) -> Iterator[None]:
-        """Count one call of the predictor of network `name`.
-
-        Raises:
-            InputError: the predictor is closed.
-        """
-        with self._changed:
-            if self._closed:
-                raise InputError(f"the predictor of {name} is closed; open another: Predictor(folder)")
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
-
-    def close(self) -> bool:
-        """Refuse further calls and wait for those under way; return False where another call closed it before."""
-        with self._changed:
-            first, self._closed = not self._closed, True
-            self._changed.wait_for(lambda: self._running == 0)
-        return first
-
-
 class Predictor:
     """Runs a bundle. One instance serves any number of threads.
 
@@ -97,19 +55,23 @@ class Predictor:
         format: which artifact; by default the first that can be run here.
         device: `cpu` or `cuda`, for ONNX artifacts also `tensorrt` or `rtx`; by default the best that is there. One
             that you name is used or refused.
-        threads: of one inference; by default the runtime's choice.
+        threads: of one inference; by default the runtime's choice, or the CPUs that a container's quota, the affinity
+            or OMP_NUM_THREADS leave to this process, if these are fewer.
         cache: folder for what the runtime compiles or optimises, where that makes the next start quicker: OpenVINO's
             compiled models, ONNX Runtime's int8 graphs. It must belong to whoever runs the service, since what is in it
             runs without another check. By default only what TensorRT-RTX compiles is kept, beside the bundle.
         engine: how a TensorRT engine is run: device memory, GPU, workers, CUDA graphs.
         array_order: channel order of image arrays, `RGB` or `BGR`.
+        decode: `exact` for preprocessing equal to the training's; `fast` decodes large JPEG files at a fraction of
+            their size and resizes in steps, so that some levels differ.
+        check: run the probe before the first answer.
 
     Raises:
         BundleError: the folder is damaged.
-        InputError: the network has several inputs or outputs.
         MissingDependency: the artifact's runtime is not installed.
         MissingDevice: the device is not there.
         OutputError: the cache cannot be written.
+        VerificationError: with `check`, an output is not the trained network's.
     """
 
     def __init__(  # noqa: PLR0913 - one per way of running it
@@ -122,29 +84,69 @@ class Predictor:
         cache: str | Path | None = None,
         engine: EngineSettings | None = None,
         array_order: str = "RGB",
+        decode: str = "exact",
+        check: bool = False,
     ) -> None:
-        if array_order not in ("RGB", "BGR"):
-            raise InputError(f"array_order is {array_order!r}; expected RGB or BGR")
         _check_types(threads, cache)
-        self._calls = _Calls()
-        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-        self.manifest = self.bundle.manifest
-        self._task = find_task(self.manifest.task)
-        _require_single(self.manifest)
-        self._array_order = array_order
+        self._decoder = Decoder(array_order, decode)
         folder = None if cache is None else Path(cache)
-        options = RunnerOptions(device, threads, folder, engine or EngineSettings())
-        self._runner = open_runner(self.bundle, format, options)
+        self._format = format
+        self._options = RunnerOptions(device, threads, folder, engine or EngineSettings())
+        self._closed = False
+        self._swapping = Lock()
+        self._served = self._opened(bundle, check=check)
+
+    def _opened(self, bundle: str | Path | Bundle, *, check: bool) -> Served:
+        """Return the bundle, open, and checked if that is asked for."""
+        loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        served = Served(loaded, self._format, self._options)
+        if check:
+            try:
+                served.check()
+            except BaseException:
+                served.close()
+                raise
+        return served
+
+    @contextmanager
+    def _call(self) -> Iterator[Served]:
+        """Return the bundle that answers a call; it stays open until the call ends.
+
+        Raises:
+            InputError: the predictor is closed.
+        """
+        while True:
+            served = self._served
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(served.one_call())
+                except Closed:
+                    if self._closed:
+                        said = f"the predictor of {served.manifest.name} is closed; open another: Predictor(folder)"
+                        raise InputError(said) from None
+                    continue  # another bundle took its place in between
+                yield served
+                return
+
+    @property
+    def bundle(self) -> Bundle:
+        """What is served."""
+        return self._served.bundle
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        return self._served.manifest
 
     @property
     def format(self) -> str:
         """The artifact that runs."""
-        return self._runner.format
+        return self._served.runner.format
 
     @property
     def device(self) -> str:
         """The device it runs on."""
-        return self._runner.device
+        return self._served.runner.device
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -152,9 +154,14 @@ class Predictor:
         return self.manifest.labels
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What may make answers wrong, such as preprocessing that was assumed when the bundle was made."""
+        return self.manifest.warnings
+
+    @property
     def details(self) -> dict[str, Any]:
         """What the runtime says of itself: version, threads; and, `passed_over`, which artifacts cannot run here."""
-        return dict(self._runner.details)
+        return dict(self._served.runner.details)
 
     @overload
     def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[Any]: ...
@@ -166,25 +173,25 @@ class Predictor:
 
         The bundle's task decides the type: a `Prediction` for `classify`, a `Segmentation` for `segment`, an
         `Embedding` for `embed`. An image is a path, the bytes of a file, a Pillow image, or an (H, W, 3) or (H, W)
-        uint8 array.
+        uint8 array; (H, W, bands) for a network of another number of channels.
 
         Raises:
             ImageError: one of them is no image.
             InputError: the network was exported without a card, so that nobody said what images it takes; or the
                 predictor is closed.
         """
-        if self._task.refusal:
-            raise InputError(f"{self.manifest.name} {self._task.refusal}")
-        with self._calls.one(self.manifest.name):
+        with self._call() as served:
+            _require_answers(served)
             if isinstance(images, list | tuple):
-                return [answer for chunk in self._chunks(images) for answer in self._predict(chunk)]
-            return self._predict([images])[0]
+                return self._predict(served, images)
+            return self._predict(served, [images])[0]
 
-    def logits(self, batch: F32) -> F32:
+    def logits(self, batch: NDArray[Any]) -> F32:
         """Return raw outputs for a normalised batch.
 
         Args:
-            batch: (N, C, H, W) float32, as `preprocess` makes it; it is not modified.
+            batch: (N, C, H, W) float32, as `preprocess` makes it; it is not modified. (N, H, W, C) uint8 for a bundle
+                that was exported with `--input uint8`.
 
         Returns:
             (N, classes) float32, an array the caller owns; (N, classes, H, W) for `segment`, embeddings as they leave
@@ -194,26 +201,73 @@ class Predictor:
         Raises:
             InputError: the shape or type is not the network's, or the predictor is closed.
         """
-        with self._calls.one(self.manifest.name):
-            return self._logits(batch)
+        with self._call() as served:
+            _require_single(served.manifest)
+            output: F32 = served.outputs([batch])[0]
+            return output
 
-    def _logits(self, batch: F32) -> F32:
-        expected = self.manifest.input.shape[1:]
-        if not isinstance(batch, np.ndarray) or batch.ndim != len(expected) + 1 or batch.shape[1:] != expected:
-            got = tuple(batch.shape) if isinstance(batch, np.ndarray) else type(batch).__name__
-            takes = ", ".join(str(edge) for edge in expected)
-            raise InputError(f"input is {got}; {self.manifest.name} takes (N, {takes})")
-        if batch.dtype != np.float32:
-            raise InputError(f"input is {batch.dtype}; {self.manifest.name} takes float32")
-        if not len(batch):
-            raise InputError("input is an empty batch; give at least one sample")
-        limit = self.manifest.batch.max
-        parts = [self._run(batch[i : i + limit]) for i in range(0, len(batch), limit)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def run(self, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Return every output of a network with any number of inputs and outputs, by name.
 
-    def preprocess(self, image: ImageLike) -> F32:
-        """Return the network's input for one image: (3, H, W) float32."""
-        return preprocess(to_image(image, array_order=self._array_order), self.manifest.preprocessing)
+        Args:
+            inputs: (N, …) each, by the names and of the types in the manifest, all with the same N.
+
+        Raises:
+            InputError: a name, shape or type is not the network's, or the predictor is closed.
+        """
+        with self._call() as served:
+            names = [spec.name for spec in served.manifest.inputs]
+            if set(inputs) != set(names):
+                given = ", ".join(inputs) or "none"
+                raise InputError(f"inputs are {given}; {served.manifest.name} takes {', '.join(names)}")
+            outputs = served.outputs([inputs[name] for name in names])
+            return {spec.name: output for spec, output in zip(served.manifest.outputs, outputs, strict=True)}
+
+    async def predict_async(self, image: ImageLike) -> Any:
+        """Return the prediction for one image, for an event loop.
+
+        Calls that are under way at the same time share batches. Decoding runs in a thread, and so does the network.
+
+        Raises:
+            ImageError: it is no image.
+            InputError: see `__call__`.
+        """
+        with self._call() as served:
+            _require_answers(served)
+            _require_single(served.manifest)
+            values, size = await asyncio.to_thread(self._decoder.one, image, served.manifest.preprocessing)
+            outputs = await asyncio.wrap_future(served.batcher().submit([values[None]]))
+            labels, scores = served.manifest.labels, served.manifest.scores
+            answers = await asyncio.to_thread(served.task.answer, outputs[0], [size], labels, scores)
+            return answers[0]
+
+    async def logits_async(self, batch: NDArray[Any]) -> F32:
+        """Return raw outputs for a normalised batch, for an event loop; see `logits` and `predict_async`.
+
+        Args:
+            batch: see `logits`. It must not change before the outputs are there.
+        """
+        with self._call() as served:
+            _require_single(served.manifest)
+            served.require_fit([batch])
+            output: F32 = (await asyncio.wrap_future(served.batcher().submit([batch])))[0]
+            return output.copy()
+
+    def warm_up(self) -> None:
+        """Run batches of zeros of the smallest and the preferred size, on a GPU of the largest, too.
+
+        Runtimes allocate memory, and TensorRT-RTX compiles, on the first run of a size: without this call, the first
+        requests wait for it.
+
+        Raises:
+            InputError: the predictor is closed.
+        """
+        with self._call() as served:
+            served.warm_up()
+
+    def preprocess(self, image: ImageLike) -> NDArray[Any]:
+        """Return the network's input for one image: (C, H, W) float32, or (H, W, C) uint8; see `logits`."""
+        return self._decoder.one(image, self.manifest.preprocessing)[0]
 
     def self_check(self) -> list[tuple[int, Comparison]]:
         """Run the probe on this machine: (batch size, distance from the trained network), for several batch sizes.
@@ -222,39 +276,38 @@ class Predictor:
             VerificationError: an output is further from the trained network's than the artifact's precision allows.
             InputError: the predictor is closed.
         """
-        with self._calls.one(self.manifest.name):
-            return self._self_check()
+        with self._call() as served:
+            return served.check()
 
-    def _self_check(self) -> list[tuple[int, Comparison]]:
-        probe = self.bundle.probe()
-        floor = noise_floor(probe.float32, probe.reference)
-        precision = self.bundle.artifact(self.format).precision
-        results = []
-        for size in sorted({self.manifest.batch.min, self.manifest.batch.opt}):
-            inputs, reference = probe.batch(size)
-            what = f"{self.format} on {self.device} at batch {size}"
-            results.append(
-                (
-                    size,
-                    require_close(
-                        what,
-                        self._logits(inputs),
-                        reference,
-                        floor=floor,
-                        precision=precision,
-                        classes=self._task.class_axes == reference.ndim,
-                    ),
-                )
-            )
-        return results
+    def reload(self, bundle: str | Path | Bundle) -> None:
+        """Serve another bundle: open it, run its probe, and only then let it take the place of the present one.
+
+        Calls under way finish on the bundle that they began with, and no call waits. If anything fails, the present
+        bundle serves on.
+
+        Raises:
+            InputError: the predictor is closed.
+            Others: see the constructor, with `check`.
+        """
+        self._served.require_own_process()
+        with self._swapping:
+            if self._closed:
+                raise InputError(f"the predictor of {self.manifest.name} is closed; open another: Predictor(folder)")
+            fresh = self._opened(bundle, check=True)
+            stale, self._served = self._served, fresh
+        stale.close()
 
     def close(self) -> None:
         """Wait for the calls under way, then give back memory and devices.
 
-        Later calls raise an `InputError`. Closing twice does nothing more.
+        Later calls raise an `InputError`. Closing twice does nothing more. In an event loop with calls under way, close
+        in a thread: `await asyncio.to_thread(predictor.close)`.
         """
-        if self._calls.close():
-            self._runner.close()
+        with self._swapping:
+            self._closed = True
+        self._served.close()
+        if self._served.own_process:
+            self._decoder.close()
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """Refuse to be pickled or copied: memory of a runtime and devices cannot be.
@@ -272,26 +325,33 @@ class Predictor:
     ) -> None:
         self.close()
 
-    def _predict(self, images: Sequence[ImageLike]) -> list[Answer]:
+    def _predict(self, served: Served, images: Sequence[ImageLike]) -> list[Answer]:
         if not images:
             return []
-        inputs, sizes = [], []
-        for source in images:  # one by one: a decoded image is far larger than the network's input
-            image = to_image(source, array_order=self._array_order)
-            sizes.append((image.height, image.width))
-            inputs.append(preprocess(image, self.manifest.preprocessing))
-        return self._task.answer(self._logits(np.stack(inputs)), sizes, self.labels)
+        _require_single(served.manifest)
+        manifest, answers = served.manifest, list[Answer]()
+        if len(images) == 1:  # no thread has anything to do meanwhile
+            values, size = self._decoder.one(images[0], manifest.preprocessing)
+            return served.task.answer(served.outputs([values[None]])[0], [size], manifest.labels, manifest.scores)
+        # a long list is never decoded all at once; on a CPU large batches run in slices of the best size anyway
+        limit = manifest.batch.opt if served.runner.device == "cpu" else manifest.batch.max
+        with closing(self._decoder.batches(images, manifest.preprocessing, limit)) as batches:
+            for inputs, sizes in batches:
+                answers += served.task.answer(served.outputs([inputs])[0], sizes, manifest.labels, manifest.scores)
+        return answers
 
-    def _chunks(self, images: Sequence[ImageLike]) -> Iterator[Sequence[ImageLike]]:
-        """Yield lists of at most the largest batch, so that a long list is never decoded all at once."""
-        limit = self.manifest.batch.max
-        for start in range(0, len(images), limit):
-            yield images[start : start + limit]
 
-    def _run(self, batch: F32) -> F32:
-        """Run at most the largest batch, padded to the smallest by repeating the last sample."""
-        missing = self.manifest.batch.min - len(batch)
-        if missing > 0:
-            batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
-        output = self._runner.run(np.ascontiguousarray(batch))
-        return output[: len(output) - missing] if missing > 0 else output
+def _require_answers(served: Served) -> None:
+    """Raise unless the task makes something of images."""
+    if served.task.refusal:
+        raise InputError(f"{served.manifest.name} {served.task.refusal}")
+
+
+def _require_single(manifest: Manifest) -> None:
+    """Raise unless the network has one input and one output."""
+    for what, several in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
+        if len(several) > 1:
+            names = ", ".join(spec.name for spec in several)
+            raise InputError(
+                f"{manifest.name} has {len(several)} {what} ({names}): call run(), which takes them by name"
+            )

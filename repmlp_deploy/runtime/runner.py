@@ -40,7 +40,7 @@ class RunnerOptions:
 
     Attributes:
         device: an entry of `DEVICES`, or None for the best that is there.
-        threads: of one inference; None leaves the choice to the runtime.
+        threads: of one inference; None leaves the choice to the runtime, or to what the process is allowed.
         cache: folder for what a runtime compiles or optimises, so that the next start is quick. None keeps nothing, but
             for TensorRT-RTX's own cache, without which every start compiles for seconds: it lies beside the bundle.
         engine: for TensorRT engines.

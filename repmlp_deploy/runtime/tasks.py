@@ -1,12 +1,14 @@
 """Tasks: what a network's outputs mean, and the predictions they become.
 
-A class's probability is the softmax of the logits. A mask is the largest of the logits after each class's map was
-resized to the image, so that borders are as smooth as the logits are. Embeddings are compared by their directions:
-they are scaled to length 1, after which the cosine of two is their dot product.
+A class's probability is the softmax of the logits. A single logit answers a question: its sigmoid is the probability
+of yes. Where several classes may be present at once, each has the sigmoid of its own logit. A mask is the largest of
+the logits after each class's map was resized to the image, so that borders are as smooth as the logits are. Embeddings
+are compared by their directions: they are scaled to length 1, after which the cosine of two is their dot product.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from repmlp_deploy.card import Scores
 from repmlp_deploy.errors import BundleError, InputError
 from repmlp_deploy.runtime.images import ImageLike, to_image
 
@@ -30,6 +33,7 @@ __all__ = [
     "masks_from_logits",
     "palette",
     "predictions_from_logits",
+    "sigmoid",
     "softmax",
 ]
 
@@ -47,7 +51,7 @@ class Prediction:
         pred_label: index of the most likely class.
         pred_class: its name, or None where the labels are unknown.
         pred_score: its probability.
-        pred_scores: (classes,) float32, every probability.
+        pred_scores: (classes,) float32, every probability; of no and yes where the network has a single logit.
     """
 
     pred_label: int
@@ -64,6 +68,10 @@ class Prediction:
     def keys(cls) -> tuple[str, ...]:
         """Return the names of the fields."""
         return tuple(f.name for f in fields(cls))
+
+    def above(self, threshold: float = 0.5) -> list[tuple[int, float]]:
+        """Return the classes with at least this probability, best first: the answer where several may be present."""
+        return [(i, score) for i, score in self.top(len(self.pred_scores)) if score >= threshold]
 
     def top(self, k: int = 5) -> list[tuple[int, float]]:
         """Return the k most likely classes and their probabilities, best first."""
@@ -92,6 +100,12 @@ class Segmentation:
     def mask_image(self) -> Image.Image:
         """Return the class ids as a grey image, for PNG: 8 bits, or 16 for more than 256 classes."""
         return Image.fromarray(self.mask if self.mask.dtype == np.uint8 else self.mask.astype(np.uint16))
+
+    def mask_png(self) -> bytes:
+        """Return the PNG file of `mask_image`."""
+        file = io.BytesIO()
+        self.mask_image().save(file, "PNG")
+        return file.getvalue()
 
     def overlay(self, image: ImageLike, *, alpha: float = 0.5, array_order: str = "RGB") -> Image.Image:
         """Return the image with every class in its colour of `palette`, RGB.
@@ -146,14 +160,39 @@ def softmax(logits: F32) -> F32:
     return probabilities
 
 
-def predictions_from_logits(logits: F32, labels: Sequence[str] | None) -> list[Prediction]:
-    """Return one prediction per row of (N, classes) logits."""
-    scores = softmax(logits)
-    best = scores.argmax(axis=1)
+def sigmoid(logits: F32) -> F32:
+    """Return the probability of yes for every logit, in float32."""
+    small = np.exp(-np.abs(logits))  # at most 1, so that nothing overflows
+    probabilities: F32 = np.where(logits >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
+    return probabilities
+
+
+def predictions_from_logits(
+    logits: F32, labels: Sequence[str] | None, scores: Scores | None = None
+) -> list[Prediction]:
+    """Return one prediction per row of (N, classes) logits.
+
+    Args:
+        logits: (N, classes) float32; a single logit stands for two classes, no and yes.
+        labels: names of the classes, or None.
+        scores: how logits become probabilities; None means softmax, or sigmoid for a single logit.
+    """
+    probabilities = _probabilities(logits, scores)
+    best = probabilities.argmax(axis=1)
     return [
         Prediction(int(i), None if labels is None else labels[i], float(row[i]), row.copy())
-        for i, row in zip(best, scores, strict=True)
+        for i, row in zip(best, probabilities, strict=True)
     ]
+
+
+def _probabilities(logits: F32, scores: Scores | None) -> F32:
+    """Return (N, classes) probabilities."""
+    if scores == "multi-label":
+        return sigmoid(logits)
+    if logits.shape[1] > 1:
+        return softmax(logits)
+    yes = sigmoid(logits)
+    return np.concatenate([1 - yes, yes], axis=1)
 
 
 def masks_from_logits(logits: F32, sizes: Sequence[Size], labels: Sequence[str] | None = None) -> list[Segmentation]:
@@ -210,30 +249,32 @@ class Task:
     Attributes:
         output: name of the graph's output.
         class_axes: axes of an output whose axis 1 is classes; None where there are no classes.
-        answer: (outputs (N, …), sizes (height, width) of the N images, labels) -> N answers.
+        answer: (outputs (N, …), sizes (height, width) of the N images, labels, scores) -> N answers.
         refusal: why images have no prediction, and what to do; empty if they have one.
     """
 
     output: str
     class_axes: int | None
-    answer: Callable[[F32, Sequence[Size], Sequence[str] | None], list[Any]]
+    answer: Callable[[F32, Sequence[Size], Sequence[str] | None, Scores | None], list[Any]]
     refusal: str = ""
 
 
 TASKS: Mapping[str, Task] = {
-    "classify": Task("logits", 2, lambda outputs, _sizes, labels: predictions_from_logits(outputs, labels)),
-    "segment": Task("logits", 4, masks_from_logits),
-    "embed": Task("embedding", None, lambda outputs, _sizes, _labels: embeddings_from_outputs(outputs)),
+    "classify": Task(
+        "logits", 2, lambda outputs, _sizes, labels, scores: predictions_from_logits(outputs, labels, scores)
+    ),
+    "segment": Task("logits", 4, lambda outputs, sizes, labels, _scores: masks_from_logits(outputs, sizes, labels)),
+    "embed": Task("embedding", None, lambda outputs, *_: embeddings_from_outputs(outputs)),
     "features": Task(
         "features",
         None,
-        lambda outputs, _sizes, _labels: list(outputs),
+        lambda outputs, *_: list(outputs),
         refusal="gives feature maps, which say nothing about an image by themselves: call logits() for the raw map",
     ),
     "custom": Task(
         "output",
         2,
-        lambda outputs, _sizes, _labels: list(outputs),
+        lambda outputs, *_: list(outputs),
         refusal="has no card, so how it takes images is unknown: call logits(), or export it with card=",
     ),
 }

@@ -214,3 +214,13 @@ def test_every_orientation_is_turned_as_pillow_turns_it(photo: Image.Image, orie
     data = encoded(photo, "PNG", exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     np.testing.assert_array_equal(np.asarray(open_image(data)), np.asarray(expected))
+
+
+def test_a_jpeg_of_many_scans_is_refused_and_one_with_the_same_bytes_elsewhere_is_not(photo: Image.Image) -> None:
+    """Every scan costs a pass over all pixels; a few bytes make one."""
+    data = encoded(photo, "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(ImageError, match="scans; at most 100 are decoded"):
+        open_image(data[:last] + data[last:-2] * 200 + b"\xff\xd9")
+    comment = b"\xff\xfe" + (2002).to_bytes(2) + b"\xff\xda" * 1000
+    assert open_image(data[:2] + comment + data[2:] + b"\xff\xda" * 1000).size == photo.size

@@ -150,12 +150,12 @@ def test_the_self_check_passes_and_can_fail(bundle_folder: Path) -> None:
     class Drifting:
         format, device, details = "onnx", "cpu", {}
 
-        def run(self, batch: np.ndarray) -> np.ndarray:
-            return predictor_runner.run(batch) * np.float32(1.001)
+        def run_all(self, batch: np.ndarray) -> list[np.ndarray]:
+            return [predictor_runner.run_all(batch)[0] * np.float32(1.001)]
 
     predictor = Predictor(bundle_folder)
-    predictor_runner = predictor._runner
-    predictor._runner = Drifting()
+    predictor_runner = predictor._served.runner
+    predictor._served.runner = Drifting()
     with pytest.raises(VerificationError, match="onnx on cpu at batch 1 differs from the trained network"):
         predictor.self_check()
 
@@ -233,16 +233,17 @@ def test_closing_under_load_loses_no_call_under_way(bundle: Bundle, tmp_path: Pa
 
 def test_closing_waits_for_the_call_under_way(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, leave, order = threading.Event(), threading.Event(), []
-    run, close = predictor._runner.run, predictor._runner.close
+    runner = predictor._served.runner
+    run, close = runner.run_all, runner.close
 
-    def slow(batch: np.ndarray) -> np.ndarray:
+    def slow(batch: np.ndarray) -> list[np.ndarray]:
         entered.set()
         leave.wait(20)
         order.append("answered")
         return run(batch)
 
-    monkeypatch.setattr(predictor._runner, "run", slow)
-    monkeypatch.setattr(predictor._runner, "close", lambda: (order.append("closed"), close()))
+    monkeypatch.setattr(runner, "run_all", slow)
+    monkeypatch.setattr(runner, "close", lambda: (order.append("closed"), close()))
     with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(predictor.logits, batch_of(1))
         assert entered.wait(20)

@@ -28,6 +28,11 @@ def _no_options(_cache: Path | None) -> dict[str, str]:
     return {}
 
 
+def _cuda_options(_cache: Path | None) -> dict[str, str]:
+    """Return options that keep float32 products in float32: the provider would use TF32, which was not verified."""
+    return {"use_tf32": "0"}
+
+
 def _tensorrt_options(cache: Path | None) -> dict[str, str]:
     """Return options that cache the engines, which take minutes to build at the first inference of a shape."""
     if cache is None:
@@ -59,7 +64,7 @@ class Provider:
 
 PROVIDERS = {
     "cpu": Provider("CPUExecutionProvider"),
-    "cuda": Provider("CUDAExecutionProvider", ("CPUExecutionProvider",)),
+    "cuda": Provider("CUDAExecutionProvider", ("CPUExecutionProvider",), make_options=_cuda_options),
     "tensorrt": Provider(
         "TensorrtExecutionProvider",
         ("CUDAExecutionProvider", "CPUExecutionProvider"),

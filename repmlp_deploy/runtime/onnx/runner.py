@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import Bundle
-from repmlp_deploy.errors import BundleError, InputError, MissingDependency, MissingDevice
+from repmlp_deploy.errors import BundleError, DeviceError, InputError, MissingDependency, MissingDevice
 from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.cache import Cache, cache_key, describe_processor
+from repmlp_deploy.runtime.cpus import thread_limit
 from repmlp_deploy.runtime.onnx.providers import COMPILING, PROVIDERS, open_provider_session
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.slices import run_by_slices
@@ -75,8 +77,11 @@ def _settings(options: RunnerOptions) -> ort.SessionOptions:
     settings.log_severity_level = 4  # errors are raised too; what matters of the rest is checked below
     # Threads wait for the next node spinning, and between calls not at all: an idle service then costs no processor.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
-    if options.threads is not None:
-        settings.intra_op_num_threads = options.threads
+    # A graph may name files for its weights, by default in the working folder: no digest covers them, so none is found.
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    threads = options.threads if options.threads is not None else thread_limit()
+    if threads is not None:
+        settings.intra_op_num_threads = threads
     return settings
 
 
@@ -112,6 +117,17 @@ def _start(model: bytes, settings: ort.SessionOptions, options: RunnerOptions) -
     return session, device
 
 
+def _require_edges(session: ort.InferenceSession, bundle: Bundle) -> None:
+    """Raise BundleError unless the graph has as many inputs and outputs as the manifest says."""
+    has = len(session.get_inputs()), len(session.get_outputs())
+    said = len(bundle.manifest.inputs), len(bundle.manifest.outputs)
+    if has != said:
+        raise BundleError(
+            f"the graph of {bundle.manifest.name} has {has[0]} inputs and {has[1]} outputs; "
+            f"the manifest says {said[0]} and {said[1]}: export the checkpoint again"
+        )
+
+
 class OnnxRunner:
     """The bundle's ONNX artifact in ONNX Runtime."""
 
@@ -128,10 +144,11 @@ class OnnxRunner:
             self._session, self.device = open_session(bundle.read(entry), options)
             came = "here"
         self._inputs = [value.name for value in self._session.get_inputs()]
+        _require_edges(self._session, bundle)
         self.details: dict[str, Any] = {
             "runtime": f"onnxruntime {ort.__version__}",
             "providers": self._session.get_providers(),
-            "threads": options.threads,
+            "threads": options.threads or thread_limit(),
             "optimised": came,
         }
         self._slices = bundle.manifest.batch if self.device == "cpu" else None
@@ -144,11 +161,21 @@ class OnnxRunner:
         return output
 
     def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        """Run every input and return every output, both in the graph's order."""
+        """Run every input and return every output, both in the graph's order.
+
+        Raises:
+            DeviceError: ONNX Runtime fails, as where the memory does not suffice.
+        """
         return self._at_once(*inputs) if self._slices is None else run_by_slices(self._at_once, inputs, self._slices)
 
     def _at_once(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        outputs: list[NDArray[Any]] = self._session.run(None, dict(zip(self._inputs, inputs, strict=True)))
+        feeds = dict(zip(self._inputs, inputs, strict=True))
+        try:
+            outputs: list[NDArray[Any]] = self._session.run(None, feeds)
+        except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base
+            raise DeviceError(
+                f"ONNX Runtime cannot run the model on {self.device}: {str(error).splitlines()[0]}"
+            ) from None
         return outputs
 
     def close(self) -> None:

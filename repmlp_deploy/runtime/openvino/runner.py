@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import queue
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import Bundle
-from repmlp_deploy.errors import BundleError, InputError, MissingDependency, MissingDevice
+from repmlp_deploy.errors import BundleError, DeviceError, InputError, MissingDependency, MissingDevice
 from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.cache import Cache, cache_key
+from repmlp_deploy.runtime.cpus import thread_limit
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.slices import run_by_slices
 
@@ -85,6 +86,7 @@ class CompiledIR:
         options: device, threads and cache.
         key: what tells this model from others in the cache; without one nothing is cached.
         more: further properties of the plugin.
+        further: friendly names of nodes whose values are outputs too, after the model's own; none of them already is.
 
     Raises:
         InputError: a device other than the CPU, or no threads.
@@ -94,7 +96,7 @@ class CompiledIR:
 
     device = "cpu"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the model, and all that decides how it is compiled
         self,
         read: Callable[[], tuple[bytes, bytes]],
         precision: str,
@@ -102,12 +104,13 @@ class CompiledIR:
         *,
         key: str = "",
         more: Mapping[str, Any] = MappingProxyType({}),
+        further: Sequence[str] = (),
     ) -> None:
         core = ov.Core()
         _check(core, precision, options)
         settings = {**_settings(precision, options), **more}
         cache = Cache(options.cache) if options.cache is not None and key else None
-        self.compiled, came = _compile(core, read, settings, cache, key)
+        self.compiled, came = _compile(core, lambda: _read_model(core, read, further), settings, cache, key)
         hint = self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         if hint != settings["INFERENCE_PRECISION_HINT"]:
             raise MissingDevice(f"OpenVINO was asked for {settings['INFERENCE_PRECISION_HINT']} and answers {hint}")
@@ -129,6 +132,7 @@ class CompiledIR:
 
         Raises:
             InputError: an input has another shape than the model's; OpenVINO itself runs some of them all the same.
+            DeviceError: OpenVINO fails, as where the memory does not suffice.
         """
         for value, (edges, dtype) in zip(inputs, self._inputs, strict=True):
             fits = len(value.shape) == len(edges) and all(
@@ -138,7 +142,10 @@ class CompiledIR:
                 takes = ", ".join("N" if edge is None else str(edge) for edge in edges)
                 raise InputError(f"input is {value.dtype} {value.shape}; the model takes {dtype} ({takes})")
         with self._request() as request:
-            answers = request.infer(list(inputs), share_inputs=False, share_outputs=False)
+            try:
+                answers = request.infer(list(inputs), share_inputs=False, share_outputs=False)
+            except RuntimeError as error:
+                raise DeviceError(f"OpenVINO cannot run the model: {' '.join(str(error).split())}") from None
             return [answers[i] for i in range(len(answers))]
 
     def products(self) -> dict[str, int]:
@@ -194,13 +201,23 @@ def _settings(precision: str, options: RunnerOptions) -> dict[str, Any]:
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
     }
-    if options.threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = options.threads
+    threads = options.threads if options.threads is not None else thread_limit()
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
     return settings
 
 
+def _read_model(core: Any, read: Callable[[], tuple[bytes, bytes]], further: Sequence[str]) -> Any:
+    """Read the model; make the values of nodes of the names `further` its outputs too."""
+    model = core.read_model(*read())
+    if further:
+        nodes = {node.get_friendly_name(): node for node in model.get_ops()}
+        model.add_outputs([nodes[name].output(0) for name in further])
+    return model
+
+
 def _compile(
-    core: Any, read: Callable[[], tuple[bytes, bytes]], settings: dict[str, Any], cache: Cache | None, key: str
+    core: Any, read: Callable[[], Any], settings: dict[str, Any], cache: Cache | None, key: str
 ) -> tuple[Any, str]:
     """Compile the model; return it and where it came from."""
     if cache is not None:
@@ -213,7 +230,7 @@ def _compile(
             except RuntimeError:  # whole, and yet not what this version reads: made again below
                 pass
     try:
-        compiled = core.compile_model(core.read_model(*read()), "CPU", settings)
+        compiled = core.compile_model(read(), "CPU", settings)
     except RuntimeError as error:
         raise BundleError(f"OpenVINO refuses the model: {_last_line(error)}") from None
     if cache is None:

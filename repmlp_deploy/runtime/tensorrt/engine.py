@@ -33,7 +33,15 @@ __all__ = [
 
 _OLDEST_BY_DEFAULT = (8, 0)  # what trt-rtx builds for unless GPUs are named, and hardware-compatible engines run on
 
-_NUMPY = {"FLOAT": "float32", "HALF": "float16", "INT8": "int8", "INT32": "int32", "INT64": "int64", "BOOL": "bool"}
+_NUMPY = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+}
 """TensorRT's name of a type to NumPy's; bfloat16 and the narrower types have none."""
 
 Shape = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)]

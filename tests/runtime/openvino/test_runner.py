@@ -210,7 +210,7 @@ def test_a_model_that_strays_fails_its_check(served: Bundle, tmp_path: Path) -> 
     floats[(np.abs(floats) > 1e-3) & (np.abs(floats) < 10)] *= np.float32(0.99)  # no integer looks like these
     model = CompiledIR(lambda: (bundle.read(entry), weights.tobytes()), "fp32", RunnerOptions(threads=1))
     predictor = Predictor(bundle)
-    predictor._runner._model = model
+    predictor._served.runner._model = model
     with pytest.raises(VerificationError, match="openvino on cpu at batch 1"):
         predictor.self_check()
 

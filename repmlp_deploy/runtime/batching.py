@@ -1,0 +1,209 @@
+"""Requests of many callers, gathered into batches.
+
+A free worker takes what waits at once, so a lone request is never delayed. While the workers are busy, requests gather,
+and the next batch is as large as they make it. A delay, where one is set, applies only after a batch of several
+requests: it is a sign that more are on their way.
+
+Callers get `Future` objects, so threads, event loops and servers of any kind can wait for them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmlp_deploy.errors import RepMLPError
+
+__all__ = ["Batcher", "BatcherClosed", "DeadlineMissed", "Execution", "QueueFull", "Queueing"]
+
+Arrays = Sequence[NDArray[Any]]
+Outputs = list[NDArray[Any]]
+
+
+class QueueFull(RepMLPError):  # noqa: N818 - an outcome, not a defect
+    """More samples wait than the queue may hold; try again later."""
+
+
+class DeadlineMissed(RepMLPError):  # noqa: N818 - an outcome, not a defect
+    """The request was not begun before its deadline."""
+
+
+class BatcherClosed(RepMLPError):  # noqa: N818 - an outcome, not a defect
+    """The batcher takes no requests any more."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One run of the network, for statistics.
+
+    Attributes:
+        samples: of all its requests.
+        waits: seconds that each request waited in the queue.
+        seconds: the run took.
+        error: what the run raised, or None.
+    """
+
+    samples: int
+    waits: tuple[float, ...]
+    seconds: float
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Queueing:
+    """How requests wait.
+
+    Attributes:
+        queue: samples that may wait. A request that finds the queue empty is always taken.
+        delay: seconds that the first request of a batch may wait for others, while several come at a time.
+        workers: batches that run at a time.
+        observe: told of every run, from the worker's thread.
+    """
+
+    queue: int = 1024
+    delay: float = 0.0
+    workers: int = 1
+    observe: Callable[[Execution], None] = lambda _: None
+
+
+_PLAIN = Queueing()
+
+
+@dataclass(eq=False)
+class _Request:
+    inputs: Arrays
+    deadline: float | None
+    future: Future[Outputs] = field(default_factory=Future)
+    arrived: float = field(default_factory=time.monotonic)
+
+    @property
+    def samples(self) -> int:
+        return len(self.inputs[0])
+
+
+class Batcher:
+    """Runs requests in batches, in the order of their arrival.
+
+    Args:
+        run: a batch (N, …) of every input to every output (N, …). Called from the workers' threads.
+        largest: samples of a batch at most. A request that is larger runs alone.
+        how: requests wait.
+    """
+
+    def __init__(self, run: Callable[[Arrays], Outputs], largest: int, how: Queueing = _PLAIN) -> None:
+        self._run, self._largest = run, largest
+        self._limit, self._delay, self._observe = how.queue, how.delay, how.observe
+        self._changed = threading.Condition()
+        self._queue: deque[_Request] = deque()
+        self._waiting = 0  # samples in the queue
+        self._crowded = False
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"batch-{i}", daemon=True) for i in range(max(how.workers, 1))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Samples in the queue."""
+        return self._waiting
+
+    def submit(self, inputs: Arrays, *, deadline: float | None = None) -> Future[Outputs]:
+        """Queue a request, and return the future of its outputs. Cancelling it takes the request out of its batch.
+
+        Args:
+            inputs: (N, …) each, with the same N. They must not change until the future is done.
+            deadline: of `time.monotonic`; a request that has not begun by then fails with `DeadlineMissed`.
+
+        Raises:
+            QueueFull: too many samples wait.
+            BatcherClosed: `close` was called.
+        """
+        request = _Request(inputs, deadline)
+        with self._changed:
+            if self._closed:
+                raise BatcherClosed("the batcher is closed")
+            if self._queue and self._waiting + request.samples > self._limit:
+                raise QueueFull(f"{self._waiting} samples wait; the queue holds {self._limit}")
+            self._queue.append(request)
+            self._waiting += request.samples
+            self._changed.notify_all()
+        return request.future
+
+    def close(self) -> None:
+        """Refuse further requests, and return when those in the queue are answered."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (batch := self._next()) is not None:
+            self._execute(batch)
+
+    def _next(self) -> list[_Request] | None:
+        """Wait for requests, and take a batch of them; None after the last one."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if not self._queue:
+                    return None
+                if self._delay and self._crowded:
+                    left = self._queue[0].arrived + self._delay - time.monotonic()
+                    self._changed.wait_for(lambda: self._waiting >= self._largest or self._closed, timeout=left)
+                batch = self._taken()
+            if batch:
+                return batch
+
+    def _taken(self) -> list[_Request]:
+        """Take requests from the queue while they fit into a batch; leave out those that nobody waits for."""
+        batch: list[_Request] = []
+        total, now = 0, time.monotonic()
+        while self._queue and (not total or total + self._queue[0].samples <= self._largest):
+            request = self._queue.popleft()
+            self._waiting -= request.samples
+            if not request.future.set_running_or_notify_cancel():
+                continue
+            if request.deadline is not None and now > request.deadline:
+                late = now - request.arrived
+                request.future.set_exception(DeadlineMissed(f"the deadline passed after {late:.3f} s in the queue"))
+                continue
+            batch.append(request)
+            total += request.samples
+        self._crowded = len(batch) > 1
+        return batch
+
+    def _execute(self, batch: list[_Request]) -> None:
+        start = time.monotonic()
+        waits = tuple(start - request.arrived for request in batch)
+        error: Exception | None = None
+        try:
+            whole = batch[0].inputs if len(batch) == 1 else _joined(batch)
+            outputs = self._run(whole)
+        except Exception as raised:  # noqa: BLE001 - whatever it is belongs to those who wait
+            error = raised
+        self._observe(Execution(sum(r.samples for r in batch), waits, time.monotonic() - start, error))
+        if error is None:
+            offset = 0
+            for request in batch:
+                request.future.set_result([output[offset : offset + request.samples] for output in outputs])
+                offset += request.samples
+        elif len(batch) == 1:
+            batch[0].future.set_exception(error)
+        else:  # the fault may be one request's: the others shall not pay for it
+            for request in batch:
+                self._execute([request])
+
+
+def _joined(batch: Sequence[_Request]) -> Outputs:
+    return [np.concatenate(arrays) for arrays in zip(*(request.inputs for request in batch), strict=True)]

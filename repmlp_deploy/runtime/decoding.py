@@ -1,0 +1,116 @@
+"""Images into batches of network inputs, decoded in threads while the network runs.
+
+Pillow releases the interpreter while it decodes and resizes, so threads are enough. They work on the images of the
+next batch while the present one runs. What they do costs the network time only where no core is free.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repmlp_deploy.card import Preprocessing
+from repmlp_deploy.errors import InputError
+from repmlp_deploy.runtime.cpus import usable_cpus
+from repmlp_deploy.runtime.images import DECODE_MODES, ImageLike, network_input
+
+__all__ = ["Decoder"]
+
+Size = tuple[int, int]
+
+_AHEAD = 1  # batches that are decoded while one runs
+_MOST_THREADS = 16
+
+
+class Decoder:
+    """Decodes, resizes and normalises images. One instance serves any number of threads.
+
+    Args:
+        array_order: of the channels of image arrays, `RGB` or `BGR`.
+        mode: of `DECODE_MODES`.
+
+    Raises:
+        InputError: there is no such order or mode.
+    """
+
+    def __init__(self, array_order: str = "RGB", mode: str = "exact") -> None:
+        if array_order not in ("RGB", "BGR"):
+            raise InputError(f"array_order is {array_order!r}; expected RGB or BGR")
+        if mode not in DECODE_MODES:
+            raise InputError(f"decode is {mode!r}; expected {' or '.join(DECODE_MODES)}")
+        self._order, self._mode = array_order, mode
+        self._lock = Lock()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def one(self, image: ImageLike, how: Preprocessing) -> tuple[NDArray[Any], Size]:
+        """Return the network's input, without a batch axis, and the image's (height, width); see `network_input`."""
+        return network_input(image, how, array_order=self._order, decode=self._mode)
+
+    def batches(
+        self, images: Sequence[ImageLike], how: Preprocessing, size: int
+    ) -> Generator[tuple[NDArray[Any], list[Size]]]:
+        """Yield inputs (N, …) and the images' sizes, for at most `size` images at a time, in order.
+
+        Files and their bytes are decoded ahead, in threads. Pillow images and arrays are read when their turn comes,
+        in the caller's thread, since loading a Pillow image changes it.
+
+        Raises:
+            ImageError: one of them is no image; the batches before it were yielded.
+        """
+        ahead: deque[Sequence[_Begun]] = deque()
+        try:
+            for start in range(0, len(images), size):
+                ahead.append([_Begun(self, image, how) for image in images[start : start + size]])
+                if len(ahead) > _AHEAD:
+                    yield _stacked(ahead[0])
+                    ahead.popleft()
+            while ahead:
+                yield _stacked(ahead[0])
+                ahead.popleft()
+        finally:
+            for begun in ahead:
+                for image in begun:
+                    image.cancel()
+
+    def submit(self, image: ImageLike, how: Preprocessing) -> Future[tuple[NDArray[Any], Size]]:
+        """Return the future of what `one` returns, made in a thread."""
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(min(usable_cpus(), _MOST_THREADS), thread_name_prefix="decode")
+            return self._pool.submit(self.one, image, how)
+
+    def close(self) -> None:
+        """Wait for the threads."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
+
+
+class _Begun:
+    """An image that a thread decodes, or that is read when it is asked for."""
+
+    def __init__(self, decoder: Decoder, image: ImageLike, how: Preprocessing) -> None:
+        self._decoder, self._image, self._how = decoder, image, how
+        encoded = isinstance(image, str | os.PathLike | bytes | io.BytesIO)
+        self._future = decoder.submit(image, how) if encoded else None
+
+    def result(self) -> tuple[NDArray[Any], Size]:
+        return self._decoder.one(self._image, self._how) if self._future is None else self._future.result()
+
+    def cancel(self) -> None:
+        if self._future is not None:
+            self._future.cancel()
+
+
+def _stacked(begun: Sequence[_Begun]) -> tuple[NDArray[Any], list[Size]]:
+    ready = [image.result() for image in begun]
+    return np.stack([values for values, _ in ready]), [size for _, size in ready]

@@ -1,0 +1,182 @@
+"""Batches form while the worker is busy, and every caller gets the rows that are its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+
+from repmlp_deploy.runtime.batching import Batcher, BatcherClosed, DeadlineMissed, Execution, QueueFull, Queueing
+
+
+class Network:
+    """Doubles its input; waits at a gate, so that a test decides how long a batch runs."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.begun = threading.Event()
+        self.sizes: list[int] = []
+
+    def __call__(self, inputs: Any) -> list[np.ndarray]:
+        self.sizes.append(len(inputs[0]))
+        self.begun.set()
+        assert self.gate.wait(10)
+        if (inputs[0] == 13).any():
+            raise RuntimeError("thirteen")
+        return [inputs[0] * 2]
+
+
+@pytest.fixture
+def network() -> Network:
+    return Network()
+
+
+@pytest.fixture
+def seen() -> list[Execution]:
+    return []
+
+
+@pytest.fixture
+def batcher(network: Network, seen: list[Execution]) -> Iterator[Batcher]:
+    made = Batcher(network, 4, Queueing(queue=6, observe=seen.append))
+    yield made
+    network.gate.set()
+    made.close()
+
+
+def _row(value: float, samples: int = 1) -> list[np.ndarray]:
+    return [np.full((samples, 2), value, np.float32)]
+
+
+def _busy(batcher: Batcher, network: Network) -> Future[list[np.ndarray]]:
+    """Occupy the worker."""
+    first = batcher.submit(_row(0))
+    assert network.begun.wait(10)
+    return first
+
+
+def test_a_lone_request_runs_at_once_and_those_that_wait_run_together(
+    batcher: Batcher, network: Network, seen: list[Execution]
+) -> None:
+    first = _busy(batcher, network)
+    others = [batcher.submit(_row(value)) for value in (1, 2, 3, 4, 5)]
+    network.gate.set()
+    assert [f.result(10)[0].tolist() for f in (first, *others)] == [[[2 * v, 2 * v]] for v in range(6)]
+    batcher.close()
+    assert network.sizes == [1, 4, 1]
+    assert [len(run.waits) for run in seen] == [1, 4, 1]
+    assert sum(run.samples for run in seen) == 6
+
+
+def test_requests_stay_whole_and_a_large_one_runs_alone(batcher: Batcher, network: Network) -> None:
+    _busy(batcher, network)
+    futures = [batcher.submit(_row(1, 3)), batcher.submit(_row(2, 2))]
+    network.gate.set()
+    assert [f.result(10)[0].shape for f in futures] == [(3, 2), (2, 2)]
+    assert batcher.submit(_row(3, 9)).result(10)[0].tolist() == [[6, 6]] * 9
+    assert network.sizes == [1, 3, 2, 9]
+
+
+def test_a_full_queue_refuses_at_once(batcher: Batcher, network: Network) -> None:
+    _busy(batcher, network)
+    taken = [batcher.submit(_row(1, 3)), batcher.submit(_row(1, 3))]
+    start = time.monotonic()
+    with pytest.raises(QueueFull, match="6 samples wait; the queue holds 6"):
+        batcher.submit(_row(1))
+    assert time.monotonic() - start < 1
+    network.gate.set()
+    assert [len(f.result(10)[0]) for f in taken] == [3, 3]
+
+
+def test_a_cancelled_request_is_never_run(batcher: Batcher, network: Network) -> None:
+    _busy(batcher, network)
+    gone, kept = batcher.submit(_row(1)), batcher.submit(_row(2))
+    assert gone.cancel()
+    network.gate.set()
+    assert kept.result(10)[0].tolist() == [[4, 4]]
+    assert network.sizes == [1, 1]
+    assert batcher.waiting == 0
+
+
+def test_a_missed_deadline_is_an_error_and_costs_no_run(batcher: Batcher, network: Network) -> None:
+    _busy(batcher, network)
+    late = batcher.submit(_row(1), deadline=time.monotonic() + 0.01)
+    time.sleep(0.05)
+    network.gate.set()
+    with pytest.raises(DeadlineMissed, match="in the queue"):
+        late.result(10)
+    batcher.close()
+    assert network.sizes == [1]
+
+
+def test_one_bad_request_does_not_spoil_its_batch(batcher: Batcher, network: Network) -> None:
+    _busy(batcher, network)
+    futures = [batcher.submit(_row(value)) for value in (1, 13, 3)]
+    network.gate.set()
+    assert futures[0].result(10)[0].tolist() == [[2, 2]]
+    assert futures[2].result(10)[0].tolist() == [[6, 6]]
+    with pytest.raises(RuntimeError, match="thirteen"):
+        futures[1].result(10)
+
+
+def test_closing_answers_what_waits_and_refuses_the_rest(batcher: Batcher, network: Network) -> None:
+    first = _busy(batcher, network)
+    waiting = batcher.submit(_row(1))
+    closer = threading.Thread(target=batcher.close)
+    closer.start()
+    network.gate.set()
+    closer.join(10)
+    assert first.done()
+    assert waiting.result(0)[0].tolist() == [[2, 2]]
+    with pytest.raises(BatcherClosed):
+        batcher.submit(_row(1))
+    batcher.close()
+
+
+def test_a_delay_gathers_a_crowd_and_leaves_a_lone_caller_alone(network: Network) -> None:
+    network.gate.set()
+    batcher = Batcher(network, 3, Queueing(delay=0.5))
+    try:
+        start = time.monotonic()
+        for _ in range(3):
+            batcher.submit(_row(1)).result(10)
+        assert time.monotonic() - start < 0.4
+        network.gate.clear()
+        network.begun.clear()
+        futures = [_busy(batcher, network), batcher.submit(_row(2)), batcher.submit(_row(3))]
+        network.gate.set()
+        for future in futures:
+            future.result(10)
+        assert network.sizes[-2:] == [1, 2]
+        late = [batcher.submit(_row(4))]
+        time.sleep(0.05)
+        late.append(batcher.submit(_row(5)))
+        for future in late:
+            future.result(10)
+        assert network.sizes[-1] == 2
+    finally:
+        batcher.close()
+
+
+def test_many_threads_get_their_own_rows(network: Network) -> None:
+    network.gate.set()
+    batcher = Batcher(network, 16, Queueing(queue=100_000, workers=2))
+    wrong: list[int] = []
+
+    def call(first: int) -> None:
+        values = range(first, first + 200)
+        wrong.extend(v for v in values if (batcher.submit(_row(v)).result(10)[0] != 2 * v).any())
+
+    threads = [threading.Thread(target=call, args=(1000 * i,)) for i in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    batcher.close()
+    assert not wrong
+    assert sum(network.sizes) == 1600
