@@ -23,7 +23,7 @@ def ask(python: str, script: str, options: argparse.Namespace) -> dict[str, Any]
     command = [python, str(FOLDER / script), "--model", model]
     for name in ("batch", "seconds", "threads"):
         command += [f"--{name}", str(getattr(options, name))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own scripts
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
         said = done.stderr.strip().splitlines() or ["no message"]

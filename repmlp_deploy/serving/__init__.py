@@ -1,0 +1,1 @@
+"""Serve a bundle: what other servers need to serve it."""

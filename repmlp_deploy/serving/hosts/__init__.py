@@ -1,0 +1,1 @@
+"""Hosts: wire formats around the same operations."""

@@ -1,0 +1,93 @@
+"""What a connection is told that sends no request, or that is one too many: `{"error": …}`, like every other fault.
+
+uvicorn would answer these itself, in plain text, and wait for a request's header as long as the client likes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from http import HTTPStatus
+from typing import Any
+
+from repmlp_deploy.errors import optional_imports
+
+with optional_imports():
+    from starlette.responses import JSONResponse
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+__all__ = ["limited_connections"]
+
+
+class _Limited(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
+    """uvicorn's protocol with two limits.
+
+    Attributes:
+        most: open connections; what a further one asks for gets 503.
+        header_seconds: between the first byte of a request, or the connection's start, and the end of the header.
+    """
+
+    most: int
+    header_seconds: float
+    app: Any
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.inner = self.app
+        self.app = self._limited
+        self.waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._wait_for_header()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+        else:
+            self._wait_for_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(HTTPStatus.BAD_REQUEST, msg)
+
+    def _wait_for_header(self) -> None:
+        if self.waiting is None:
+            said = f"the request's header took more than {self.header_seconds:g} s"
+            later = asyncio.get_running_loop().call_later
+            self.waiting = later(self.header_seconds, self._refuse, HTTPStatus.REQUEST_TIMEOUT, said)
+
+    def _stop_waiting(self) -> None:
+        if self.waiting is not None:
+            self.waiting.cancel()
+            self.waiting = None
+
+    def _refuse(self, status: HTTPStatus, said: str) -> None:
+        """Answer without the application, and close."""
+        body = json.dumps({"error": said}).encode()
+        head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        self.transport.close()
+
+    async def _limited(self, scope: Any, receive: Any, send: Any) -> None:
+        """Run the application, unless too many connections are open."""
+        if len(self.connections) <= self.most:
+            await self.inner(scope, receive, send)
+            return
+        said = f"{self.most} connections are open, and no more are served: try again"
+        refusal = JSONResponse({"error": said}, HTTPStatus.SERVICE_UNAVAILABLE, {"connection": "close"})
+        await refusal(scope, receive, send)
+
+
+def limited_connections(most: int, header_seconds: float) -> type[asyncio.Protocol]:
+    """Return uvicorn's protocol with limits on what comes before the application.
+
+    Args:
+        most: open connections that are served.
+        header_seconds: that the header of a request may take.
+    """
+    return type("LimitedConnections", (_Limited,), {"most": most, "header_seconds": header_seconds})

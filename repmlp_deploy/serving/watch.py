@@ -1,0 +1,151 @@
+"""The server's bundles on disk: which names they have, and what changes there.
+
+A watched folder holds bundles as its subfolders; each is served under its folder's name. A bundle that appears is
+loaded, one that is replaced is checked and swapped in, one that is gone is removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from repmlp_deploy.bundle.manifest import MANIFEST
+from repmlp_deploy.errors import InputError
+from repmlp_deploy.serving.models import Models
+from repmlp_deploy.serving.protocol import NotReady, UnknownModel
+from repmlp_deploy.serving.served_model import ServedModel
+from repmlp_deploy.text import printable
+
+__all__ = ["Library"]
+
+_log = logging.getLogger("repmlp.serve")
+
+
+class Library:
+    """Loads and unloads the models of a server.
+
+    Args:
+        models: that answer.
+        watched: folders of bundles.
+        every: seconds between two looks at them.
+    """
+
+    def __init__(self, models: Models, watched: Sequence[Path] = (), every: float = 2.0) -> None:
+        self._models, self._watched, self._every = models, tuple(watched), every
+        self._seen: dict[str, tuple[int, ...]] = {}
+        self._found: set[str] = set()
+        self._unloaded: set[str] = set()
+        self._left_out: set[str] = set()
+        self._missing: set[str] = set()
+        self._stop = threading.Event()
+        self._looking = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Load every model, then look for changes; in a thread of its own."""
+        self._thread = threading.Thread(target=self._run, name="library", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more; wait for a load that is under way."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def look(self) -> None:
+        """Look once: load what is new or was replaced, remove what is gone."""
+        with self._looking:
+            self._discover()
+            for model in self._models.all():
+                fingerprint = model.fingerprint()
+                if self._stop.is_set() or model.name in self._unloaded:
+                    continue
+                if self._seen.get(model.name) != fingerprint and (fingerprint or model.name not in self._found):
+                    self._seen[model.name] = fingerprint  # before: a bundle that is refused is not tried again
+                    model.load()
+
+    def load(self, name: str) -> str:
+        """Load a model, or the present content of its folder. Return why it was refused, or nothing.
+
+        Raises:
+            UnknownModel: no bundle has this name.
+        """
+        with self._looking:
+            self._unloaded.discard(name)
+            self._discover()
+            model = self._model(name)
+            self._seen[name] = model.fingerprint()
+            return "" if model.load() else model.refused
+
+    def unload(self, name: str) -> None:
+        """Unload a model until it is asked for again.
+
+        Raises:
+            UnknownModel: no bundle has this name.
+        """
+        with self._looking:
+            model = self._model(name)
+            self._unloaded.add(name)
+            model.unload()
+
+    def index(self) -> list[dict[str, Any]]:
+        """Return the protocol's index: name, version, state and reason of every model."""
+        return [_entry(model) for model in self._models.all()]
+
+    def _model(self, name: str) -> ServedModel:
+        model, images = self._models.find(name)
+        if images:
+            raise UnknownModel(f"{printable(name, 140)!r} is served with {model.name}: load or unload that")
+        return model
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.look()
+            except Exception:  # noqa: BLE001 - the next look may succeed
+                _log.exception("the look at the bundles failed")
+            self._stop.wait(self._every)
+            if not self._watched:
+                return
+
+    def _discover(self) -> None:
+        """Add the bundles that appeared in watched folders, and remove those that are gone."""
+        present: dict[str, Path] = {}
+        for folder in self._watched:
+            try:
+                present |= {
+                    p.name: p for p in sorted(folder.iterdir()) if p.name[0] != "." and (p / MANIFEST).is_file()
+                }
+            except OSError as error:
+                _log.error("cannot watch", extra={"folder": str(folder), "reason": printable(error)})
+                return  # a folder that cannot be read for a moment takes no model away
+        gone, self._missing = self._missing, self._found - set(present)
+        for name in gone & self._missing:  # at two looks: one that is replaced by renames is gone for a moment
+            self._missing.discard(name)
+            self._models.remove(name)
+            self._found.discard(name)
+            self._seen.pop(name, None)
+            self._unloaded.discard(name)
+        for name in [name for name in present if name not in self._found]:
+            try:
+                self._models.add(name, present[name])
+            except InputError as error:
+                if name not in self._left_out:
+                    _log.error("bundle left out", extra={"folder": str(present[name]), "reason": str(error)})
+                    self._left_out.add(name)
+                continue
+            self._found.add(name)
+
+
+def _entry(model: ServedModel) -> dict[str, Any]:
+    states = {"ready": "READY", "loading": "LOADING", "unavailable": "UNAVAILABLE"}
+    entry = {"name": model.name, "state": states[model.state]}
+    try:
+        entry["version"] = model.version().name
+    except NotReady:
+        entry["version"] = ""
+    reason = model.reason or (f"a new bundle was refused: {model.refused}" if model.refused else "")
+    return entry | ({"reason": reason} if reason else {})
