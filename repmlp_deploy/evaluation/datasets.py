@@ -16,9 +16,13 @@ from pathlib import Path
 
 from repmlp_deploy.bundle import Manifest
 from repmlp_deploy.errors import InputError
+from repmlp_deploy.files import read_text
 from repmlp_deploy.runtime.images import IMAGE_SUFFIXES
 
 __all__ = ["DATASETS", "Dataset", "Sample", "read_dataset"]
+
+_LARGEST_LIST_BYTES = 1 << 30
+_MOST_DIGITS = 9
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,9 @@ def read_dataset(path: Path, manifest: Manifest) -> Dataset:
         raise InputError(f"--data {path}: no such file or folder")
     try:
         dataset = DATASETS[manifest.task](path, manifest)
-    except (OSError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
         raise InputError(f"--data {path} cannot be read: {error}") from None
     if not dataset.samples:
         raise InputError(f"--data {path} holds no images; expected {', '.join(IMAGE_SUFFIXES)} files")
@@ -78,7 +84,9 @@ def read_dataset(path: Path, manifest: Manifest) -> Dataset:
 
 
 def _read_classes(path: Path, manifest: Manifest) -> Dataset:
-    classes = manifest.output.shape[1] or 0
+    if manifest.scores == "multi-label":
+        raise InputError(f"{manifest.name} gives several labels per image; repmlp-eval scores one label per image")
+    classes = manifest.classes
     if path.is_file():
         return _read_class_list(path, manifest.labels, classes)
     folders = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
@@ -98,7 +106,7 @@ def _match_folders(
     known = _ids_by_name(labels)
     if any(name in known for name in names):
         return [_id_of(name, known, f"--data {path}: folder") for name in names], "folders matched by name"
-    if all(name.isdecimal() and int(name) < classes for name in names):
+    if all(_is_number(name) and int(name) < classes for name in names):
         return [int(name) for name in names], "folders matched by number"
     if len(names) == classes:
         return list(range(classes)), "folders matched by sorted order"
@@ -113,7 +121,7 @@ def _read_class_list(path: Path, labels: Sequence[str] | None, classes: int) -> 
     samples = []
     for where, fields in _lines(path, 2):
         image, label = fields
-        target = int(label) if label.isdecimal() and label not in known else _id_of(label, known, f"{where}: label")
+        target = int(label) if _is_number(label) and label not in known else _id_of(label, known, f"{where}: label")
         if target >= classes:
             raise InputError(f"{where}: label is {target}; the network has classes 0 to {classes - 1}")
         samples.append(Sample((path.parent / image,), target))
@@ -157,6 +165,11 @@ DATASETS: Mapping[str, Callable[[Path, Manifest], Dataset]] = {
 """Task to what reads its data."""
 
 
+def _is_number(word: str) -> bool:
+    """Return whether a word can be the number of a class."""
+    return word.isascii() and word.isdecimal() and len(word) <= _MOST_DIGITS
+
+
 def _ids_by_name(labels: Sequence[str] | None) -> dict[str, list[int]]:
     """Map labels to class ids; a few ImageNet labels name two classes."""
     ids: dict[str, list[int]] = {}
@@ -178,17 +191,17 @@ def _images(folder: Path) -> list[Path]:
     files = (
         path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     )
-    return sorted(path for path in files if path.is_file())
+    return sorted(path for path in files if not path.is_dir())
 
 
 def _lines(path: Path, count: int) -> list[tuple[str, list[str]]]:
     """Return (place, fields) of every line that is not empty."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path, _LARGEST_LIST_BYTES).splitlines(), 1):
         if not line.strip():
             continue
         fields = [field.strip() for field in line.split("\t")] if "\t" in line else line.rsplit(None, count - 1)
-        fields = fields if len(fields) == count and all(fields) else []
+        fields = fields if len(fields) == count and all(fields) and "\0" not in line else []
         if not fields:
             raise InputError(f"{path}:{number}: {line.strip()[:80]!r} is no line of {count} fields")
         found.append((f"{path}:{number}", fields))

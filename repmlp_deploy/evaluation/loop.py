@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,13 +23,15 @@ from repmlp_deploy.bundle import Manifest
 from repmlp_deploy.errors import ImageError, InputError, OutputError
 from repmlp_deploy.evaluation.datasets import Dataset, Sample
 from repmlp_deploy.evaluation.metrics import TALLIES, Tally
-from repmlp_deploy.files import cache_folder, replace_file
-from repmlp_deploy.runtime.images import preprocess, to_image
+from repmlp_deploy.files import cache_folder, read_json, replace_file
+from repmlp_deploy.runtime.cpus import usable_cpus
+from repmlp_deploy.runtime.images import network_input
 
-__all__ = ["TRAINED", "Evaluation", "Progress", "evaluate", "state_folder", "state_key"]
+__all__ = ["TRAINED", "Evaluation", "Progress", "discard_state", "evaluate", "state_folder", "state_key"]
 
 TRAINED = "trained"
 _SAVE_SECONDS = 2.0
+_LARGEST_STATE_BYTES = 1 << 28
 
 F32 = NDArray[np.float32]
 Run = Callable[[F32], F32]
@@ -106,14 +107,14 @@ def evaluate(  # noqa: PLR0913 - what meets here
         OutputError: the state could not be kept.
     """
     started = time.perf_counter()
-    tallies = {name: TALLIES[manifest.task](manifest.output.shape[1] or 0) for name in runs}
+    tallies = {name: TALLIES[manifest.task](manifest.classes) for name in runs}
     state = _restored(state_file, key, tallies, len(dataset.samples))
     resumed = state.done
     saved = time.monotonic()
     per_batch = max(1, (batch or manifest.batch.opt) // len(dataset.samples[0].images))
     rest = dataset.samples[state.done :]
     try:
-        for chunk in _decoded(rest, manifest, per_batch, workers or os.cpu_count() or 1):
+        for chunk in _decoded(rest, manifest, per_batch, workers or usable_cpus()):
             _count(chunk, runs, tallies, state, skip_unreadable=skip_unreadable)
             if progress is not None:
                 first = next(iter(tallies.values()))
@@ -211,30 +212,58 @@ def _decode(sample: Sample, manifest: Manifest) -> _Decoded:
     inputs, sizes = [], []
     try:
         for path in sample.images:
-            image = to_image(path)
-            sizes.append((image.height, image.width))
-            inputs.append(preprocess(image, manifest.preprocessing))
+            values, size = network_input(path, manifest.preprocessing)
+            inputs.append(values)
+            sizes.append(size)
     except ImageError as error:
         return _Decoded(sample, error=str(error))
     return _Decoded(sample, tuple(inputs), tuple(sizes))
 
 
+def discard_state(path: Path) -> None:
+    """Remove the state of an earlier run, if there is one.
+
+    Raises:
+        InputError: the file is something else.
+    """
+    if _read_state(path) is not None:
+        path.unlink(missing_ok=True)
+
+
+def _read_state(path: Path) -> Mapping[str, Any] | None:
+    """Return what a state file holds; None if there is none.
+
+    Raises:
+        InputError: the file is something else.
+    """
+    try:
+        data = read_json(path, _LARGEST_STATE_BYTES)
+        if data.keys() == {"key", "done", "unreadable", "tallies"}:
+            return {**data, "done": int(data["done"]), "unreadable": [str(error) for error in data["unreadable"]]}
+        raise ValueError("other keys")  # noqa: TRY301 - one more way to be no state
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        if not path.exists():
+            return None
+        raise _no_state(path, error) from None
+
+
+def _no_state(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is no state of an evaluation ({type(error).__name__}): remove it, or name another")
+
+
 def _restored(path: Path | None, key: str, tallies: Mapping[str, Tally], count: int) -> _State:
     """Restore the state of an earlier run with the same key and fill the tallies from it; otherwise start afresh."""
-    if path is None:
+    data = None if path is None else _read_state(path)
+    if path is None or data is None:
+        return _State()
+    if data["key"] != key or not 0 <= data["done"] <= count or set(data["tallies"]) != set(tallies):
         return _State()
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        state = _State(int(data["done"]), [str(error) for error in data["unreadable"]])
-        if data["key"] != key or not 0 <= state.done <= count or set(data["tallies"]) != set(tallies):
-            return _State()
         for name, tally in tallies.items():
             tally.restore(data["tallies"][name])
-    except (FileNotFoundError, NotADirectoryError):
-        return _State()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no state of an evaluation ({type(error).__name__}): remove it") from None
-    return state
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise _no_state(path, error) from None
+    return _State(data["done"], data["unreadable"])
 
 
 def _save(path: Path | None, key: str, state: _State, tallies: Mapping[str, Tally]) -> None:

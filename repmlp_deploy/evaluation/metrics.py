@@ -70,8 +70,9 @@ class ClassTally:
         self._counts = {"count": 0, "top1": 0, "top5": 0, "agreed": 0, "compared": 0}
 
     def add(self, outputs: F32, samples: Sequence[Sample], sizes: Sequence[Size], trained: F32 | None) -> None:
-        """Count a batch of (n, classes) logits."""
+        """Count a batch of (n, classes) logits, or of (n, 1) where a single logit tells two classes apart."""
         del sizes
+        outputs, trained = _per_class(outputs), None if trained is None else _per_class(trained)
         order = np.argsort(-outputs, axis=1, kind="stable")[:, :TOP]
         hits = order == np.array([sample.target for sample in samples])[:, None]
         self._counts["count"] += len(samples)
@@ -98,6 +99,11 @@ class ClassTally:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         self._counts = {key: int(state[key]) for key in self._counts}
+
+
+def _per_class(logits: F32) -> F32:
+    """Return (n, classes) logits: a single logit z becomes 0 and z, since sigmoid(z) = softmax(0, z)."""
+    return np.concatenate([np.zeros_like(logits), logits], axis=1) if logits.shape[1] == 1 else logits
 
 
 class MaskTally:
@@ -232,9 +238,12 @@ def _read_mask(sample: Sample, shape: tuple[int, ...], classes: int) -> NDArray[
     """Return the class ids of a sample, checked."""
     if sample.mask is None:
         raise InputError(f"{sample.images[0]} has no mask")
+    if not sample.mask.is_file():  # opening a pipe waits for a writer
+        raise InputError(f"{sample.mask} is no readable mask: it is missing, or is no regular file")
     try:
         with Image.open(sample.mask, formats=RASTER_FORMATS) as image:
-            mask = np.asarray(image)
+            size = image.height, image.width
+            mask = np.asarray(image) if size == shape else np.broadcast_to(np.uint8(0), size)  # a bomb is not decoded
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{sample.mask} is no readable mask: {error}") from None
     if mask.ndim != len(shape) or not np.issubdtype(mask.dtype, np.integer):

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def embedder(tmp_path_factory):
 def run(capsys, *arguments):
     app = typer.Typer()
     app.command()(eval_command)
-    code = _run(app, [str(argument) for argument in arguments])
+    code = _run(typer.main.get_command(app), [str(argument) for argument in arguments])
     said = capsys.readouterr()
     return code, said.out, said.err
 
@@ -306,6 +307,15 @@ def test_missing_masks_are_refused(segmenter, tmp_path, capsys):
     assert code == 2
     assert "such as 1.png" in said
     assert run(capsys, segmenter[1].folder, "--data", tmp_path)[0] == 2
+
+
+def test_a_pipe_for_a_mask_is_refused_without_a_wait(segmenter, tmp_path, capsys):
+    folder = scene(tmp_path / "scene")
+    (folder / "masks" / "1.png").unlink()
+    os.mkfifo(folder / "masks" / "1.png")
+    code, _, said = run(capsys, segmenter[1].folder, "--data", folder)
+    assert code == 2
+    assert "1.png" in said
 
 
 def test_pairs_are_scored_by_verification(embedder, tmp_path, capsys):

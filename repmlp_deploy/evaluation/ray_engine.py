@@ -1,0 +1,176 @@
+"""`repmlp-map --engine ray`: the parts of a job are made by actors, on this machine or on a Ray cluster.
+
+Each actor opens the bundle and checks it once, then writes parts as the local engine does: whole or not at all. An
+actor that dies is replaced, and the part it was at is made again, so rows are neither lost nor repeated. These are
+plain actors and not Ray Data: a part is a file, from which a run goes on whatever died, under either engine. Ray Data's
+own checkpoints hung on a machine with two CPUs, in Ray 2.60. The only module of the evaluation that imports ray.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Both are read when ray is imported. The second, whatever its name, makes Ray listen on loopback alone: other machines
+# cannot reach a cluster of this machine.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if not os.environ.get("RAY_ADDRESS"):
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from repmlp_deploy.errors import DeviceError, InputError, RepMLPError
+from repmlp_deploy.evaluation.mapping import Parts, fill_parts
+from repmlp_deploy.evaluation.sources import Source
+from repmlp_deploy.runtime.cpus import usable_cpus
+from repmlp_deploy.runtime.predictor import Predictor
+from repmlp_deploy.text import first_line
+
+__all__ = ["Actors"]
+
+_CHUNKS_PER_ACTOR = 4  # a chunk is read in one go; few of them keep archives from being read again and again
+_MOST_DEATHS = 5  # in a row, without a part between them
+_STORE_BYTES = 1 << 27  # for the list of images; the images themselves never pass through Ray's store
+
+
+class _Worker:
+    """Writes parts: the class of an actor."""
+
+    def __init__(self, bundle: str, how: dict[str, Any], source: Source, parts: Parts) -> None:
+        self._opened, self._source, self._parts = (bundle, how), source, parts
+        self._predictor: Predictor | None = None
+        self._filling: Iterator[tuple[int, int]] = iter(())
+
+    def begin(self, chunk: Sequence[int]) -> tuple[int, int]:
+        """Write the first part of a chunk; see `following`."""
+        if self._predictor is None:
+            bundle, how = self._opened
+            self._predictor = Predictor(bundle, check=True, **how)
+        self._filling = fill_parts(self._predictor, self._source, self._parts, chunk)
+        return self.following()
+
+    def following(self) -> tuple[int, int]:
+        """Write the next part of the chunk; return its number and how many of its images have no prediction."""
+        return next(self._filling)
+
+
+@dataclass(frozen=True)
+class Actors:
+    """The engine `ray`; see `mapping.Engine`.
+
+    Attributes:
+        device: what each actor runs on; None for the best there is.
+        threads: of one inference; an actor asks Ray for so many CPUs.
+        gpus: GPUs that an actor asks Ray for.
+        count: actors; by default as many as the CPUs or the GPUs of the cluster allow.
+    """
+
+    device: str | None = None
+    threads: int = 1
+    gpus: float = 0
+    count: int | None = None
+
+    def __call__(
+        self, predictor: Predictor, source: Source, parts: Parts, missing: Sequence[int]
+    ) -> Iterator[tuple[int, int]]:
+        """Yield each part that an actor has written.
+
+        Raises:
+            DeviceError: Ray cannot be started, or its actors die one after the other.
+            RepMLPError: what an actor raises.
+        """
+        try:
+            _start()
+            how = {"format": predictor.format, "device": self.device, "threads": self.threads}
+            given = (_folder(predictor), how, ray.put(source), _absolute(parts))
+            yield from self._run(given, _chunks(missing, self._actors() * _CHUNKS_PER_ACTOR))
+        except RayTaskError as error:
+            raise _meant(error) from None
+        except (RayError, ConnectionError, TimeoutError) as error:
+            raise DeviceError(f"Ray failed: {first_line(error)}; `ray status` shows the cluster") from None
+        finally:
+            ray.shutdown()
+
+    def _actors(self) -> int:
+        """Return how many actors to start."""
+        if self.count is not None:
+            return self.count
+        have = ray.cluster_resources()
+        return max(1, int(have.get("GPU", 0) / self.gpus if self.gpus else have.get("CPU", 1) / self.threads))
+
+    def _run(self, given: tuple[Any, ...], chunks: deque[deque[int]]) -> Iterator[tuple[int, int]]:
+        """Keep every actor at a chunk of its own until there are no more."""
+        worker = ray.remote(num_cpus=self.threads, num_gpus=self.gpus, max_restarts=0)(_Worker)
+        under_way: dict[Any, tuple[Any, deque[int]]] = {}
+        deaths = 0
+
+        def begin(actor: Any) -> None:
+            chunk = chunks.popleft()
+            under_way[actor.begin.remote(list(chunk))] = (actor, chunk)
+
+        for _ in range(min(self._actors(), len(chunks))):
+            begin(worker.remote(*given))
+        while under_way:
+            (ready, *_), _ = ray.wait([*under_way])
+            actor, chunk = under_way.pop(ready)
+            try:
+                written = ray.get(ready)
+            except RayActorError as error:
+                deaths += 1
+                if deaths > _MOST_DEATHS:
+                    raise DeviceError(f"{deaths} workers of Ray died in a row: {first_line(error)}") from None
+                chunks.appendleft(chunk)
+                begin(worker.remote(*given))
+                continue
+            deaths = 0
+            chunk.popleft()
+            yield written
+            if chunk:
+                under_way[actor.following.remote()] = (actor, chunk)
+            elif chunks:
+                begin(actor)
+
+
+def _start() -> None:
+    """Join the cluster that RAY_ADDRESS names, or start one of this machine alone that nobody else can reach."""
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level="ERROR")
+        return
+    ray.init(
+        num_cpus=usable_cpus(),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def _folder(predictor: Predictor) -> str:
+    folder = predictor.bundle.folder
+    if folder is None:
+        raise InputError("the bundle lies in no folder; actors open it from one: save it first")
+    return str(folder.resolve())
+
+
+def _absolute(parts: Parts) -> Parts:
+    """Return the parts as an actor sees them, whose working folder may be another."""
+    return replace(parts, folder=parts.folder.resolve())
+
+
+def _chunks(missing: Sequence[int], count: int) -> deque[deque[int]]:
+    """Cut the missing parts into at most `count` runs of neighbours."""
+    size = -(-len(missing) // count)
+    return deque(deque(missing[start : start + size]) for start in range(0, len(missing), size))
+
+
+def _meant(error: RayTaskError) -> RepMLPError:
+    """Return what an actor raised, or one line about it."""
+    if isinstance(error.cause, RepMLPError):
+        return error.cause
+    return InputError(f"a worker of Ray failed: {first_line(error.cause or error)}")

@@ -1,0 +1,259 @@
+"""`repmlp-map` and what it is made of: `evaluation.mapping`, `evaluation.sources`, `evaluation.tables`, `cli.map`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+
+from repmlp_deploy import Bundle, Predictor
+from repmlp_deploy.cli.map import map_command
+from repmlp_deploy.errors import InputError, OutputError
+from repmlp_deploy.evaluation import mapping
+from repmlp_deploy.evaluation.mapping import bundle_digest, map_images
+from repmlp_deploy.evaluation.sources import open_source
+from support.commands import ends_with
+from train_digits import digit_images
+
+COUNT = 100
+CORRUPT = (7, 50, 99)
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from repmlp_deploy import Predictor
+from repmlp_deploy.evaluation import mapping
+from repmlp_deploy.evaluation.sources import open_source
+
+bundle, data, out, when, after = sys.argv[1:]
+mapping.PART = 16
+calls, put = [], mapping.put_file
+
+def put_and_die(written, target):
+    calls.append(target)
+    if len(calls) == int(when) and after == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(written, target)
+    if len(calls) == int(when):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+mapping.put_file = put_and_die
+with Predictor(bundle, format="onnx") as predictor:
+    mapping.map_images(predictor, open_source(data), Path(out))
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits as PNG files, three of them corrupt in different ways."""
+    folder = tmp_path_factory.mktemp("digits")
+    for i, image in enumerate(digit_images()[0][:COUNT]):
+        (folder / str(i % 3)).mkdir(exist_ok=True)
+        image.save(folder / str(i % 3) / f"{i:03d}.png")
+    files = open_source(str(folder)).items(0)
+    for number, item in enumerate(list(files)):
+        if number in CORRUPT:
+            whole = item.content.read_bytes()
+            item.content.write_bytes({7: b"", 50: b"no image", 99: whole[: len(whole) // 2]}[number])
+    return folder
+
+
+@pytest.fixture
+def predictor(bundle: Bundle):
+    with Predictor(bundle, format="onnx") as opened:
+        yield opened
+
+
+def require_right(table: pa.Table, contents: list[Path | bytes], predictor: Predictor) -> None:
+    """Raise unless every row is what `Predictor` returns for the image, or its reason for a corrupt one."""
+    assert table["row"].to_pylist() == list(range(len(contents)))
+    assert set(table["bundle"].to_pylist()) == {bundle_digest(predictor.manifest)}
+    for number, (row, content) in enumerate(zip(table.to_pylist(), contents, strict=True)):
+        if number in CORRUPT:
+            assert "not a readable image" in row["error"]
+            assert row["index"] is row["score"] is row["top_indices"] is None
+            continue
+        expected = predictor(content)
+        assert row["error"] is None
+        assert (row["index"], row["label"]) == (expected.pred_label, expected.pred_class)
+        assert row["top_indices"] == [index for index, _ in expected.top(5)]
+        np.testing.assert_allclose(row["top_scores"], [score for _, score in expected.top(5)], rtol=1e-5, atol=1e-7)
+        assert row["score"] == row["top_scores"][0]
+
+
+def as_kind(kind: str, images: Path, folder: Path) -> str:
+    """Return the images in another form, in the same order."""
+    items = list(open_source(str(images)).items(0))
+    files, keys = [item.content for item in items], [item.key for item in items]
+    encoded = [file.read_bytes() for file in files]
+    path = folder / {"list": "list.txt", "tar": "shard.tar", "tgz": "shard.tar.gz"}.get(kind, f"table.{kind}")
+    if kind == "list":
+        path.write_text("\n".join(map(str, files)))
+    elif kind in {"tar", "tgz"}:
+        with tarfile.open(path, "w:gz" if kind == "tgz" else "w") as archive:
+            for file, key in zip(files, keys, strict=True):
+                archive.add(file, key)
+            archive.add(__file__, "about.txt")
+    elif kind == "parquet":
+        pq.write_table(pa.table({"id": range(len(keys)), "image": encoded}), path, row_group_size=30)
+    elif kind == "feather":
+        pa.feather.write_feather(pa.table({"path": [str(file) for file in files]}), path)
+    elif kind == "arrow":
+        both = [{"bytes": data, "path": key} for data, key in zip(encoded, keys, strict=True)]
+        with pa.ipc.new_file(
+            path, pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()})})
+        ) as file:
+            file.write_table(pa.table({"image": both}))
+    else:
+        return f"{images}/**/*.png" if kind == "glob" else str(images)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "glob", "list", "tar", "tgz", "parquet", "feather", "arrow"])
+def test_every_source_gives_the_rows_of_predictor(kind, images, predictor, tmp_path, monkeypatch):
+    monkeypatch.setattr(mapping, "PART", 32)
+    items = list(open_source(str(images)).items(0))
+    source = open_source(as_kind(kind, images, tmp_path))
+    out, told = tmp_path / "out.parquet", []
+    found = map_images(predictor, source, out, progress=lambda *said: told.append(said))
+    assert (found.count, found.resumed, found.errors) == (COUNT, 0, 3)
+    assert told == [(32, COUNT, 1), (64, COUNT, 2), (96, COUNT, 2), (100, COUNT, 3)]
+    table = pq.read_table(out)
+    require_right(table, [item.content for item in items], predictor)
+    if kind in {"folder", "tar", "tgz", "arrow"}:
+        assert table["key"].to_pylist() == [item.key for item in items]
+    assert not (tmp_path / "out.parquet.parts").exists()
+    assert [item.key for item in source.items(90)] == [item.key for item in source.items(0)][90:]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.parametrize(("when", "after"), [(1, "before"), (3, "after"), (7, "after"), (8, "before"), (8, "after")])
+def test_a_killed_run_goes_on(when, after, images, predictor, tmp_path, monkeypatch):  # noqa: PLR0913 - fixtures
+    out = tmp_path / "out.parquet"
+    command = [sys.executable, "-c", KILLED, predictor.bundle.folder, images, out, str(when), after]
+    killed = subprocess.run(command, capture_output=True, check=False, env={**os.environ})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    monkeypatch.setattr(mapping, "PART", 16)
+    found = map_images(predictor, open_source(str(images)), out)
+    done = when - (after == "before")
+    assert found.resumed == min(16 * done, COUNT)
+    require_right(pq.read_table(out), [item.content for item in open_source(str(images)).items(0)], predictor)
+    assert not (tmp_path / "out.parquet.parts").exists()
+
+
+def test_jobs_do_not_mix(images, predictor, tmp_path):
+    out, parts = tmp_path / "out.parquet", tmp_path / "out.parquet.parts"
+    source = open_source(str(images))
+    map_images(predictor, source, out)
+    assert map_images(predictor, source, out).resumed == COUNT
+    with pytest.raises(InputError, match="other options: pass --fresh"):
+        map_images(predictor, source, out, top=2)
+    assert map_images(predictor, source, out, top=2, fresh=True).resumed == 0
+    assert len(pq.read_table(out)["top_scores"][0]) == 2
+    out.unlink()
+    parts.mkdir()
+    (parts / "job.json").write_text(json.dumps({"job": "another"}))
+    (parts / "000000000000.parquet").write_bytes(b"another's")
+    with pytest.raises(InputError, match="pass --fresh to discard it"):
+        map_images(predictor, source, out)
+    (parts / "job.json").unlink()  # a folder whose removal was interrupted: its parts are nobody's
+    assert map_images(predictor, source, out).resumed == 0
+    listed = tmp_path / "notes.txt"
+    listed.write_text("no table")
+    with pytest.raises(InputError, match="exists"):
+        map_images(predictor, source, listed)
+    assert listed.read_text() == "no table"
+
+
+def test_a_changed_image_is_another_job(images, tmp_path):
+    copy = tmp_path / "one.png"
+    copy.write_bytes((next(images.rglob("*.png"))).read_bytes())
+    before = open_source(str(tmp_path)).fingerprint
+    os.utime(copy, ns=(1, 1))
+    assert open_source(str(tmp_path)).fingerprint != before
+
+
+def test_unusable_sources_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="no such file or folder"):
+        open_source(str(tmp_path / "none"))
+    with pytest.raises(InputError, match="holds no images"):
+        open_source(str(tmp_path))
+    for name in ("x.tar", "x.parquet", "x.arrow", "x.tgz"):
+        (tmp_path / name).write_bytes(b"damaged" * 100)
+        with pytest.raises(InputError, match="cannot be read"):
+            open_source(str(tmp_path / name))
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "ids.parquet")
+    with pytest.raises(InputError, match="no column image or bytes or path; it has id: name one with --column"):
+        open_source(str(tmp_path / "ids.parquet"))
+    with pytest.raises(InputError, match="column id is int64"):
+        open_source(str(tmp_path / "ids.parquet"), "id")
+
+
+def test_a_row_without_an_image_and_a_missing_file_are_rows(predictor, tmp_path):
+    pq.write_table(pa.table({"path": [None, "gone.png"]}), tmp_path / "x.parquet")
+    map_images(predictor, open_source(str(tmp_path / "x.parquet")), tmp_path / "out.parquet")
+    first, second = pq.read_table(tmp_path / "out.parquet")["error"].to_pylist()
+    assert first == "row 0 holds no image"
+    assert "no such file" in second
+
+
+def test_the_command_counts_and_refuses(images, bundle, tmp_path, capsys):
+    out = tmp_path / "out.parquet"
+    given = (bundle.folder, "--data", images, "--out", out, "--format", "onnx", "--json")
+    assert ends_with(map_command, *given) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["count"], report["resumed"], report["errors"]) == (COUNT, 0, 3)
+    assert ends_with(map_command, *given, "--top", 3) == 2
+    assert "pass --fresh" in capsys.readouterr().err
+    assert ends_with(map_command, *given, "--top", 0) == 2
+
+
+def test_without_pyarrow_the_remedy_is_named(images, bundle, tmp_path):
+    script = "import sys; sys.modules['pyarrow'] = None; from repmlp_deploy.cli.entry import run; run('map')"
+    given = [str(bundle.folder), "--data", str(images), "--out", str(tmp_path / "out.parquet")]
+    done = subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert 'pip install "repmlp-deploy[map]"' in done.stderr.splitlines()[-1]
+
+
+def test_the_batch_is_part_of_the_job_and_a_folder_is_no_output(images, predictor, tmp_path):
+    out, source = tmp_path / "out.parquet", open_source(str(images))
+    with pytest.raises(OutputError, match="is a folder; expected the name of a parquet file"):
+        map_images(predictor, source, tmp_path)
+    map_images(predictor, source, out, batch=2)
+    with pytest.raises(InputError, match="other options: pass --fresh"):
+        map_images(predictor, source, out, batch=4)
+
+
+def test_keys_are_stored_as_they_are(images, predictor, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = ["a  b   c.png", os.fsdecode(b"caf\xe9.png")]
+    for name in names:
+        (folder / name).write_bytes(next(images.rglob("001.png")).read_bytes())
+    map_images(predictor, open_source(str(folder)), tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet")["key"].to_pylist() == ["a  b   c.png", "caf\\udce9.png"]
+
+
+def test_the_bundle_is_hashed_once_for_all_images(images, predictor, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(mapping, "bundle_digest", lambda manifest: calls.append(1) or bundle_digest(manifest))
+    map_images(predictor, open_source(str(images)), tmp_path / "out.parquet", batch=2)
+    assert len(calls) == 2  # for the job, and by the engine
+
+
+def test_a_bundle_that_was_exchanged_makes_no_parts(images, predictor, tmp_path):
+    parts = mapping.Parts(tmp_path, "job", "another bundle", COUNT, 32, 5, 8)
+    with pytest.raises(InputError, match="the bundle changed during the run"):
+        next(mapping.fill_parts(predictor, open_source(str(images)), parts, [0]))
+    assert not list(tmp_path.iterdir())
