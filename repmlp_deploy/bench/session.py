@@ -12,17 +12,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from repmlp_deploy.bench.crew import Child, ChildFailed
 from repmlp_deploy.bench.measure.machine import describe_machine, usable_cores
 from repmlp_deploy.bench.measure.peaks import best_of, roofline
 from repmlp_deploy.bench.measure.results import ColdStart, Error, Machine, Memory, ProfileLine, Report, Row
 from repmlp_deploy.bench.measure.timing import Warmup, compare_rounds, summarize
+from repmlp_deploy.bench.members import Member, Record
 from repmlp_deploy.bench.settings import Settings
-from repmlp_deploy.bench.subjects.table import SUBJECTS, chosen_rows, why_not
+from repmlp_deploy.bench.subjects.table import SUBJECTS, chosen_rows, require_device, why_not
 from repmlp_deploy.bench.targets import Target, Unavailable, counts_key, find_targets
 
 __all__ = ["run_benchmark"]
@@ -43,6 +42,7 @@ def run_benchmark(settings: Settings, show: Show) -> Report:
 
     Raises:
         InputError: a model, checkpoint, bundle, format or precision is unusable.
+        MissingDevice: it is to run on a GPU, and there is none.
     """
     session = _Session(settings, show)
     try:
@@ -53,52 +53,21 @@ def run_benchmark(settings: Settings, show: Show) -> Report:
     return session.report()
 
 
-@dataclass
-class _Member:
-    """One opened row: a child and what is known of it at every batch size."""
-
-    format: str
-    precision: str
-    child: Child
-    cold: ColdStart
-    imports_bytes: int
-    proof: dict[str, Any]
-    error: Error
-    failed: str = ""
-
-
-@dataclass
-class _Record:
-    """What was measured of one row."""
-
-    target: Target
-    format: str
-    precision: str
-    batch: int
-    mode: str
-    status: str = "unavailable"
-    reason: str = "not reached"
-    member: _Member | None = None
-    warmup: Warmup | None = None
-    memory: Memory | None = None
-    call_seconds: float = 0.0
-    rounds: list[list[float]] = field(default_factory=list)
-
-
 class _Session:
     """The state of a run, readable at any moment it is interrupted."""
 
     def __init__(self, settings: Settings, show: Show) -> None:
         self.settings = settings
         self.threads = settings.threads or usable_cores()
-        self.chosen = chosen_rows(settings.formats, settings.precision)
+        self.chosen = chosen_rows(settings.formats, settings.precision, settings.device)
         if settings.baseline not in SUBJECTS:
-            chosen_rows([settings.baseline], settings.precision)
+            chosen_rows([settings.baseline], settings.precision, settings.device)
+        require_device(settings.device)
         self.environment = describe_machine()  # before anything of ours is a load
         self.started = time.monotonic()
         self.created = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         self.targets: list[Target] = []
-        self.records: list[_Record] = []
+        self.records: list[Record] = []
         self.profile: list[ProfileLine] = []
         self.machine: Machine | None = None
         self.notes: list[str] = []
@@ -112,7 +81,7 @@ class _Session:
         self._show("preparing weights")
         self.targets = find_targets(self.settings, folder)
         self.records = [
-            _Record(target, name, precision, batch, mode)
+            Record(target, name, precision, batch, mode)
             for target in self.targets
             for batch in self.settings.batch
             for mode in self._modes()
@@ -136,7 +105,7 @@ class _Session:
             )
         return Report(
             created=self.created,
-            title=f"{', '.join(t.name for t in self.targets)} on {self.environment['cpu']}, {self.threads} threads",
+            title=f"{', '.join(t.name for t in self.targets)} on {self._where()}",
             settings={**self.settings.model_dump(mode="json"), "threads": self.threads},
             environment=self.environment,
             machine=self.machine,
@@ -149,6 +118,14 @@ class _Session:
             interrupted=self.interrupted,
         )
 
+    def _where(self) -> str:
+        on_cpu = f"{self.environment['cpu']}, {self.threads} threads"
+        return str(self.environment["gpu"]) if self.settings.device == "cuda" else on_cpu
+
+    def _in_time(self) -> bool:
+        """Return whether another step may begin; one that has begun is finished."""
+        return time.monotonic() - self.started < self.settings.limit_seconds
+
     def _modes(self) -> list[str]:
         extra = {"idle": self.settings.idle_ms is not None, "end-to-end": self.settings.end_to_end}
         return ["steady", *(mode for mode, wanted in extra.items() if wanted)]
@@ -159,7 +136,7 @@ class _Session:
             return
         self._show("measuring what the machine can do")
         try:
-            found = Machine.model_validate(self._gauge.ask("peaks", threads=self.threads))
+            found = Machine.model_validate(self._gauge.ask("peaks", threads=self.threads, device=self.settings.device))
         except ChildFailed as failure:
             self.notes.append(f"no further measurement of the roof: {failure}")
             self._gauge = None
@@ -167,8 +144,9 @@ class _Session:
         self.machine = found if self.machine is None else best_of(self.machine, found)
 
     def _measure_target(self, target: Target, children: ExitStack) -> None:
-        self._show(f"{target.name}: counting")
-        target.count_networks()
+        if self._in_time():
+            self._show(f"{target.name}: counting")
+            target.count_networks()
         members = [
             member
             for name, precision in self.chosen
@@ -187,10 +165,12 @@ class _Session:
             if self.settings.profile:
                 self._profile(target, members, batch)
 
-    def _opened(self, target: Target, name: str, precision: str, children: ExitStack) -> _Member | None:
+    def _opened(self, target: Target, name: str, precision: str, children: ExitStack) -> Member | None:
         """Start the row's child, cold, and check it; return None if that fails, with the reason in its records."""
         records = [r for r in self.records if (r.target, r.format, r.precision) == (target, name, precision)]
-        refused = why_not(name, precision)
+        refused = why_not(name, precision, self.settings.device)
+        if refused is None and not self._in_time():
+            refused = f"the limit of {self.settings.limit_seconds:g} s was reached before it was made: raise --limit"
         if refused is not None:
             for record in records:
                 record.reason = refused
@@ -208,7 +188,7 @@ class _Session:
                 record.reason = str(why)
                 record.status = "failed" if isinstance(why, ChildFailed) else "unavailable"
             return None
-        member = _Member(
+        member = Member(
             name,
             precision,
             child,
@@ -227,7 +207,7 @@ class _Session:
                 )
         return None if records and records[0].status == "failed" else member
 
-    def _time_group(self, records: list[_Record], what: str) -> None:
+    def _time_group(self, records: list[Record], what: str) -> None:
         """Warm up and time rows that are compared with one another."""
         for record in records:
             self._warm(record, what)
@@ -255,7 +235,7 @@ class _Session:
         for record in running:
             self._keep_memory(record)
 
-    def _warm(self, record: _Record, what: str) -> None:
+    def _warm(self, record: Record, what: str) -> None:
         """Warm up, and note the seconds that a call takes."""
         member = record.member
         if member is None:
@@ -280,11 +260,11 @@ class _Session:
         record.warmup = warmup.model_copy(update={"calls": warmup.calls + ran})
         record.call_seconds = warmup.seconds / warmup.calls if warmup.calls else member.cold.first_ms / 1e3
 
-    def _least_calls(self, record: _Record) -> int:
+    def _least_calls(self, record: Record) -> int:
         """Time the calls of a slice; the first finds the caches full of another row's data."""
         return 2 if record.call_seconds < self.settings.seconds / 2 else 1
 
-    def _time_slice(self, record: _Record, seconds: float) -> None:
+    def _time_slice(self, record: Record, seconds: float) -> None:
         if record.member is None or record.member.failed:
             return
         try:
@@ -303,17 +283,18 @@ class _Session:
         record.rounds.append(latencies)
         record.status, record.reason = "measured", ""
 
-    def _keep_memory(self, record: _Record) -> None:
+    def _keep_memory(self, record: Record) -> None:
         if record.member is None or record.member.failed:
             return
         try:
             peak = record.member.child.ask("memory")
+            record.on_device = record.member.child.ask("device", batch=record.batch)
         except ChildFailed as failure:
             record.member.failed = str(failure)
             return
         record.memory = Memory(peak_bytes=peak, imports_bytes=record.member.imports_bytes)
 
-    def _profile(self, target: Target, members: list[_Member], batch: int) -> None:
+    def _profile(self, target: Target, members: list[Member], batch: int) -> None:
         for member in members:
             if not SUBJECTS[member.format].profiles or member.failed:
                 continue
@@ -325,7 +306,7 @@ class _Session:
                 continue
             self.profile += [line.model_copy(update={"model": target.name, "batch": batch}) for line in lines]
 
-    def _gap(self, record: _Record) -> float:
+    def _gap(self, record: Record) -> float:
         return (self.settings.idle_ms or 0.0) if record.mode == "idle" else 0.0
 
     def _seconds_left(self) -> float:
@@ -342,7 +323,7 @@ class _Session:
         for record in self.records:
             yield self._row(record)
 
-    def _row(self, record: _Record) -> Row:
+    def _row(self, record: Record) -> Row:
         member, rounds = record.member, tuple(tuple(calls) for calls in record.rounds)
         measured = record.status == "measured"
         summary = summarize(rounds, record.batch) if measured else None
@@ -373,11 +354,11 @@ class _Session:
                 "memory": record.memory,
                 "error": None if member is None else member.error,
                 "roofline": roof,
-                "proof": {} if member is None else member.proof,
+                "proof": {} if member is None else member.proof | record.on_device,
             }
         )
 
-    def _baseline(self, record: _Record) -> _Record | None:
+    def _baseline(self, record: Record) -> Record | None:
         """Return the row that this one is compared with: the baseline's first precision, or the first measured."""
         group = [
             other

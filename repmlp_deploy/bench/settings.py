@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from repmlp_deploy.bench.subjects.table import BASELINE
+from repmlp_deploy.bench.subjects.table import BASELINE, ON_CUDA
 from repmlp_deploy.errors import InputError
+from repmlp_deploy.files import read_toml
 from repmlp_deploy.precision import PRECISIONS
 
 __all__ = ["DEFAULT_MODEL", "Settings", "read_settings"]
 
 DEFAULT_MODEL = "repmlpnet-b224"
 
-Count = Annotated[int, Field(gt=0)]
-Positive = Annotated[float, Field(gt=0)]
+_LARGEST_SUITE_BYTES = 1 << 20
+
+_LARGEST_COUNT = 65_536
+_LARGEST_AMOUNT = 1e6
+
+Count = Annotated[int, Field(gt=0, le=_LARGEST_COUNT)]
+Positive = Annotated[float, Field(gt=0, le=_LARGEST_AMOUNT)]
 
 
 class Settings(BaseModel):
@@ -28,6 +33,7 @@ class Settings(BaseModel):
         models: cards; their weights are seeded, or the card's own where they ship with the package.
         formats: entries of `SUBJECTS`; None for all that are not opt-in.
         precision: those that rows compute in, where their format has them.
+        device: `cuda` for rows on the first NVIDIA GPU.
         batch: images a call.
         threads: of one inference; None for all usable cores.
         seconds: of timing a row.
@@ -37,6 +43,8 @@ class Settings(BaseModel):
         end_to_end: also measure from JPEG bytes to classes.
         profile: also measure time per stage and operation.
         ckpt: trained checkpoint to use instead of `models`.
+        model: `timm:NAME[,…]`, the network of timm that `ckpt` is for.
+        card: of `ckpt`; None for the one that its keys and shapes tell.
         bundle: bundle to use instead of `models`.
         calibration: folder of images or `.npz` that int8 is calibrated with; None for seeded inputs.
     """
@@ -46,6 +54,7 @@ class Settings(BaseModel):
     models: Annotated[tuple[str, ...], Field(min_length=1)] = (DEFAULT_MODEL,)
     formats: tuple[str, ...] | None = None
     precision: Annotated[tuple[str, ...], Field(min_length=1)] = ("fp32", "bf16")
+    device: Literal["cpu", "cuda"] = "cpu"
     batch: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
     threads: Count | None = None
     seconds: Positive = 8.0
@@ -55,6 +64,8 @@ class Settings(BaseModel):
     end_to_end: bool = False
     profile: bool = False
     ckpt: Path | None = None
+    model: str | None = None
+    card: str | None = None
     bundle: Path | None = None
     calibration: Path | None = None
 
@@ -72,12 +83,12 @@ def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
     found: dict[str, Any] = {}
     if suite is not None:
         try:
-            found = tomllib.loads(suite.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            found = read_toml(suite, _LARGEST_SUITE_BYTES)
+        except (OSError, ValueError) as error:
             raise InputError(f"--suite {suite}: {getattr(error, 'strerror', None) or error}") from None
     named = {name: _parsed(name, value) for name, value in given.items() if value is not None}
     try:
-        settings = Settings.model_validate(found | named)
+        settings = Settings.model_validate(_with_defaults(found | named))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
@@ -89,10 +100,19 @@ def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
         raise InputError(f"--calibration {settings.calibration}: no such folder or file")
     calibrated = any(name in PRECISIONS and PRECISIONS[name].needs_calibration for name in settings.precision)
     if settings.calibration is not None and not calibrated:
-        raise InputError("--calibration is for int8: add it to --precision, or drop --calibration")
+        raise InputError("--calibration is for int8 and fp8: add one of them to --precision, or drop --calibration")
+    if settings.model is not None and settings.ckpt is None:
+        raise InputError("--model says what the checkpoint of --ckpt is for, and there is none")
+    if settings.card is not None and settings.ckpt is None:
+        raise InputError("--card describes the checkpoint of --ckpt, and there is none")
     if (settings.ckpt or settings.bundle) and "models" in named:
         raise InputError("--models is for seeded networks; with --ckpt or --bundle leave it out")
     return settings
+
+
+def _with_defaults(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with the precisions that are usual on the device, where none are named."""
+    return {"precision": ON_CUDA} | chosen if chosen.get("device") == "cuda" else chosen
 
 
 def _parsed(name: str, value: Any) -> Any:
@@ -102,6 +122,11 @@ def _parsed(name: str, value: Any) -> Any:
     words = tuple(dict.fromkeys(word.strip() for word in value.split(",") if word.strip()))
     if name != "batch":
         return words
-    if not words or not all(word.isascii() and word.isdigit() and int(word) for word in words):
-        raise InputError(f"--batch is {value!r}; expected positive numbers, such as 1,8,64")
+    if not words or not all(_is_count(word) for word in words):
+        raise InputError(f"--batch is {value[:40]!r}; expected numbers from 1 to {_LARGEST_COUNT}, such as 1,8,64")
     return tuple(sorted({int(word) for word in words}))
+
+
+def _is_count(word: str) -> bool:
+    short = len(word) <= len(str(_LARGEST_COUNT))
+    return short and word.isascii() and word.isdigit() and 0 < int(word) <= _LARGEST_COUNT

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from repmlp_deploy.bench.counting.count import count_graph, count_network
 from repmlp_deploy.bench.counting.counts import Counts
 from repmlp_deploy.bench.settings import Settings
+from repmlp_deploy.bench.subjects.pytorch import open_trained, upstream_merge
 from repmlp_deploy.bench.subjects.seeding import seeded_network
 from repmlp_deploy.bench.subjects.table import SUBJECTS, Job, chosen_rows, why_not
 from repmlp_deploy.bundle import PROBE, ArtifactEntry, BatchRange, Bundle, describe_file
@@ -22,7 +23,7 @@ from repmlp_deploy.card import ModelCard, data_root, load_card
 from repmlp_deploy.convert.formats import FORMATS
 from repmlp_deploy.convert.pipeline import export
 from repmlp_deploy.convert.proof.probe import probe_inputs, record_probe
-from repmlp_deploy.convert.source.trained import load_trained
+from repmlp_deploy.convert.source.trained import find_interface
 from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.errors import InputError, RepMLPError
 from repmlp_deploy.nets.families import card_spec
@@ -49,6 +50,9 @@ class Target:
         shape: (C, H, W) of the input.
         batches: sizes its artifacts must serve.
         checkpoint: file with trained weights; None where only a bundle was given.
+        model: `timm:NAME[,…]`, for a network of timm.
+        input_name: of the network's input.
+        device: `cpu` or `cuda`.
         weights: where the weights are from, for the report.
         folder: for what is made.
         given: the bundle that was given instead of a checkpoint.
@@ -70,6 +74,9 @@ class Target:
     notes: list[str] = field(default_factory=list)
     wanted: tuple[tuple[str, str], ...] = ()
     calibration: Path | None = None
+    model: str | None = None
+    input_name: str = "images"
+    device: str = "cpu"
     _made: dict[tuple[str, str, str], Bundle | str] = field(default_factory=dict)
 
     def job(self, format_name: str, precision: str, threads: int, show: Show) -> Job:
@@ -79,7 +86,8 @@ class Target:
             Unavailable: it cannot be made; the message says why.
         """
         subject = SUBJECTS[format_name]
-        job = Job(format=format_name, precision=precision, threads=threads, card=self.card)
+        job = Job(format=format_name, precision=precision, threads=threads, card=self.card, model=self.model)
+        job = job.model_copy(update={"device": self.device})
         if subject.needs == "checkpoint":
             if self.checkpoint is None:
                 raise Unavailable("a bundle holds no trained network: pass --ckpt")
@@ -96,7 +104,7 @@ class Target:
         path = self.folder / PROBE
         if not path.is_file() and self.checkpoint is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            trained = load_trained(self.checkpoint, self.card)
+            trained = open_trained(self.checkpoint, self.card, self.model)
             path.write_bytes(record_probe(trained.network, probe_inputs(self.shape)).to_bytes())
         return path
 
@@ -104,9 +112,15 @@ class Target:
         """Count the trained, merged and folded PyTorch networks."""
         if self.checkpoint is None:
             return
-        trained = load_trained(self.checkpoint, self.card)
+        trained = open_trained(self.checkpoint, self.card, self.model)
         made = transform_and_prove(trained, "folded").value
         forms = {"trained": trained.network, "merged": made.merged, "folded": made.network}
+        if self.model is not None:
+            try:
+                forms["merged"] = transform_and_prove(trained, "merged", merge="hooks").value.merged
+            except RepMLPError as error:
+                del forms["merged"]
+                self.notes.append(f"{self.name}, merged: not counted: {error}")
         for graph, network in forms.items():
             try:
                 self.counts[graph] = count_network(network, self.shape)
@@ -132,7 +146,7 @@ class Target:
         others = [
             SUBJECTS[name].needs
             for name, other in self.wanted
-            if other == precision and SUBJECTS[name].graph == graph and why_not(name, other) is None
+            if other == precision and SUBJECTS[name].graph == graph and why_not(name, other, self.device) is None
         ]
         makable = {
             name for name, entry in FORMATS.items() if entry.needs != "form"
@@ -184,15 +198,18 @@ class Target:
         if PRECISIONS[precision].needs_calibration and self.calibration is not None:
             calibration = self.calibration
         elif PRECISIONS[precision].needs_calibration:
-            calibration = {"images": probe_inputs(self.shape, CALIBRATION_SAMPLES, CALIBRATION_SEED)}
+            calibration = {self.input_name: probe_inputs(self.shape, CALIBRATION_SAMPLES, CALIBRATION_SEED)}
             with_what = f"{CALIBRATION_SAMPLES} seeded inputs, not with images: see --calibration"
             note = f"{self.name}: {precision} is calibrated with {with_what}"
             self.notes += [] if note in self.notes else [note]
         return export(
             self.checkpoint,
             card=self.card,
+            model=self.model,
+            input_size=None if self.model is None else self.card.input_size,
             formats=artifacts,
             graph=graph,
+            merge=upstream_merge(self.model, graph),
             precision=precision,
             batch=self.batches,
             calibration=calibration,
@@ -204,7 +221,7 @@ class Target:
         """Store OpenVINO's artifact in 16 bits, from the verified float32 graph; the row itself is compared later."""
         verified = self._bundle("onnx", "folded", "fp32", show)
         show(f"{self.name}: storing the folded graph in {precision}")
-        shapes = {"images": self.shape}
+        shapes = {self.input_name: self.shape}
         graph = verified.read(verified.artifact("onnx"))
         ir = import_module("repmlp_deploy.convert.formats.openvino").build_ir(
             graph, precision=precision, batch=self.batches, inputs=shapes
@@ -233,7 +250,8 @@ def find_targets(settings: Settings, folder: Path) -> list[Target]:
     """
     targets = _targets(settings, folder)
     for target in targets:
-        target.wanted = tuple(chosen_rows(settings.formats, settings.precision))
+        target.wanted = tuple(chosen_rows(settings.formats, settings.precision, settings.device))
+        target.device = settings.device
         target.calibration = settings.calibration
     return targets
 
@@ -244,12 +262,26 @@ def _targets(settings: Settings, folder: Path) -> list[Target]:
     if settings.bundle is not None:
         return [_target_of_bundle(Bundle.load(settings.bundle), settings, folder)]
     if settings.ckpt is not None:
-        trained = load_trained(settings.ckpt)
-        shape = (card_spec(trained.card).in_channels, *trained.card.input_size)
-        notes = [f"{trained.card.name}: {note}" for note in trained.notes]
+        card = None if settings.card is None else load_card(settings.card)
+        trained = open_trained(settings.ckpt, card, settings.model)
+        interface = find_interface(trained)
+        shape = tuple(interface.examples[0].shape[1:])
+        said = [*(f"warning: {warning}" for warning in trained.warnings), *trained.notes]
+        notes = [f"{trained.card.name}: {note}" for note in said]
         name = trained.card.name
         return [
-            Target(name, trained.card, shape, batches, settings.ckpt, str(settings.ckpt), folder / name, notes=notes)
+            Target(
+                name,
+                trained.card,
+                shape,
+                batches,
+                settings.ckpt,
+                str(settings.ckpt),
+                folder / name,
+                notes=notes,
+                model=settings.model,
+                input_name=interface.inputs[0],
+            )
         ]
     return [_target_of_card(load_card(name), batches, folder) for name in settings.models]
 
@@ -275,10 +307,11 @@ def _target_of_bundle(bundle: Bundle, settings: Settings, folder: Path) -> Targe
             f"{manifest.batch.min} to {manifest.batch.max}: export it with another --batch"
         )
     shape = tuple(edge for edge in manifest.input.shape[1:] if edge is not None)
+    height, width = (edge or 1 for edge in manifest.image_size)
     card = ModelCard(
         name=manifest.name,
         family=manifest.family,
-        input_size=(shape[1], shape[2]),
+        input_size=(height, width),
         network={},
         preprocessing=manifest.preprocessing,
     )

@@ -30,7 +30,7 @@ from repmlp_deploy.bench.subjects.table import SUBJECTS, Job, OpenedSubject, ope
 from repmlp_deploy.bundle import Probe
 from repmlp_deploy.errors import InputError, RepMLPError
 from repmlp_deploy.numerics import TOLERANCES, allowed_error, compare, noise_floor
-from repmlp_deploy.runtime.images import preprocess, to_image
+from repmlp_deploy.runtime.images import levels_of, network_input
 from repmlp_deploy.runtime.predictor import predictions_from_logits
 
 __all__ = ["Worker", "image_like", "main", "synthetic_jpeg"]
@@ -39,6 +39,7 @@ PICTURE = (375, 500)
 """(H, W) of the JPEG of end-to-end rows: the usual size of an ImageNet photograph."""
 
 _PROFILED_CALLS = 10
+_DEVICE_CALLS = 30
 
 
 class Worker:
@@ -47,7 +48,7 @@ class Worker:
     def __init__(self) -> None:
         self._job: Job | None = None
         self._subject: OpenedSubject | None = None
-        self._inputs: dict[int, NDArray[np.float32]] = {}
+        self._inputs: dict[int, NDArray[Any]] = {}
 
     def load(self, job: dict[str, Any], shape: list[int], batch: int) -> dict[str, Any]:
         """Import the runtime, open the subject, run it once: the cold start."""
@@ -77,6 +78,7 @@ class Worker:
         result = compare(self._opened.run(recorded.inputs), recorded.reference)
         precision = "fp32" if self._job is None else self._job.precision
         floor = noise_floor(recorded.float32, recorded.reference)
+        precision = "fp16" if precision == "tf32" else precision  # both keep 10 bits of mantissa
         allowed = allowed_error(precision, floor) if precision in TOLERANCES else None
         return Error(max_abs=result.max_abs, max_rel=result.max_rel, top1=result.top1, allowed=allowed).model_dump()
 
@@ -93,13 +95,22 @@ class Worker:
         """Return the peak of resident memory since the last warm-up, in bytes."""
         return machine.peak_bytes()
 
+    def device(self, batch: int) -> dict[str, float]:
+        """Return the milliseconds of a batch by the device's own clock under its name; nothing without such a clock."""
+        found = self._opened.device_ms(self._batch(batch), _DEVICE_CALLS)
+        return {} if found is None else {f"device_ms at batch {batch}": found}
+
     def profile(self, batch: int) -> list[dict[str, Any]]:
         """Return milliseconds per call by stage and kind of operation."""
         return [line.model_dump() for line in self._opened.profile(self._batch(batch), _PROFILED_CALLS)]
 
     @staticmethod
-    def peaks(threads: int) -> dict[str, Any]:
-        """Measure what the machine can do at best."""
+    def peaks(threads: int, device: str = "cpu") -> dict[str, Any]:
+        """Measure what the machine, or its GPU, can do at best."""
+        if device == "cuda":
+            from repmlp_deploy.bench.subjects.gpu_peaks import measure_gpu_peaks  # noqa: PLC0415 - see below
+
+            return measure_gpu_peaks().model_dump()
         from repmlp_deploy.bench.measure.peaks import measure_peaks  # noqa: PLC0415 - torch is not for every worker
 
         return measure_peaks(threads).model_dump()
@@ -110,10 +121,16 @@ class Worker:
             raise InputError("no subject is loaded")
         return self._subject
 
-    def _batch(self, size: int) -> NDArray[np.float32]:
-        """Return inputs that look like normalised images, the same in every process."""
+    def _batch(self, size: int) -> NDArray[Any]:
+        """Return inputs that look like images, the same in every process; levels if the graph normalises."""
         if size not in self._inputs:
-            self._inputs = {size: image_like(self._shape, size)}  # one size at a time: they count as memory
+            how = None if self._job is None or self._job.card is None else self._job.card.preprocessing
+            if how is not None and how.input == "uint8":
+                height, width, channels = self._shape
+                inputs: NDArray[Any] = levels_of(image_like((channels, height, width), size), how)
+            else:
+                inputs = image_like(self._shape, size)
+            self._inputs = {size: inputs}  # one size at a time: they count as memory
         return self._inputs[size]
 
     def _call(self, batch: int, mode: str) -> Callable[[], object]:
@@ -128,7 +145,7 @@ class Worker:
         files = [pictures[i % len(pictures)] for i in range(batch)]
 
         def predict() -> object:
-            stacked = np.stack([preprocess(to_image(file), how) for file in files])
+            stacked = np.stack([network_input(file, how)[0] for file in files])
             return predictions_from_logits(subject.run(stacked), None)
 
         return predict
@@ -155,7 +172,7 @@ def synthetic_jpeg(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-COMMANDS = ("load", "check", "warm", "time", "memory", "profile", "peaks")
+COMMANDS = ("load", "check", "warm", "time", "memory", "profile", "peaks", "device")
 
 
 def main() -> None:

@@ -202,7 +202,7 @@ def test_a_child_that_dies_is_a_row_and_not_the_end(digits_bundle, monkeypatch):
 def _bench(*arguments):
     app = typer.Typer(add_completion=False)
     app.command()(bench_command)
-    return _run(app, list(arguments))
+    return _run(typer.main.get_command(app), list(arguments))
 
 
 def test_the_command_writes_every_report_and_compares(tmp_path, monkeypatch, capsys):
@@ -241,3 +241,12 @@ def test_an_interrupted_command_reports_and_ends_with_130(monkeypatch, capsys):
 
 def test_a_saved_bundle_is_left_alone(digits_bundle):
     assert Bundle.load(digits_bundle.folder).manifest == digits_bundle.manifest
+
+
+def test_no_step_begins_after_the_limit(monkeypatch):
+    """Making bundles takes longest: it counts too, and rows that were not made say why."""
+    monkeypatch.setattr(session._Session, "_measure_peaks", lambda _self: None)
+    found = run_benchmark(SETTINGS.model_copy(update={"limit_seconds": 0.001}), lambda _: None)
+    assert {row.status for row in found.rows} == {"unavailable"}
+    reasons = {row.reason for row in found.rows if row.format != "trt"}
+    assert reasons == {"the limit of 0.001 s was reached before it was made: raise --limit"}

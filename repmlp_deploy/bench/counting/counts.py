@@ -31,7 +31,7 @@ from repmlp_deploy.precision import PRECISIONS
 
 __all__ = ["WIDTHS", "Counts", "OpCount", "stage_of"]
 
-WIDTHS = {name: entry.bytes_per_weight for name, entry in PRECISIONS.items()}
+WIDTHS = {name: entry.bytes_per_weight for name, entry in PRECISIONS.items()} | {"tf32": 4}
 """Bytes of one element of a weight or an activation."""
 
 _STAGES = (

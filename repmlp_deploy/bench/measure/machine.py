@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import repmlp_deploy
 from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.errors import MissingDependency
+from repmlp_deploy.runtime.cpus import usable_cpus
 
 try:
     import psutil
@@ -39,7 +39,7 @@ _TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "
 
 def usable_cores() -> int:
     """Return how many cores this process may run on; physical ones if the system tells them apart."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = usable_cpus()
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 

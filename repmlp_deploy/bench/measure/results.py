@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from repmlp_deploy.bench.counting.counts import Counts
 from repmlp_deploy.bench.measure.timing import Ratio, Rounds, Summary, Warmup
 from repmlp_deploy.errors import InputError
+from repmlp_deploy.files import read_text
 
 __all__ = [
     "SCHEMA",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 SCHEMA = 1
+
+_LARGEST_REPORT_BYTES = 1 << 28
 
 
 class _Frozen(BaseModel):
@@ -221,12 +224,14 @@ def load_report(path: Path) -> Report:
         InputError: it is not there, or is none.
     """
     try:
-        return Report.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        return Report.from_json(read_text(path, _LARGEST_REPORT_BYTES))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
         raise InputError(
             f"{path} is no report of repmlp-bench (schema {SCHEMA}): {where}: {first['msg']}; make one with --json"
         ) from None
+    except ValueError as error:  # of which ValidationError is one
+        raise InputError(f"{path} cannot be read: {error}") from None

@@ -6,7 +6,7 @@ from importlib.resources import files
 
 from repmlp_deploy.bench.measure.results import Report, Row
 from repmlp_deploy.bench.report.plots import report_plots
-from repmlp_deploy.bench.report.tables import conventions, facts, tables
+from repmlp_deploy.bench.report.tables import conventions, facts, tables, times
 from repmlp_deploy.errors import MissingDependency
 
 try:
@@ -51,7 +51,7 @@ def _headline(base: str, best: Row) -> str:
     told = f"{best.model}, batch {best.batch}: {best.name} is fastest with {_median_ms(best):.3g} ms a call"
     ratio = best.ratio
     if ratio is not None and ratio.low is not None and ratio.high is not None:
-        told += f", {ratio.value:.3g} times as fast as {base} (95 %: {ratio.low:.3g} to {ratio.high:.3g})"
+        told += f", {times(ratio.value)} as fast as {base} (95 %: {times(ratio.low)} to {times(ratio.high)})"
     if best.error is not None:
         told += f"; its logits are within {best.error.max_abs:.1e} of the trained network's"
     return f"{told}."

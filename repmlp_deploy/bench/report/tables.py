@@ -10,7 +10,7 @@ from typing import Any
 
 from repmlp_deploy.bench.measure.results import Report, Row
 
-__all__ = ["Table", "conventions", "facts", "groups", "tables", "to_csv", "to_markdown"]
+__all__ = ["Table", "conventions", "facts", "groups", "tables", "times", "to_csv", "to_markdown"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,14 @@ class Table:
 
 
 def tables(report: Report) -> list[Table]:
-    """Return every table of the report: latency by group, cold start with memory and proof, counts, profile."""
-    found = [_latency_table(report, title, rows) for title, rows in groups(report)]
+    """Return every table: latency by group, what did not run, cold start with memory and proof, counts, profile."""
+    found = [
+        _latency_table(report, title, rows)
+        for title, rows in groups(report)
+        if any(row.summary is not None for row in rows)
+    ]
+    if any(row.summary is None for row in report.rows):
+        found.append(_missing_table(report))
     found.append(_proof_table(report))
     if any(report.counts.values()):
         found.append(_counts_table(report))
@@ -101,22 +107,29 @@ def _load(env: dict[str, Any]) -> str:
 def _latency_table(report: Report, title: str, rows: Sequence[Row]) -> Table:
     columns = (
         *("format", "calls", "p50 ms", "p90", "p95", "p99", "min", "max", "mean"),
-        *("images/s", "vs base, or why not", "error", "of roof", "peak MB"),
+        *("images/s", "vs base", "error", "of roof", "peak MB"),
     )
+    rows = [row for row in rows if row.summary is not None]
     first = next((row for row in rows if row.format == report.baseline and row.summary), None)
-    first = first or next((row for row in rows if row.summary), None)
+    first = first or next(iter(rows), None)
     return Table(title, columns, tuple(_latency_cells(row, base=row is first) for row in rows))
+
+
+def _missing_table(report: Report) -> Table:
+    """Return one line per row that has no figures, with its reason: once, where several batches share it."""
+    missing = [(row.model, row.name, row.reason) for row in report.rows if row.summary is None]
+    return Table("not measured", ("model", "format", "why"), tuple(dict.fromkeys(missing)), left=3)
 
 
 def _latency_cells(row: Row, *, base: bool) -> tuple[str, ...]:
     s, roof = row.summary, row.roofline
     if s is None:
-        return (row.name, *[""] * 9, row.reason, *[""] * 3)
-    times = (s.p50_ms, s.p90_ms, s.p95_ms, s.p99_ms, s.min_ms, s.max_ms, s.mean_ms)
+        raise AssertionError("a row without figures is in the table of what was not measured")
+    latencies = (s.p50_ms, s.p90_ms, s.p95_ms, s.p99_ms, s.min_ms, s.max_ms, s.mean_ms)
     return (
         row.name,
         str(s.calls),
-        *(_ms(ms) for ms in times),
+        *(_ms(ms) for ms in latencies),
         f"{s.images_per_s:.1f}" if s.images_per_s < 100 else f"{s.images_per_s:.0f}",  # noqa: PLR2004 - three digits do
         "base" if base else _ratio(row),
         "" if row.error is None else f"{row.error.max_abs:.1e}",
@@ -135,15 +148,16 @@ def _ratio(row: Row) -> str:
     ratio = row.ratio
     if ratio is None:
         return ""
-    value = _times(ratio.value)
+    value = times(ratio.value)
     if ratio.low is None or ratio.high is None:
         return f"{value} (one round)"
     mark = "≈ " if ratio.verdict == "not distinguishable" else ""
-    return f"{mark}{value} ({_times(ratio.low)}–{_times(ratio.high)})"
+    return f"{mark}{value} ({times(ratio.low)}–{times(ratio.high)})"
 
 
-def _times(value: float) -> str:
-    return f"{value:.2f}×" if value < 10 else f"{value:.1f}×" if value < 100 else f"{value:.0f}×"  # noqa: PLR2004 - three digits do
+def times(value: float) -> str:
+    """Return a ratio such as `3.42×`, with three digits and never an exponent."""
+    return f"{value:.2f}×" if value < 10 else f"{value:.1f}×" if value < 100 else f"{value:,.0f}×"  # noqa: PLR2004 - three digits do
 
 
 def _proof_table(report: Report) -> Table:

@@ -19,7 +19,7 @@ from repmlp_deploy.runtime.slices import slices_of
 
 __all__ = ["BundleSubject", "open_bundle"]
 
-_ON_CPU = ("onnx",)
+_ON_DEVICE = ("onnx",)  # the device of the others is the artifact's
 
 
 def open_bundle(job: Job) -> BundleSubject:
@@ -29,6 +29,16 @@ def open_bundle(job: Job) -> BundleSubject:
     return BundleSubject(Bundle.load(job.bundle), job)
 
 
+def why_no_cuda() -> str | None:
+    """Return why this ONNX Runtime does not run on a GPU; None if it may."""
+    import onnxruntime as ort  # noqa: PLC0415 - engines run without it
+
+    name = "CUDAExecutionProvider"
+    if name in ort.get_available_providers():
+        return None
+    return f'ONNX Runtime here has no {name}: pip uninstall onnxruntime && pip install "repmlp-deploy[gpu]"'
+
+
 class BundleSubject:
     """One artifact of a bundle."""
 
@@ -36,7 +46,8 @@ class BundleSubject:
         artifact = SUBJECTS[job.format].needs
         self._job = job
         self._bundle = bundle
-        self._runner = open_runner(bundle, artifact, RunnerOptions("cpu" if artifact in _ON_CPU else None, job.threads))
+        device = job.device if artifact in _ON_DEVICE else None
+        self._runner = open_runner(bundle, artifact, RunnerOptions(device, job.threads))
         self.proof: dict[str, Any] = {
             **self._runner.details,
             "device": self._runner.device,
@@ -48,6 +59,10 @@ class BundleSubject:
         """Run a batch: (N, C, H, W) float32 -> (N, classes) float32."""
         return self._runner.run(batch)
 
+    def device_ms(self, batch: NDArray[np.float32], calls: int) -> None:
+        """Return nothing: runners give arrays of the host, and no events of a stream."""
+        del batch, calls
+
     def profile(self, batch: NDArray[np.float32], calls: int) -> list[ProfileLine]:
         """Return milliseconds per call from ONNX Runtime's own profiler, in a session of its own."""
         import onnxruntime as ort  # noqa: PLC0415 - the profiler is not part of the runner
@@ -58,7 +73,7 @@ class BundleSubject:
             profile_lines,
         )
 
-        if self._bundle.folder is None or self._runner.format != "onnx":
+        if self._bundle.folder is None or self._runner.format != "onnx" or self._job.device != "cpu":
             return []
         model = self._bundle.folder / self._bundle.artifact("onnx").path
         settings = ort.SessionOptions()

@@ -52,6 +52,10 @@ class IRSubject:
         """Run a batch: (N, C, H, W) float32 -> (N, classes) float32, an array the caller owns."""
         return self._runner.run(batch)
 
+    def device_ms(self, batch: NDArray[np.float32], calls: int) -> None:
+        """Return nothing: a CPU has no clock of its own."""
+        del batch, calls
+
     def profile(self, batch: NDArray[np.float32], calls: int) -> list[ProfileLine]:
         """Return milliseconds per call from OpenVINO's performance counters, in a model of its own."""
         from repmlp_deploy.bench.measure.profiling import (  # noqa: PLC0415 - onnx is no part of what is measured

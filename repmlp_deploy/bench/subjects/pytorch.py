@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,30 +12,64 @@ from numpy.typing import NDArray
 from torch import nn
 
 from repmlp_deploy.bench.measure.results import ProfileLine
-from repmlp_deploy.bench.subjects.table import Job
+from repmlp_deploy.bench.subjects.cuda import CudaNetwork
+from repmlp_deploy.bench.subjects.table import Job, OpenedSubject
+from repmlp_deploy.card import ModelCard
 from repmlp_deploy.convert.reparam.merge import upstream_form
-from repmlp_deploy.convert.source.trained import Trained, load_trained
+from repmlp_deploy.convert.source.trained import SourceRequest, Trained, load_own, load_trained
 from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.errors import InputError
 
-__all__ = ["NetworkSubject", "open_network"]
+__all__ = ["NetworkSubject", "open_network", "open_trained", "upstream_merge"]
+
+
+def upstream_merge(model: str | None, graph: str) -> str:
+    """Return what merges a row's network: its own package for the merged graph of a network of timm."""
+    return "hooks" if model is not None and graph == "merged" else "auto"
+
+
+def upstream_network(trained: Trained) -> nn.Module:
+    """Return the network as its own package merges it."""
+    merge = upstream_merge(trained.model, "merged")
+    return transform_and_prove(trained, "merged", merge=merge).value.network
+
 
 FORMS: dict[str, Callable[[Trained], nn.Module]] = {
     "torch-trained": lambda trained: upstream_form(trained.network),
-    "torch-merged": lambda trained: transform_and_prove(trained, "merged").value.network,
-    "torch-compile": lambda trained: transform_and_prove(trained, "merged").value.network,
+    "torch-merged": upstream_network,
+    "torch-compile": upstream_network,
     "torch-folded": lambda trained: transform_and_prove(trained, "folded").value.network,
 }
 """Format to what makes its network from the trained one; every row is compared with the probe before it is timed."""
 
 
-def open_network(job: Job) -> NetworkSubject:
+def open_trained(
+    checkpoint: str | Path, card: ModelCard | None, model: str | None = None, *, allow_merged: bool = False
+) -> Trained:
+    """Load the trained network of a family, or of timm.
+
+    Args:
+        checkpoint: the file.
+        card: what the network is.
+        model: `timm:NAME[,…]`, for a network of timm.
+        allow_merged: see `load_trained`.
+    """
+    if model is None:
+        return load_trained(checkpoint, card, allow_merged=allow_merged)
+    size = None if card is None else card.input_size
+    return load_own(checkpoint, SourceRequest(card=card, input_size=size, model=model, allow_merged=allow_merged))
+
+
+def open_network(job: Job) -> OpenedSubject:
     """Load the job's network from its checkpoint and transform it."""
     if job.checkpoint is None:
         raise InputError(f"{job.format} needs a checkpoint")
     torch.set_num_threads(job.threads)
-    trained = load_trained(job.checkpoint, job.card, allow_merged=True)
-    return NetworkSubject(FORMS[job.format](trained), compiled=job.format == "torch-compile")
+    trained = open_trained(job.checkpoint, job.card, job.model, allow_merged=True)
+    network, compiled = FORMS[job.format](trained), job.format == "torch-compile"
+    if job.device == "cuda":
+        return CudaNetwork(network, job.precision, compiled=compiled)
+    return NetworkSubject(network, compiled=compiled)
 
 
 class NetworkSubject:
@@ -56,6 +91,10 @@ class NetworkSubject:
         with torch.inference_mode():
             output: NDArray[np.float32] = self._network(torch.from_numpy(batch)).numpy()
         return output
+
+    def device_ms(self, batch: NDArray[np.float32], calls: int) -> None:
+        """Return nothing: a CPU has no clock of its own."""
+        del batch, calls
 
     def profile(self, batch: NDArray[np.float32], calls: int) -> list[ProfileLine]:
         """Return nothing: PyTorch rows are not profiled."""
