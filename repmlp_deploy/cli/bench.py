@@ -17,17 +17,21 @@ from repmlp_deploy.cli.shared.console import (
     print_json,
     print_line,
     print_table,
-    progress,
     run_command,
     typer,
 )
+from repmlp_deploy.cli.shared.progress import progress
 from repmlp_deploy.errors import InputError, OutputError, VerificationError
+from repmlp_deploy.files import replace_file
 from repmlp_deploy.precision import PRECISIONS
+from repmlp_deploy.text import escape_document
 
 if TYPE_CHECKING:
     from repmlp_deploy.bench.measure.results import Report
 
 __all__ = ["main"]
+
+_LARGEST_THRESHOLD = 10_000
 
 
 def main() -> None:
@@ -40,16 +44,25 @@ def bench_command(  # noqa: PLR0913 - one per option
     formats: Annotated[
         str | None, typer.Option(help="Formats, comma-separated; default: all but torch-folded, torch-compile.")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help=f"Of {', '.join(PRECISIONS)}; default fp32,bf16.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"Of {', '.join(PRECISIONS)}; default fp32,bf16; also tf32 with cuda.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda", help="Where rows run; default cpu. cuda needs an NVIDIA GPU.")
+    ] = None,
     batch: Annotated[str | None, typer.Option(help="Images a call, comma-separated; default 1.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference; default: all cores.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Of timing a row; default 8.")] = None,
-    limit: Annotated[float | None, typer.Option(help="Seconds for the whole run; default 320.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Seconds after which no step begins; default 320.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Format that ratios are against; default torch-merged.")] = None,
     idle: Annotated[float | None, typer.Option(metavar="MS", help="Also with a gap of MS before every call.")] = None,
     end_to_end: Annotated[bool | None, typer.Option("--end-to-end", help="Also from JPEG bytes to classes.")] = None,
     profile: Annotated[bool | None, typer.Option("--profile", help="Also time per stage and operation.")] = None,
     ckpt: Annotated[Path | None, typer.Option(help="Trained checkpoint to measure.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="timm:NAME[,KEY=VALUE…]", help="The network of timm that --ckpt is for.")
+    ] = None,
+    card: Annotated[str | None, typer.Option(help="Card of --ckpt; default: inferred.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="Bundle to measure; no PyTorch rows.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Images or .npz that int8 is calibrated with; default: seeded inputs.")
@@ -69,6 +82,7 @@ def bench_command(  # noqa: PLR0913 - one per option
         "models": models,
         "formats": formats,
         "precision": precision,
+        "device": device,
         "batch": batch,
         "threads": threads,
         "seconds": seconds,
@@ -78,11 +92,13 @@ def bench_command(  # noqa: PLR0913 - one per option
         "end_to_end": end_to_end,
         "profile": profile,
         "ckpt": ckpt,
+        "model": model,
+        "card": card,
         "bundle": bundle,
         "calibration": calibration,
     }
-    if threshold <= 0:
-        raise InputError(f"--threshold is {threshold:g}; it must be positive")
+    if not 0 < threshold <= _LARGEST_THRESHOLD:
+        raise InputError(f"--threshold is {threshold:g}; expected percents, up to {_LARGEST_THRESHOLD}")
     old, report = _measured(suite, given, outputs, compare)
     _print_report(report, outputs)
     if old is not None:
@@ -172,6 +188,9 @@ def _check_writable(path: Path | None) -> None:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        if path.exists() and not path.is_file():  # a pipe or a device
+            path.write_text(escape_document(text), encoding="utf-8")
+        else:
+            replace_file(path, escape_document(text).encode())
     except OSError as error:
         raise OutputError(f"could not write {path}: {error.strerror or error}") from None

@@ -7,8 +7,9 @@ from typing import Annotated
 
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.cli.shared import engine_options as words
-from repmlp_deploy.cli.shared.console import print_json, print_line, progress, run_command, typer
+from repmlp_deploy.cli.shared.console import print_json, print_line, run_command, typer
 from repmlp_deploy.cli.shared.engine_report import print_engines
+from repmlp_deploy.cli.shared.progress import progress
 from repmlp_deploy.convert.formats import parse_formats
 from repmlp_deploy.convert.options import parse_profiles
 from repmlp_deploy.errors import InputError

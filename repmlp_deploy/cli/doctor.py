@@ -8,7 +8,8 @@ from typing import Annotated
 
 from repmlp_deploy import __version__
 from repmlp_deploy.cli.shared.capabilities import describe_cpu, find_capabilities
-from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, progress, run_command, typer
+from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, run_command, typer
+from repmlp_deploy.cli.shared.progress import progress
 
 __all__ = ["main"]
 

@@ -19,21 +19,49 @@ from repmlp_deploy.cli.shared import process
 from repmlp_deploy.errors import MissingDependency, missing_dependency
 from repmlp_deploy.text import printable
 
-__all__ = ["COMMANDS", "bench", "build", "doctor", "evaluate", "export", "inspect", "main", "predict", "run", "verify"]
+__all__ = [
+    "COMMANDS",
+    "bench",
+    "build",
+    "doctor",
+    "evaluate",
+    "export",
+    "inspect",
+    "main",
+    "map_",
+    "pack",
+    "predict",
+    "run",
+    "serve",
+    "verify",
+]
 
 COMMANDS = MappingProxyType(
     {
-        "export": "Merge a trained network, prove the result equal to it, and write a bundle.",
+        "export": "Merge a trained network, prove the result, and write a bundle.",
         "predict": "Run a bundle on images.",
-        "verify": "Check a bundle against the trained network's outputs on this machine.",
+        "verify": "Compare a bundle with the trained network on this machine.",
         "inspect": "Describe a checkpoint or a bundle.",
         "eval": "Score a bundle on labelled data.",
+        "map": "Write predictions for any number of images to a parquet file.",
+        "serve": "Answer requests over HTTP and gRPC, by the Open Inference Protocol.",
+        "pack": "Write a model repository for Triton, OpenVINO or KServe.",
         "build": "Add engines to a bundle, or replace its weights.",
         "bench": "Measure latency, memory and multiply-adds in every format.",
         "doctor": "List what this machine can run and build.",
     }
 )
 """Command to what it does: a module of its name in this folder has `main`."""
+
+STAGES = MappingProxyType(
+    {
+        "Make a bundle": ("inspect", "export", "build"),
+        "Check it": ("verify", "eval", "bench"),
+        "Run it": ("predict", "serve", "map", "pack"),
+        "This machine": ("doctor",),
+    }
+)
+"""What a user does, in this order, to the commands for it; those that this installation has not are left out."""
 
 USAGE = 2
 
@@ -50,6 +78,8 @@ def main() -> NoReturn:
     if not given or given[0] in {"-h", "--help"}:
         sys.stdout.write(_help())
         raise SystemExit(0 if given else USAGE)
+    if given[0] == "--completion":
+        _print_completion(given[1:])
     near = difflib.get_close_matches(given[0][:100], COMMANDS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
     sys.stderr.write(f"error: no command {printable(given[0], 100)!r}; {hint}\n")
@@ -83,11 +113,37 @@ def _program() -> str:
     return "python -m repmlp_deploy" if name == "__main__.py" else name
 
 
+def _print_completion(given: list[str]) -> NoReturn:
+    """Print the completion script of a shell."""
+    from repmlp_deploy.cli.shared.completion import SHELLS, completion_script  # noqa: PLC0415 - loads every command
+
+    if len(given) != 1 or given[0] not in SHELLS:
+        sys.stderr.write(f"error: --completion takes the name of a shell: {', '.join(SHELLS)}\n")
+        raise SystemExit(USAGE)
+    sys.stdout.write(completion_script(given[0]))
+    raise SystemExit(0)
+
+
 def _help() -> str:
+    """Return the map of all commands, by what a user does with them."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
-    usage = f"Usage: {_program()} COMMAND [OPTIONS]\n       {_program()} COMMAND --help | --version"
-    return "\n".join([usage, "", "Commands:", *lines, ""])
+    staged = {name for names in STAGES.values() for name in names}
+    stages = {**STAGES, "Others": tuple(name for name in COMMANDS if name not in staged)}
+    lines = [f"Usage: {_program()} COMMAND [OPTIONS]", ""]
+    lines += [
+        "  From a trained checkpoint to a bundle that is proved equal to it, and from",
+        "  there into service.",
+        "",
+    ]
+    for title, names in stages.items():
+        known = [f"  {name:{width}}  {COMMANDS[name]}" for name in names if name in COMMANDS]
+        lines += [f"{title}:", *known, ""] if known else []
+    lines += ["Options:"]
+    lines += ["  -V, --version       Print the version and exit."]
+    lines += ["  --completion SHELL  Print the completion script for bash, zsh or fish."]
+    lines += ["  -h, --help          Show this message and exit.", ""]
+    lines += [f"Options and examples of a command: {_program()} COMMAND --help", ""]
+    return "\n".join(lines)
 
 
 bench = partial(run, "bench")
@@ -96,5 +152,8 @@ doctor = partial(run, "doctor")
 evaluate = partial(run, "eval")
 export = partial(run, "export")
 inspect = partial(run, "inspect")
+map_ = partial(run, "map")
+pack = partial(run, "pack")
 predict = partial(run, "predict")
+serve = partial(run, "serve")
 verify = partial(run, "verify")

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from repmlp_deploy.bundle import Bundle, hash_file
-from repmlp_deploy.cli.shared.console import INTERRUPTED, print_json, print_line, print_table, run_command, typer
+from repmlp_deploy.cli.shared.console import (
+    INTERRUPTED,
+    print_json,
+    print_line,
+    print_table,
+    print_warnings,
+    run_command,
+    typer,
+)
+from repmlp_deploy.cli.shared.progress import counting
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.evaluation.datasets import Dataset, read_dataset
-from repmlp_deploy.evaluation.loop import TRAINED, Evaluation, Progress, Run, evaluate, state_folder, state_key
+from repmlp_deploy.evaluation.loop import (
+    TRAINED,
+    Evaluation,
+    Run,
+    discard_state,
+    evaluate,
+    state_folder,
+    state_key,
+)
+from repmlp_deploy.runtime.images import normalised
 from repmlp_deploy.runtime.predictor import Predictor
 
 __all__ = ["main"]
 
-_LINE_SECONDS = 5.0
 _SHARES = ("top1", "top5", "mean_iou", "pixel_accuracy", "accuracy", "deviation")
 
 
@@ -58,6 +71,7 @@ def eval_command(  # noqa: PLR0913 - one per option
         if value is not None and value < 1:
             raise InputError(f"{option} is {value}; it must be at least 1")
     loaded = Bundle.load(bundle)
+    print_warnings(loaded.manifest.warnings)
     dataset = read_dataset(data, loaded.manifest)
     wanted = [None] if formats is None else list(dict.fromkeys(part.strip() for part in formats.split(",")))
     with ExitStack() as stack:
@@ -71,7 +85,7 @@ def eval_command(  # noqa: PLR0913 - one per option
             runs[TRAINED] = _trained_run(ckpt, loaded)
         file = state if state is not None else state_folder() / f"{key[:32]}.json"
         if fresh:
-            file.unlink(missing_ok=True)
+            discard_state(file)
         how = {"batch": batch, "workers": workers, "skip_unreadable": skip_unreadable}
         found = _evaluated(runs, loaded, dataset, file, key, how)
     about = {"bundle": str(bundle), "task": loaded.manifest.task, "data": str(data), "read": dataset.remark}
@@ -89,7 +103,11 @@ def _evaluated(  # noqa: PLR0913 - what an evaluation is of, and where it can go
 ) -> Evaluation:
     """Run the evaluation with a progress display; after an interruption, say where it can go on."""
     try:
-        with _progress() as show:
+        with counting() as count:
+
+            def show(done: int, total: int, scores: Mapping[str, Any]) -> None:
+                count(done, total, _brief(scores))
+
             return evaluate(runs, bundle.manifest, dataset, state_file=file, key=key, progress=show, **how)
     except KeyboardInterrupt:
         sys.stderr.write(f"error: interrupted; run again to go on from {file}\n")
@@ -107,7 +125,7 @@ def _trained_run(ckpt: Path, bundle: Bundle) -> Run:
     from repmlp_deploy.convert.source.trained import load_trained  # noqa: PLC0415 - loads torch
 
     trained = load_trained(ckpt, allow_merged=True)
-    network, takes = trained.network, bundle.manifest.input.shape[2:]
+    network, takes = trained.network, bundle.manifest.image_size
     if trained.card.input_size != takes or trained.card.task != bundle.manifest.task:
         size, wanted = "x".join(map(str, trained.card.input_size)), "x".join(map(str, takes))
         raise InputError(
@@ -115,31 +133,14 @@ def _trained_run(ckpt: Path, bundle: Bundle) -> Run:
             f"{bundle.manifest.task} {wanted}: give the checkpoint that the bundle was made of"
         )
 
+    how = bundle.manifest.preprocessing
+
     def run(batch: Any) -> Any:
+        batch = normalised(batch, how) if how.input == "uint8" else batch
         with torch.no_grad():
             return np.asarray(network(torch.from_numpy(batch)).numpy(), np.float32)
 
     return run
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Show a bar with the running score on a terminal, otherwise one line every few seconds."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        told = [time.monotonic()]
-
-        def line(done: int, total: int, scores: Mapping[str, Any]) -> None:
-            if done == total or time.monotonic() - told[0] >= _LINE_SECONDS:
-                told[0] = time.monotonic()
-                console.print(f"... {done} of {total}: {_brief(scores)}", highlight=False, markup=False)
-
-        yield line
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("reading", total=None)
-        yield lambda done, total, scores: bar.update(task, completed=done, total=total, description=_brief(scores))
 
 
 def _brief(scores: Mapping[str, Any]) -> str:

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from repmlp_deploy.bundle import Bundle, GraphRecord, Hop, Manifest, Verdict
+from repmlp_deploy.bundle import Bundle
+from repmlp_deploy.cli.shared import description as said
 from repmlp_deploy.cli.shared import engine_options as words
 from repmlp_deploy.cli.shared import export_options as asked
-from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, progress, run_command
-from repmlp_deploy.cli.shared.engine_report import print_engines
+from repmlp_deploy.cli.shared.bundle_report import print_details, print_summary
+from repmlp_deploy.cli.shared.console import print_json, print_warnings, run_command
+from repmlp_deploy.cli.shared.progress import Phases, progress
 from repmlp_deploy.convert.formats import parse_formats
 from repmlp_deploy.convert.options import (
+    DEFAULT_OPSET,
     GRAPHS,
     parse_profiles,
     parse_size,
     require_choice,
     whole_range,
 )
-from repmlp_deploy.numerics import TOLERANCES
 from repmlp_deploy.precision import PRECISIONS
 
-__all__ = ["main", "print_hops", "print_report", "print_verdict"]
-
-_ROUND = 100.0  # margins from here on are whole numbers
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -36,12 +35,16 @@ def main() -> None:
 def export_command(  # noqa: PLR0913 - one per option
     ckpt: asked.Checkpoint,
     module: asked.Module = None,
+    model: asked.Model = None,
     card: asked.Card = None,
     input_size: asked.InputSize = None,
     formats: asked.Formats = "onnx",
     graph: asked.Graph = "folded",
+    merge: asked.Merge = "auto",
+    input_type: asked.Input = "float32",
     precision: asked.Precision = "fp32",
     batch: asked.Batch = "1:8:64",
+    opset: asked.Opset = DEFAULT_OPSET,
     workspace_gb: words.WorkspaceGb = None,
     tf32: words.Tf32 = False,
     optimization_level: words.OptimizationLevel = None,
@@ -57,8 +60,17 @@ def export_command(  # noqa: PLR0913 - one per option
     keep_fp32: asked.KeepFp32 = None,
     sensitivity: asked.Sensitivity = False,
     weights: asked.Weights = None,
+    state_key: asked.StateKey = None,
+    ignore: asked.Ignore = None,
+    mean: said.Mean = None,
+    std: said.Std = None,
+    resize: said.ResizeTo = None,
+    crop: said.Crop = None,
+    labels: said.Labels = None,
+    scores: said.ScoresOf = None,
     out: asked.Out = None,
     allow_merged: asked.AllowMerged = False,
+    details: asked.Details = False,
     json: asked.Json = False,
     debug: asked.Debug = False,  # noqa: ARG001 - read by console
 ) -> None:
@@ -68,135 +80,49 @@ def export_command(  # noqa: PLR0913 - one per option
     reach = words.Reach(version_compatible, hardware_compatible, compute_capability, refittable, strip_weights)
     choices = {
         "module": module,
+        "model": model,
         "card": card,
         "input_size": None if input_size is None else parse_size(input_size),
         "formats": wanted,
         "graph": graph,
+        "merge": merge,
+        "input": input_type,
         "precision": precision,
         "batch": whole_range(profiles),
+        "opset": opset,
         "engine": words.read_engine_options(wanted, profiles if len(profiles) > 1 else (), tuning, reach),
         "calibration": calibration,
         "calibration_method": calibration_method,
         "keep_fp32": keep_fp32 or (),
         "sensitivity": sensitivity,
         "weights": weights,
+        "state_key": state_key,
+        "ignore": ignore or (),
+        "description": said.read_description(mean, std, resize, crop, labels, scores),
         "out": out,
         "allow_merged": allow_merged,
     }
     require_choice("--graph", graph, GRAPHS)
     require_choice("--precision", precision, tuple(PRECISIONS))
     bundle = _export(ckpt, choices)
+    print_warnings(bundle.manifest.warnings)
     if json:
         print_json({"out": str(bundle.folder), **bundle.manifest.as_json()})
-    else:
-        print_report(bundle)
+        return
+    if details:
+        print_details(bundle)
+    print_summary(bundle)
 
 
 def _export(ckpt: Path, choices: dict[str, Any]) -> Bundle:
     """Run the export with a progress display."""
-    with progress() as show:
+    phases = Phases(choices["formats"], choices["precision"])
+    with progress(left=phases.seconds_left) as show:
         show("loading PyTorch")
-        from repmlp_deploy.convert.pipeline import export  # noqa: PLC0415 - seconds: not for --help or a bad option
+        # seconds of imports: not for --help or a bad option
+        from repmlp_deploy.convert.pipeline import export  # noqa: PLC0415
+        from repmlp_deploy.convert.source.description import Description  # noqa: PLC0415
 
         gc.freeze()  # half a million objects of libraries, which no search for cycles need visit again
-        return export(ckpt, **choices, progress=show)
-
-
-def print_hops(title: str, hops: Sequence[Hop]) -> None:
-    """Print a table with one line per comparison."""
-    print_table(
-        title,
-        (
-            "step",
-            "verdict",
-            "batch",
-            "max error",
-            "mean error",
-            "relative",
-            "between",
-            "1 - cos",
-            "floors",
-            "allowed",
-            "margin",
-            "top-1",
-        ),
-        [
-            (
-                hop.name,
-                hop.note if hop.passed is None else _verdict(hop),
-                str(hop.batch or ""),
-                f"{hop.max_abs:.2e}",
-                f"{hop.mean_abs:.2e}",
-                f"{hop.max_rel:.1e}",
-                "" if hop.between is None else f"{hop.between:.1e}",
-                f"{max(0.0, 1 - hop.cosine):.0e}",
-                "" if hop.ratio is None else f"{hop.ratio:.2g}",
-                f"{hop.allowed:.2e}",
-                "" if hop.margin is None else f"{hop.margin:,.0f}×" if hop.margin >= _ROUND else f"{hop.margin:.3g}×",
-                "" if hop.top1 is None else f"{100 * hop.top1:g} %",
-            )
-            for hop in hops
-        ],
-        left=2,
-    )
-
-
-def print_verdict(verdict: Verdict) -> None:
-    """Print one line under the table: whether every tolerance is met, and by what margin."""
-    if verdict.margin is not None:
-        met = "every tolerance is met" if verdict.passed else "not every tolerance is met"
-        print_line(f"{met}; the closest is {verdict.closest}, with a margin of {verdict.margin:.3g}")
-
-
-def _verdict(hop: Hop) -> str:
-    """Return `equal` if only float32's own rounding is allowed, `close` if a precision costs more."""
-    exact = hop.kind != "output" or hop.allowed <= TOLERANCES["fp32"].floor_ratio * hop.floor
-    return ("equal" if exact else "close") if hop.passed else "FAILED"
-
-
-def print_report(bundle: Bundle) -> None:
-    """Print the verdicts, the artifacts and the notes."""
-    manifest = bundle.manifest
-    print_hops(f"{manifest.name}: distance from the trained network in float64", manifest.certificate)
-    print_verdict(manifest.verdict)
-    print_table(
-        "artifacts",
-        ("format", "file", "precision", "MB"),
-        [
-            (
-                name,
-                ", ".join(file.path for file in (entry, *entry.companions)),
-                entry.precision,
-                f"{sum(file.bytes for file in (entry, *entry.companions)) / 1e6:.1f}",
-            )
-            for name, entry in manifest.artifacts.items()
-        ],
-        left=3,
-    )
-    print_engines(bundle)
-    for line in _precision_lines(manifest):
-        print_line(f"{line}")
-    for note in manifest.notes:
-        print_line(f"note: {note}")
-    seconds = sum(manifest.origin.seconds.values())
-    print_line(f"{bundle.folder}: complete after {seconds:.1f} s")
-
-
-def _precision_lines(manifest: Manifest) -> list[str]:
-    """Return what computes in the precision and what stays in float32; nothing for a float32 graph."""
-    found = ((entry, entry.record(GraphRecord)) for entry in manifest.artifacts.values())
-    entry, graph = next(((entry, graph) for entry, graph in found if graph.lowered), (None, GraphRecord()))
-    if entry is None:
-        return []
-    if graph.sensitivity:
-        print_table(
-            f"largest error if only this block is {entry.precision}",
-            ("block", "max error"),
-            [(line.block, f"{line.max_abs:.2e}") for line in graph.sensitivity],
-            left=1,
-        )
-    lines = [f"{entry.precision}: " + ", ".join(f"{count} {op}" for op, count in graph.lowered.items())]
-    by_reason: dict[str, list[str]] = {}
-    for kept in graph.kept_fp32:
-        by_reason.setdefault(kept.reason, []).append(kept.name())
-    return lines + [f"fp32: {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+        described = choices | {"description": Description(**choices["description"])}
+        return export(ckpt, **described, progress=lambda step: show(phases.number(step)))

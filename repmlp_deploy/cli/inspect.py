@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from repmlp_deploy.bundle import Bundle
-from repmlp_deploy.cli.export import print_report
-from repmlp_deploy.cli.shared.console import print_json, print_table, run_command, typer
+from repmlp_deploy.cli.shared import description as said
+from repmlp_deploy.cli.shared import export_options as asked
+from repmlp_deploy.cli.shared.bundle_report import print_details, print_summary
+from repmlp_deploy.cli.shared.console import print_json, print_table, print_warnings, run_command, typer
 from repmlp_deploy.convert.options import parse_size
+from repmlp_deploy.errors import CheckpointError
 
 __all__ = ["main"]
+
+_NOT_SHOWN = ("regions", "warnings")
 
 
 def main() -> None:
@@ -18,10 +23,24 @@ def main() -> None:
     run_command(inspect_command)
 
 
-def inspect_command(
+def inspect_command(  # noqa: PLR0913 - one per option
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a bundle's folder.")],
-    weights: Annotated[str | None, typer.Option(help="model or ema, where the file holds both.")] = None,
-    input_size: Annotated[str | None, typer.Option(metavar="HxW", help="Where shapes cannot tell it.")] = None,
+    module: asked.Module = None,
+    model: asked.Model = None,
+    card: asked.Card = None,
+    weights: asked.Weights = None,
+    state_key: asked.StateKey = None,
+    ignore: asked.Ignore = None,
+    input_size: asked.InputSize = None,
+    mean: said.Mean = None,
+    std: said.Std = None,
+    resize: said.ResizeTo = None,
+    crop: said.Crop = None,
+    labels: said.Labels = None,
+    scores: said.ScoresOf = None,
+    write_card: Annotated[
+        Path | None, typer.Option(metavar="FILE.toml", help="Write the card, to complete it and pass it as --card.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
@@ -33,17 +52,69 @@ def inspect_command(
         if json:
             print_json({"kind": "bundle", **bundle.manifest.as_json()})
         else:
-            print_report(bundle)
+            print_details(bundle)
+            print_summary(bundle)
         return
-    report = _describe(path, weights, None if input_size is None else parse_size(input_size))
+    choices = {
+        "module": module,
+        "model": model,
+        "card": card,
+        "weights": weights,
+        "state_key": state_key,
+        "ignore": tuple(ignore or ()),
+        "input_size": None if input_size is None else parse_size(input_size),
+    }
+    report = _describe(path, choices, said.read_description(mean, std, resize, crop, labels, scores), write_card)
+    print_warnings(report["warnings"])
     if json:
         print_json(report)
         return
-    rows = [(key, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for key, v in report.items() if v != ""]
+    shown = {key: value for key, value in report.items() if value not in ("", None, []) and key not in _NOT_SHOWN}
+    rows = [(key, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for key, v in shown.items()]
     print_table(str(path), ("what", "value"), rows, left=2)
 
 
-def _describe(path: Path, weights: str | None, input_size: tuple[int, int] | None) -> dict[str, Any]:
-    from repmlp_deploy.convert.source.trained import describe_checkpoint  # noqa: PLC0415 - loads torch
+def _describe(
+    path: Path, choices: dict[str, Any], description: dict[str, Any], write_card: Path | None
+) -> dict[str, Any]:
+    """Return what the checkpoint is; write its card if that was asked for.
 
-    return describe_checkpoint(path, weights=weights, input_size=input_size)
+    Raises:
+        CheckpointError: it is of no family that is known, and nothing says what makes its network.
+    """
+    # these load torch
+    from repmlp_deploy.convert.source.card_file import write_card_file  # noqa: PLC0415
+    from repmlp_deploy.convert.source.description import Description  # noqa: PLC0415
+    from repmlp_deploy.convert.source.trained import (  # noqa: PLC0415
+        SourceRequest,
+        describe_checkpoint,
+        load_own,
+        take_trained,
+    )
+
+    said = SourceRequest(**choices, described=Description(**description), allow_merged=True)
+    is_own = said.module is not None or said.model is not None
+    try:
+        trained = load_own(path, said) if is_own else take_trained(path, said)
+    except CheckpointError:
+        found = None if is_own or write_card is not None else _of_another_family(path, said.weights, said.state_key)
+        if found is None:
+            raise
+        return found
+    if write_card is not None:
+        write_card_file(trained.card, write_card)
+    if not is_own:
+        return describe_checkpoint(trained)
+    from repmlp_deploy.convert.rework.describe import describe_network  # noqa: PLC0415
+
+    return describe_network(trained)
+
+
+def _of_another_family(path: Path, weights: str | None, state_key: str | None) -> dict[str, Any] | None:
+    """Return what the names in a file say that no RepMLP is in; None if they say nothing."""
+    from repmlp_deploy.convert.rework.describe import describe_names  # noqa: PLC0415 - torch
+
+    try:
+        return describe_names(path, weights, state_key)
+    except CheckpointError:
+        return None  # the first reason is the better one

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from repmlp_deploy.cli.shared.console import print_json, print_table, run_command, typer
+from repmlp_deploy.cli.shared.console import print_json, print_table, print_warnings, run_command, typer
 from repmlp_deploy.errors import InputError, OutputError
+from repmlp_deploy.runtime.images import IMAGE_SUFFIXES, find_images
 from repmlp_deploy.runtime.predictor import Predictor
+from repmlp_deploy.runtime.tasks import find_task
 from repmlp_deploy.text import printable
 
 __all__ = ["main"]
@@ -23,13 +26,16 @@ def main() -> None:
 
 def predict_command(  # noqa: PLR0913 - one per option
     bundle: Annotated[Path, typer.Argument(help="The folder that repmlp-export wrote.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, and folders of them.")],
     artifact: Annotated[str | None, typer.Option("--format", help="Artifact; default: the best here.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
     cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep what the runtime compiles there, for a quick next start.")
     ] = None,
+    decode: Annotated[
+        str, typer.Option(help="exact, or fast: large JPEG files at a fraction of their size; some levels differ.")
+    ] = "exact",
     top: Annotated[int, typer.Option(help="Classes to show.")] = 1,
     out: Annotated[Path | None, typer.Option(help="segment: folder for NAME-mask.png and NAME-overlay.png.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Run the probe first; exit 3 if it fails.")] = False,
@@ -39,21 +45,39 @@ def predict_command(  # noqa: PLR0913 - one per option
     """Say what an exported bundle makes of images: classes, masks or embeddings."""
     if top < 1:
         raise InputError(f"--top is {top}; it must be at least 1")
-    with Predictor(bundle, format=artifact, device=device, threads=threads, cache=cache) as predictor:
+    files = _files(images)
+    with Predictor(bundle, format=artifact, device=device, threads=threads, cache=cache, decode=decode) as predictor:
         for name, why in predictor.details.get("passed_over", {}).items():
             sys.stderr.write(f"note: the {name} artifact was passed over: {printable(why)}\n")
+        print_warnings(predictor.warnings)
         if check:
             predictor.self_check()
-        show = _SHOWN[predictor.manifest.task]
+        show = _SHOWN.get(predictor.manifest.task)
+        if show is None:
+            raise InputError(f"{predictor.manifest.name} {find_task(predictor.manifest.task).refusal}")
         if out is not None and show is not _show_segmentations:
             raise InputError(f"--out keeps masks; {predictor.manifest.name} is made to {predictor.manifest.task}")
-        shown = show(_Answers(images, predictor(images), predictor.labels, top, out))
+        shown = show(_Answers(files, predictor(files), predictor.labels, top, out))
         title = f"{predictor.manifest.name}, {predictor.format} on {predictor.device}"
         about = {"bundle": str(bundle), "format": predictor.format, "device": predictor.device}
     if json:
         print_json({**about, "predictions": shown.report})
     else:
         print_table(title, shown.columns, shown.rows, left=2)
+
+
+def _files(given: Sequence[Path]) -> list[Path]:
+    """Return the files that were named, and the images in the folders among them, in sorted order."""
+    found: list[Path] = []
+    for path in given:
+        if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where a name is too long
+            found.append(path)
+            continue
+        inside = find_images(path)
+        if not inside:
+            raise InputError(f"{path} holds no images; expected {', '.join(IMAGE_SUFFIXES)} files")
+        found += inside
+    return found
 
 
 @dataclass(frozen=True)

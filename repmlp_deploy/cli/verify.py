@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from repmlp_deploy.bundle import Bundle, Hop
-from repmlp_deploy.cli.export import print_hops, print_verdict
-from repmlp_deploy.cli.shared.console import print_json, print_line, progress, run_command, typer
+from repmlp_deploy.cli.shared.bundle_report import print_hops, print_verdict
+from repmlp_deploy.cli.shared.console import print_json, print_line, run_command, typer
+from repmlp_deploy.cli.shared.progress import progress
 from repmlp_deploy.convert.proof.certificate import recertify
-from repmlp_deploy.errors import InputError, VerificationError
+from repmlp_deploy.errors import InputError, MissingDevice, OutputError, VerificationError
+from repmlp_deploy.files import replace_file
 from repmlp_deploy.runtime.runner import RunnerOptions
 
 __all__ = ["main"]
@@ -28,14 +31,29 @@ def verify_command(  # noqa: PLR0913 - one per option
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
     ckpt: Annotated[Path | None, typer.Option(help="The checkpoint that the bundle was made from.")] = None,
     card: Annotated[str | None, typer.Option(help="Its card, where the bundle's name is none in models/.")] = None,
-    bisect: Annotated[bool, typer.Option("--bisect", help="Name the first place that differs from --ckpt.")] = False,
+    module: Annotated[
+        str | None, typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="What makes the network, if it is your own.")
+    ] = None,
+    bisect: Annotated[
+        bool,
+        typer.Option("--bisect", help="Name where an artifact first differs from --ckpt; an engine with --format."),
+    ] = False,
+    engine_report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write a script that compares every layer of an engine on its GPU, and stop."
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Check every file of a bundle, and compare its artifacts with the trained network's outputs again."""
     loaded = Bundle.load(bundle)
+    if engine_report is not None:
+        _write_engine_report(loaded, engine_report, artifact, as_json=json)
+        return
     if bisect:
-        _bisect(loaded, ckpt, card, as_json=json)
+        _bisect(loaded, ckpt, card, module, artifact, as_json=json)
         return
     hops, notes = recertify(loaded, artifact, RunnerOptions(device, threads))
     derived: list[Hop] = []
@@ -44,12 +62,13 @@ def verify_command(  # noqa: PLR0913 - one per option
             show("loading PyTorch")
             from repmlp_deploy.convert.rework.derive import derive_again  # noqa: PLC0415 - torch, which the rest does without
 
-            derived, remarks = derive_again(loaded, ckpt, card, show)
+            derived, remarks = derive_again(loaded, ckpt, card, module, show)
             notes += remarks
-    failed = [hop for hop in hops if hop.passed is False]
+    verdicts = [hop.passed for hop in hops if hop.passed is not None]
     if json:
         lines = [[hop.model_dump(mode="json") for hop in part] for part in (hops, derived)]
-        print_json({"bundle": str(bundle), "passed": not failed, "hops": lines[0], "derived": lines[1], "notes": notes})
+        passed = all(verdicts) if verdicts else None
+        print_json({"bundle": str(bundle), "passed": passed, "hops": lines[0], "derived": lines[1], "notes": notes})
     else:
         print_hops(f"{loaded.manifest.name}: certified on {loaded.manifest.origin.date}", loaded.manifest.certificate)
         print_verdict(loaded.manifest.verdict)
@@ -58,24 +77,65 @@ def verify_command(  # noqa: PLR0913 - one per option
             print_hops(f"derived again from {ckpt}", derived)
         for note in notes:
             print_line(f"note: {note}")
-    if failed:
+    _require_verified(bundle, hops, notes)
+
+
+def _require_verified(bundle: Path, hops: Sequence[Hop], notes: Sequence[str]) -> None:
+    """Raise unless an artifact ran and every row passed."""
+    judged = [hop for hop in hops if hop.passed is not None]
+    failed = next((hop for hop in judged if not hop.passed), None)
+    if failed is not None:
         raise VerificationError(
-            f"{failed[0].name} at batch {failed[0].batch} differs from the trained network by {failed[0].max_abs:.2e}; "
-            f"{failed[0].allowed:.2e} is allowed: do not use this bundle on this machine"
+            f"{failed.name} at batch {failed.batch} differs from the trained network by {failed.max_abs:.2e}; "
+            f"{failed.allowed:.2e} is allowed: do not use this bundle on this machine"
+        )
+    if not judged:
+        why = "; ".join(notes) or "it has none"
+        raise MissingDevice(f"nothing is verified: no artifact of {bundle} ran on this machine ({why})")
+
+
+def _write_engine_report(bundle: Bundle, path: Path, artifact: str | None, *, as_json: bool) -> None:
+    """Write the script that compares an engine's layers, and print how to run it."""
+    from repmlp_deploy.convert.rework.engine_report import engine_report  # noqa: PLC0415 - onnx, for this alone
+
+    text = engine_report(bundle, artifact)
+    try:
+        replace_file(path, text.encode())
+    except OSError as error:
+        raise OutputError(f"could not write {path}: {error.strerror or error}") from None
+    if as_json:
+        print_json({"bundle": str(bundle.folder), "script": str(path)})
+    else:
+        print_line(
+            f"{path}: run `python {path} {bundle.folder}` where the engine's GPU is; its first lines say what it needs"
         )
 
 
-def _bisect(bundle: Bundle, checkpoint: Path | None, card: str | None, *, as_json: bool) -> None:
-    """Report the first place where the ONNX artifact differs from the checkpoint."""
+def _bisect(  # noqa: PLR0913 - what to compare with what
+    bundle: Bundle,
+    checkpoint: Path | None,
+    card: str | None,
+    module: str | None,
+    artifact: str | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Report the first place where an artifact differs from the checkpoint."""
     if checkpoint is None:
         raise InputError("--bisect compares with the checkpoint: pass --ckpt FILE")
     from repmlp_deploy.convert.rework.locate import blame_bundle  # noqa: PLC0415 - torch, which verifying alone needs not
 
-    blame = blame_bundle(bundle, checkpoint, card)
+    found = blame_bundle(bundle, checkpoint, card, module, None if artifact is None else [artifact])
+    blame, compared = found.blame, found.compared
     if as_json:
-        found = None if blame is None else asdict(blame) | {"place": blame.place}
-        print_json({"bundle": str(bundle.folder), "passed": blame is None, "blame": found})
+        told = None if blame is None else asdict(blame) | {"place": blame.place}
+        about = {"bundle": str(bundle.folder), "passed": blame is None, "compared": compared, "blame": told}
+        print_json(about | {"notes": found.notes})
     if blame is not None:
-        raise VerificationError(f"{bundle.folder} differs from {checkpoint}, {blame}")
+        where = f" in its {compared[-1]} artifact" if compared else ""
+        raise VerificationError(f"{bundle.folder} differs from {checkpoint}{where}, {blame}")
     if not as_json:
-        print_line(f"{bundle.folder} computes what {checkpoint} does, value by value")
+        for name in compared:
+            print_line(f"{bundle.folder}: the {name} artifact computes what {checkpoint} does, value by value")
+        for note in found.notes:
+            print_line(f"note: {note}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,9 +43,14 @@ def test_an_export_prints_its_hops_and_a_prediction_follows(
     out = tmp_path / "out"
     assert ends_with(export_cli.export_command, "--ckpt", digits_checkpoint, "--out", out) == 0
     text, progress = capsys.readouterr()
-    for said in ("simplified ONNX", "equal", "model.onnx", "recognised as repmlp-digits", str(out)):
+    for said in ("equal to the trained network, in ", "closest to its limit: ", "onnx: model.onnx, fp32", str(out)):
         assert said in text
-    assert "... verify folded" in progress.splitlines()
+    assert len(text.splitlines()) <= 8
+    assert "... 3 of 6: verify folded" in progress.splitlines()
+    assert ends_with(export_cli.export_command, "--ckpt", digits_checkpoint, "--out", out, "--details") == 0
+    text = capsys.readouterr().out
+    for said in ("simplified ONNX", "recognised as repmlp-digits", "every tolerance is met", "equal to the trained"):
+        assert said in text
 
     assert ends_with(predict_cli.predict_command, out, *SAMPLES, "--check", "--top", 2) == 0
     assert "onnx on cpu" in capsys.readouterr().out
@@ -62,7 +68,7 @@ def test_json_is_one_object_on_stdout(
     report = json.loads(out)
     assert report["out"] == str(tmp_path / "out")
     assert report["artifacts"]["checkpoint"]["path"] == "model.safetensors"
-    assert "... merge" in err
+    assert "... 3 of 6: merge" in err
 
 
 def test_inspecting_a_checkpoint_and_a_bundle(
@@ -87,7 +93,7 @@ def test_inspecting_a_checkpoint_and_a_bundle(
         (["--ckpt", "x.pth", "--formt", "onnx"], "No such option: --formt"),
         (["--ckpt", "x.pth", "--format", "onxx"], "--format onxx: unknown; did you mean onnx?"),
         (["--ckpt", "x.pth", "--graph", "fold"], "--graph fold: unknown; did you mean folded?"),
-        (["--ckpt", "x.pth", "--precision", "fp8"], "--precision fp8: unknown"),
+        (["--ckpt", "x.pth", "--precision", "fp4"], "--precision fp4: unknown"),
         (["--ckpt", "x.pth", "--batch", "8:1:64"], "--batch is 8:1:64; MIN, OPT and MAX must not fall"),
         (["--ckpt", "x.pth", "--input-size", "224"], "expected HxW, such as 224x224"),
         (["--ckpt", "x.pth", "--card", "repmlpnet-b222"], "did you mean repmlpnet-b224?"),
@@ -209,6 +215,21 @@ def test_verifying_notices_a_flipped_byte_in_any_file(
     assert f"{name} was changed" in capsys.readouterr().err
 
 
+def test_a_folder_stands_for_the_images_in_it(
+    capsys: pytest.CaptureFixture[str], bundle: Bundle, tmp_path: Path
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for i, folder in enumerate([tmp_path / "a", tmp_path / "a" / "b"]):
+        shutil.copy(SAMPLES[i], folder / f"{i}.png")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    assert ends_with(predict_cli.predict_command, bundle.folder, tmp_path / "a", SAMPLES[3], "--json") == 0
+    found = json.loads(capsys.readouterr().out)["predictions"]
+    assert [row["top"][0]["class"] for row in found] == ["0", "1", "3"]
+    (tmp_path / "empty").mkdir()
+    assert ends_with(predict_cli.predict_command, bundle.folder, tmp_path / "empty") == 2
+    assert "holds no images; expected .bmp" in capsys.readouterr().err
+
+
 def test_predicting_what_is_no_bundle_or_no_image(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, bundle: Bundle
 ) -> None:
@@ -249,7 +270,7 @@ def test_an_export_killed_at_any_step_leaves_the_old_bundle_or_the_new_one(
 ) -> None:
     process = export_process("--ckpt", digits_checkpoint, "--out", bundle_folder, "--batch", "1:2:4")
     assert process.stderr is not None
-    while process.stderr.readline().strip() != f"... {step}":
+    while not process.stderr.readline().strip().endswith(f" of 6: {step}"):
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -263,7 +284,7 @@ def test_an_export_killed_at_any_step_leaves_the_old_bundle_or_the_new_one(
 def test_an_interrupted_export_says_so_and_leaves_nothing_behind(digits_checkpoint: Path, tmp_path: Path) -> None:
     process = export_process("--ckpt", digits_checkpoint, "--out", tmp_path / "out")
     assert process.stderr is not None
-    while process.stderr.readline().strip() != "... export":
+    while process.stderr.readline().strip() != "... 4 of 6: export":
         assert process.poll() is None
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)

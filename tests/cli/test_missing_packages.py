@@ -22,9 +22,15 @@ PACKAGE = Path(repmlp_deploy.__file__).parent
 ALWAYS_THERE = {"numpy", "PIL", "pydantic", "pydantic_core", "repmlp_deploy"}
 DISTRIBUTIONS = {
     "cuda": "cuda-python",
+    "google": "grpcio-health-checking",  # it brings protobuf
+    "grpc": "grpcio",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
     "onnxruntime_ep_nv_tensorrt_rtx": "onnxruntime-ep-nv-tensorrt-rtx-cu12",
     "tensorrt_rtx": "tensorrt-rtx-cu12",
     "markupsafe": "jinja2",  # jinja2 brings it
+    "ml_dtypes": "onnx",  # onnx brings it
+    "torchvision": "timm",  # timm brings it
 }
 
 

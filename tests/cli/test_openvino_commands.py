@@ -21,7 +21,7 @@ def test_an_export_shows_both_files_and_verifies_again(
 ) -> None:
     out = tmp_path / "out"
     arguments = ("--ckpt", digits_checkpoint, "--format", "openvino", "--precision", "fp16", "--out", out)
-    assert ends_with(export_cli.export_command, *arguments) == 0
+    assert ends_with(export_cli.export_command, *arguments, "--details") == 0
     text = capsys.readouterr().out
     for said in ("OpenVINO fp16", "model.xml, model.bin", "fp16: 11 Convolution, 13 MatMul"):
         assert said in text

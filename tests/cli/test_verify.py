@@ -11,19 +11,22 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
-from repmlp_deploy import Bundle
+from repmlp_deploy import Bundle, export
 from repmlp_deploy.bundle import MANIFEST, hash_file
 from repmlp_deploy.cli import verify as verify_cli
 from repmlp_deploy.cli.shared.console import run_command
+from support.networks import randomize
+from support.own_networks import Scorer
 
 BLOCKED = ("torch", "onnx", "onnxscript", "onnxsim", "safetensors", "tensorrt_rtx", "openvino")
 
 
-def verify_without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
+def verify_without_torch(*arguments: object, blocked: tuple[str, ...] = BLOCKED) -> subprocess.CompletedProcess[str]:
     """The command in an interpreter that can import none of what converting needs."""
     script = (
-        f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r})); from repmlp_deploy.cli.verify import main; main()"
+        f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); from repmlp_deploy.cli.verify import main; main()"
     )
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -40,6 +43,16 @@ def test_a_bundle_is_verified_without_torch(bundle: Bundle) -> None:
     assert done.returncode == 0, done.stderr
     for said in ("certified on", "folded, redrawn", "every tolerance is met; the closest is", "onnx on cpu"):
         assert said in done.stdout
+
+
+def test_a_bundle_of_which_nothing_runs_is_not_verified(bundle: Bundle) -> None:
+    """A check that compared nothing has no verdict: neither a pass nor a failure."""
+    done = verify_without_torch(bundle.folder, "--json", blocked=(*BLOCKED, "onnxruntime"))
+    assert done.returncode == 4
+    assert json.loads(done.stdout)["passed"] is None
+    assert done.stderr.count("\n") == 1
+    for said in ("nothing is verified", "onnx was not run: onnxruntime is not installed"):
+        assert said in done.stderr
 
 
 def test_without_torch_the_checkpoint_needs_an_extra(bundle: Bundle, digits_checkpoint: Path) -> None:
@@ -104,3 +117,24 @@ def test_the_certificate_says_what_it_rests_on(bundle: Bundle) -> None:
     assert provenance["cpu"]
     for hop in data["certificate"]:
         assert {"max_abs", "mean_abs", "max_rel", "cosine", "top1", "floor", "ratio", "allowed", "margin"} <= set(hop)
+
+
+def test_a_network_of_ones_own_is_derived_and_bisected_with_its_factory(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    network = randomize(Scorer())
+    torch.save(network.state_dict(), tmp_path / "own.pth")
+    factory, out = "support.own_networks:Scorer", tmp_path / "bundle"
+    export(tmp_path / "own.pth", module=factory, formats="onnx,checkpoint", batch="1:2:4", out=out)
+    told = ("--ckpt", tmp_path / "own.pth", "--module", factory)
+    assert verify(out, *told, "--json") == 0
+    derived = {hop["name"] for hop in json.loads(capsys.readouterr().out)["derived"]}
+    assert derived >= {"recorded reference", "folded, float64", "onnx weights", "checkpoint weights"}
+    assert verify(out, *told, "--bisect") == 0
+    assert "value by value" in capsys.readouterr().out
+    assert verify(out, "--ckpt", tmp_path / "own.pth") == 2
+    assert "pass --module PACKAGE.MODULE:FACTORY" in capsys.readouterr().err
+    changed = network.state_dict() | {"stem.bias": network.stem.bias + 0.1}
+    torch.save(changed, tmp_path / "other.pth")
+    assert verify(out, "--ckpt", tmp_path / "other.pth", "--module", factory, "--bisect") == 3
+    assert "stem" in capsys.readouterr().err

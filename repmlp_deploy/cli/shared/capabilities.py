@@ -13,6 +13,7 @@ from typing import Any
 
 from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.errors import RepMLPError, optional_imports
+from repmlp_deploy.runtime.cpus import usable_cpus
 
 __all__ = ["Capability", "describe_cpu", "find_capabilities"]
 
@@ -45,7 +46,7 @@ def describe_cpu() -> dict[str, Any]:
     lines = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
     known = {key.strip(): value.strip() for key, value in lines.items()}
     flags = (known.get("flags") or known.get("Features", "")).split()
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    allowed = usable_cpus()
     return {
         "cpu": known.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""Run a command: exit codes, one-line errors, tables, and a progress display.
+"""Run a command: exit codes, one-line errors, and tables.
 
 Exit codes: 0 done; 2 unusable arguments or input; 3 verification failed; 4 a dependency or device is missing;
 5 output could not be written; 130 interrupted, 143 terminated. Reports go to stdout, everything else to stderr.
@@ -11,8 +11,9 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from repmlp_deploy.errors import OutputError, RepMLPError, missing_dependency
@@ -28,12 +29,23 @@ except ImportError as error:
     sys.stderr.write(f"error: {missing or error}\n")
     raise SystemExit(4) from None
 
-from repmlp_deploy.cli.shared.process import end_interrupted, prepare_process, raise_if_stopped, signal_number
+from repmlp_deploy.cli.shared.command import as_command
+from repmlp_deploy.cli.shared.process import end_interrupted, prepare_process, signal_number
 
-__all__ = ["INTERRUPTED", "print_json", "print_line", "print_table", "progress", "run_command", "typer"]
+__all__ = [
+    "INTERRUPTED",
+    "print_json",
+    "print_line",
+    "print_table",
+    "print_verdict_line",
+    "print_warnings",
+    "run_command",
+    "typer",
+]
 
 INTERRUPTED = 130
 USAGE = 2
+_WIDE = 130  # characters that the widest table needs
 
 
 def run_command(command: Callable[..., None], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -41,25 +53,32 @@ def run_command(command: Callable[..., None], arguments: Sequence[str] | None = 
     if arguments is None:
         prepare_process()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(context_settings={"help_option_names": ["-h", "--help"]})(command)
-    code = _run(app, given)
+    code = _run(as_command(command), given)
     gc.freeze()  # PyTorch's leftovers end with the process: looking for cycles in it takes a second
     raise SystemExit(code)
 
 
-def _run(app: typer.Typer, arguments: list[str]) -> int:
+def _run(command: Any, arguments: list[str]) -> int:
     try:
-        outcome = typer.main.get_command(app).main(arguments, standalone_mode=False)
+        outcome = command.main(arguments, prog_name=Path(sys.argv[0]).name, standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our report went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        return _reader_left()
+    except SystemExit as ended:  # what rich and click make of a broken pipe
+        if isinstance(ended.__context__, BrokenPipeError):
+            return _reader_left()
+        raise
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - the last line of defence: a traceback is no message
         return _failed(error)
     if outcome == INTERRUPTED:  # what typer makes of an interrupt
         return end_interrupted()
     return outcome if isinstance(outcome, int) else 0
+
+
+def _reader_left() -> int:
+    """Drop the rest of a report whose reader went away, as `head` does: that is no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _failed(error: BaseException) -> int:
@@ -92,44 +111,53 @@ def _meaning(error: BaseException) -> tuple[int, str]:
     return 1, f"{said} (this is a defect: run again with --debug and report it)"
 
 
-def _stoppable(show: Callable[[str], None]) -> Callable[[str], None]:
-    def step(name: str) -> None:
-        raise_if_stopped()
-        show(printable(name))
+def print_table(  # noqa: PLR0913 - what is shown, and how
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: int = 1,
+    narrow: Sequence[str] = (),
+    styles: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Print a table.
 
-    return step
-
-
-@contextmanager
-def progress(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """Show the current step on stderr: a spinner on a terminal, one line per step otherwise."""
-    console = Console(file=sys.stderr)  # bound now: steps may redirect sys.stderr while they run
-    if quiet:
-        yield _stoppable(lambda _step: None)
-    elif console.is_terminal:
-        with console.status("starting") as status:
-            yield _stoppable(lambda step: status.update(Text(step)))
-    else:
-        stream = sys.stderr
-        yield _stoppable(lambda step: print(f"... {step}", file=stream, flush=True))
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
-    """Print a table; the first `left` columns are text, the others figures."""
+    Args:
+        title: above it.
+        columns: their names.
+        rows: a cell for every column.
+        left: how many columns are text; the others are figures.
+        narrow: the columns that a terminal of less than `_WIDE` characters shows; by default all.
+        styles: a cell's text to its style, where the output shows colours.
+    """
     console = Console()
     if not console.is_terminal:
         console.width = max(160, console.width)
+    elif console.width < _WIDE and narrow:
+        kept = [i for i, column in enumerate(columns) if column in narrow]
+        columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
     table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         table.add_column(Text(printable(column)), justify="left" if i < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(printable(cell), style=styles.get(cell, "")) for cell in row))
     console.print(table, markup=False, highlight=False)
+
+
+def print_verdict_line(text: str, *, passed: bool) -> None:
+    """Print one line in green or red, where the output shows colours."""
+    Console(soft_wrap=True, highlight=False).print(Text(printable(text), style="green" if passed else "bold red"))
 
 
 def print_line(text: str, *, limit: int | None = None) -> None:
     """Print one line of a report, safe to show whatever it quotes."""
     sys.stdout.write(f"{printable(text) if limit is None else printable(text, limit)}\n")
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    """Print one line per warning on stderr, so that JSON on stdout stays JSON."""
+    for warning in warnings:
+        sys.stderr.write(f"warning: {printable(warning)}\n")
 
 
 def print_json(report: Any) -> None:

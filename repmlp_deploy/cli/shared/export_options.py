@@ -7,30 +7,52 @@ from typing import Annotated
 
 from repmlp_deploy.cli.shared.console import typer
 from repmlp_deploy.convert.formats import FORMATS
+from repmlp_deploy.convert.options import CALIBRATION_METHODS, ENOUGH_SAMPLES, OPSETS
 from repmlp_deploy.precision import PRECISIONS
 
 Checkpoint = Annotated[Path, typer.Option(help="Training-time checkpoint: .pth, .pt or .safetensors.")]
 Module = Annotated[
     str | None, typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="What makes the network, if it is your own.")
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(metavar="timm:NAME[,KEY=VALUE…]", help="The network of timm that the weights are for."),
+]
 Card = Annotated[str | None, typer.Option(help="Card in models/ or path of one; default: inferred.")]
 InputSize = Annotated[str | None, typer.Option(metavar="HxW", help="Input size, if keys and shapes cannot tell it.")]
 Formats = Annotated[str, typer.Option("--format", help=f"Comma-separated: {', '.join(FORMATS)}.")]
 Graph = Annotated[str, typer.Option(help="folded, or merged for what upstream's own merge leaves.")]
+Merge = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|blocks|regions|hooks|PACKAGE:FUNCTION",
+        help="How it is merged: all structures, RepMLP's blocks or the rest alone, or by its own package.",
+    ),
+]
+Input = Annotated[
+    str, typer.Option("--input", help="float32: normalised; uint8: (N, H, W, C) levels, which the graph normalises.")
+]
 Precision = Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")]
 Batch = Annotated[
     str, typer.Option(metavar="MIN:OPT:MAX[,…]", help="Batch sizes to serve, or one; several: engine profiles.")
 ]
+Opset = Annotated[int, typer.Option(help=f"ONNX opset, {OPSETS[0]} to {OPSETS[-1]}, for older runtimes.")]
 Calibration = Annotated[
-    Path | None, typer.Option(metavar="DIR|FILE.npz", help="Images or arrays for int8; at least 32.")
+    Path | None,
+    typer.Option(metavar="DIR|FILE.npz", help=f"Images or arrays for int8, fp8, fp16; {ENOUGH_SAMPLES} or more."),
 ]
-CalibrationMethod = Annotated[str, typer.Option(help="minmax, entropy or percentile.")]
+CalibrationMethod = Annotated[str, typer.Option(help=f"One of {', '.join(CALIBRATION_METHODS)}.")]
 KeepFp32 = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="Modules that stay in fp32, as stages.0.*; repeatable.")
 ]
 Sensitivity = Annotated[bool, typer.Option("--sensitivity", help="Also the error of lowering each block alone; slow.")]
 Weights = Annotated[str | None, typer.Option(help="model or ema, if the file holds both.")]
+StateKey = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Where the weights lie in the file, as ema.state_dict.")
+]
+Ignore = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Keys to leave out, as head.*; repeatable.")]
 Out = Annotated[Path | None, typer.Option(help="The bundle; default artifacts/<name>-<precision>.")]
 AllowMerged = Annotated[bool, typer.Option("--allow-merged", help="Accept a merged checkpoint; proof starts there.")]
+Details = Annotated[bool, typer.Option("--details", help="Print every comparison, and all the notes.")]
 Json = Annotated[bool, typer.Option("--json", help="The report as one JSON object on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
