@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from repmlp_deploy import Bundle, export
+from repmlp_deploy import Bundle
 from repmlp_deploy.card import data_root
 from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
-from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet, RepMLPNetSpec
-from support.networks import randomize
+from support.extras import is_missing, reason_to_skip
+
+if TYPE_CHECKING:  # an environment may have neither PyTorch nor ONNX: the fixtures import what they need
+    import torch
+
+    from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A module that imports an extra skips with the reason where this is not installed."""
+    report = yield
+    call: pytest.CallInfo[object] | None = getattr(report, "call", None)
+    reason = reason_to_skip(call.excinfo.value) if report.failed and call and call.excinfo else None
+    if reason is not None:
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {reason}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that needs an extra skips with the reason where this is not installed."""
+    report = yield
+    reason = reason_to_skip(call.excinfo.value) if report.failed and call.excinfo else None
+    if reason is not None:
+        report.outcome, report.longrepr = "skipped", (str(item.path), item.location[1] or 0, f"Skipped: {reason}")
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that needs a GPU skips with the reason where there is none."""
+    """Files with slow tests come first, so that two processes end together; without a GPU its tests skip."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if find_gpus():
         return
     for item in items:
@@ -26,6 +58,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def small_network() -> RepMLPNet:
+    import torch
+
+    from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet, RepMLPNetSpec
+    from support.networks import randomize
+
     torch.manual_seed(0)
     spec = RepMLPNetSpec(input_size=(16, 24), channels=(8, 16), depths=(1, 2), sharesets=(2, 4), classes=7)
     return randomize(RepMLPNet(spec))
@@ -45,8 +82,11 @@ def digits_state(digits_checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def _exported(tmp_path_factory: pytest.TempPathFactory, digits_checkpoint: Path) -> Path:
+    from repmlp_deploy import export
+
     out = tmp_path_factory.mktemp("exported") / "digits"
-    export(digits_checkpoint, formats="onnx,torch,checkpoint,trt-rtx", batch="1:4:16", out=out)
+    formats = ["onnx", "torch", "checkpoint", *([] if is_missing("tensorrt_rtx") else ["trt-rtx"])]
+    export(digits_checkpoint, formats=formats, batch="1:4:16", out=out)
     return out
 
 

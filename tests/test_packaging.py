@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -64,6 +65,12 @@ def test_the_version_is_said_once() -> None:
     import importlib.metadata
 
     assert importlib.metadata.version("repmlp-deploy") == repmlp_deploy.__version__
+
+
+def test_the_changelog_has_a_section_for_this_release_and_one_for_the_next() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## (\S+?)(?: - \d{4}-\d{2}-\d{2})?$", text, flags=re.MULTILINE)
+    assert versions[:2] == ["Unreleased", repmlp_deploy.__version__]
 
 
 def test_models_holds_data_only() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from repmlp_deploy import Bundle, export
 from repmlp_deploy.card import data_root, load_card
+from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.images import preprocess
 from train_digits import digit_images, split_indices
 
@@ -21,7 +22,7 @@ def scans(card: str, count: int | None = None, *, held_out: bool) -> tuple[np.nd
 
 
 def exported(card: str, out: Path, precision: str, **options: object) -> Bundle:
-    if precision == "int8":
+    if PRECISIONS[precision].needs_calibration:
         options.setdefault("calibration", {"images": scans(card, 128, held_out=False)[0]})
     checkpoint = data_root() / "weights" / f"{card}.safetensors"
     return export(checkpoint, precision=precision, out=out, **options)

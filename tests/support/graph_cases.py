@@ -55,6 +55,9 @@ SMALL = {
 }
 """Family to the input size of its small network."""
 
+CASES = SMALL | {"repmlp-resnet, bottleneck": (32, 48)}
+"""Every family, and the other block type of the one that has two: name to input size."""
+
 
 @dataclass(frozen=True)
 class GraphCase:
@@ -66,9 +69,11 @@ class GraphCase:
 
 
 def trained_case(family: str, seed: int = 0) -> nn.Module:
-    """A small network of a family; another seed gives other weights, none of them equal to another's."""
+    """A small network of `CASES`; another seed gives other weights, none of them equal to another's."""
+    family, _, block = family.partition(", ")
     if family == "repmlp-resnet":
-        network = FAMILIES[family].build(RepMLPResNetSpec(block="light", **_RES50))
+        squeeze = {"squeeze": (2, 4)} if block else {}
+        network = FAMILIES[family].build(RepMLPResNetSpec(block=block or "light", **squeeze, **_RES50))
     elif family == "pure-mlp":
         network = FAMILIES[family].build(PureMLPSpec(**_PURE))
     else:
@@ -87,11 +92,11 @@ def trained_case(family: str, seed: int = 0) -> nn.Module:
 def graph_case(family: str, seed: int = 0) -> GraphCase:
     """The folded form and the simplified graph of `trained_case`, made once; not to be changed."""
     folded = fold_affine(merge_branches(trained_case(family, seed)))
-    images = torch.zeros(1, 3, *SMALL[family])
+    images = torch.zeros(1, 3, *CASES[family])
     outputs = 2 if family == "repmlpnet-backbone" else 1
     model = export_graph(
         trace_network(folded, [images], BATCH),
         input_names=["images"],
         output_names=[f"out{i}" for i in range(outputs)],
     )
-    return GraphCase(folded, simplify_graph(model), GraphSpec({"images": (3, *SMALL[family])}, BATCH))
+    return GraphCase(folded, simplify_graph(model), GraphSpec({"images": (3, *CASES[family])}, BATCH))

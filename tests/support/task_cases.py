@@ -69,6 +69,17 @@ def small_network(family: str, **changes) -> nn.Module:
     return filled(build_network(small_card(family, **changes)))
 
 
+def network_reaching(factor: float) -> nn.Module:
+    """A RepMLPNet whose values between the convolutions of one FFN are larger by a factor, and nowhere else."""
+    network = filled(build_network(small_card("repmlpnet")))
+    ffn = network.stages[1][0].ffn_block
+    with torch.no_grad():
+        ffn.ffn_fc1.bn.weight *= factor
+        ffn.ffn_fc1.bn.bias *= factor
+        ffn.ffn_fc2.bn.running_var.fill_(factor**2)
+    return network
+
+
 def save_network(network: nn.Module, path: Path) -> Path:
     """Its state dict in `path`."""
     torch.save(network.state_dict(), path)
