@@ -16,7 +16,7 @@ PACKAGE = ROOT / "repmlp_deploy"
 
 MOST_MODULES = 12
 MOST_MODULE_LINES = 400
-MOST_FUNCTION_LINES = 60
+MOST_FUNCTION_LINES = 45  # of statements: an option per line, or a docstring, is no work to follow
 
 
 def faults() -> Iterator[str]:
@@ -39,7 +39,8 @@ def faults() -> Iterator[str]:
 def _long_functions(where: Path, tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = (node.end_lineno or node.lineno) - node.lineno
+            body = node.body if ast.get_docstring(node, clean=False) is None else node.body[1:]
+            lines = (node.end_lineno or node.lineno) - body[0].lineno + 1 if body else 0
             if lines > MOST_FUNCTION_LINES:
                 yield f"{where}:{node.lineno} {node.name}: {lines} lines; at most {MOST_FUNCTION_LINES}"
 

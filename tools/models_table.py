@@ -1,4 +1,4 @@
-"""The table of models in README.md and models/README.md, made from the cards.
+"""The table of models in docs/reference/models.md and models/README.md, made from the cards.
 
 .venv/bin/python tools/models_table.py           # write it into both files
 .venv/bin/python tools/models_table.py --check   # exit 1 if either file has another one
@@ -13,7 +13,7 @@ from pathlib import Path
 from repmlp_deploy.card import ModelCard, list_cards, load_card
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = (ROOT / "README.md", ROOT / "models" / "README.md")
+FILES = (ROOT / "docs" / "reference" / "models.md", ROOT / "models" / "README.md")
 BEGIN = "<!-- models table: begin; made by tools/models_table.py -->"
 END = "<!-- models table: end -->"
 
