@@ -85,10 +85,8 @@ def test_requests_stay_whole_and_a_large_one_runs_alone(batcher: Batcher, networ
 def test_a_full_queue_refuses_at_once(batcher: Batcher, network: Network) -> None:
     _busy(batcher, network)
     taken = [batcher.submit(_row(1, 3)), batcher.submit(_row(1, 3))]
-    start = time.monotonic()
     with pytest.raises(QueueFull, match="6 samples wait; the queue holds 6"):
-        batcher.submit(_row(1))
-    assert time.monotonic() - start < 1
+        batcher.submit(_row(1))  # the network stands still, so a refusal that waits would never come
     network.gate.set()
     assert [len(f.result(10)[0]) for f in taken] == [3, 3]
 
@@ -140,12 +138,13 @@ def test_closing_answers_what_waits_and_refuses_the_rest(batcher: Batcher, netwo
 
 def test_a_delay_gathers_a_crowd_and_leaves_a_lone_caller_alone(network: Network) -> None:
     network.gate.set()
-    batcher = Batcher(network, 3, Queueing(delay=0.5))
+    delay = 2.0
+    batcher = Batcher(network, 3, Queueing(delay=delay))
     try:
         start = time.monotonic()
         for _ in range(3):
             batcher.submit(_row(1)).result(10)
-        assert time.monotonic() - start < 0.4
+        assert time.monotonic() - start < delay
         network.gate.clear()
         network.begun.clear()
         futures = [_busy(batcher, network), batcher.submit(_row(2)), batcher.submit(_row(3))]

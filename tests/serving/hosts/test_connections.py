@@ -57,7 +57,7 @@ def test_a_header_that_does_not_come_is_refused_in_time(sent: bytes, port: int) 
         start = time.monotonic()
         connection.sendall(sent)
         status, answer = _all_of(connection)
-        assert HEADER_SECONDS * 0.9 < time.monotonic() - start < 5
+        assert HEADER_SECONDS * 0.9 < time.monotonic() - start < 10
     assert status == b"HTTP/1.1 408 Request Timeout"
     assert answer == {"error": "the request's header took more than 0.4 s"}
 
