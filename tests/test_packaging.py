@@ -13,6 +13,7 @@ import pytest
 
 import repmlp_deploy
 from repmlp_deploy.card import data_root
+from support.pip import run_pip
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,10 +48,7 @@ def test_data_resolves_from_a_checkout_an_editable_install_and_a_wheel(tmp_path:
     installed = resolved(tmp_path)  # the environment of these tests has an editable install
     assert installed[1:] == checkout[1:]
 
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)],
-        check=True,
-    )
+    run_pip("wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from support.pip import run_pip
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "nncf", "scipy", "scikit-learn", "networkx", "onnxscript"}
@@ -18,11 +18,7 @@ pytestmark = pytest.mark.slow  # an index answers, and nothing is installed
 def resolved(tmp_path: Path, *requirements: str) -> dict[str, str]:
     """The packages and versions that a clean environment would get."""
     report = tmp_path / "report.json"
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed", "--report", report]
-    done = subprocess.run(
-        [*map(str, command), *requirements], cwd=ROOT, capture_output=True, text=True, check=False, timeout=400
-    )
-    assert done.returncode == 0, done.stderr
+    run_pip("install", "--dry-run", "--quiet", "--ignore-installed", "--report", report, *requirements, cwd=ROOT)
     installed = json.loads(report.read_text())["install"]
     return {item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in installed}
 

@@ -23,6 +23,7 @@ import trustme
 
 from repmlp_deploy import export
 from repmlp_deploy.runtime.predictor import Predictor
+from support.pip import run_pip
 from support.serving import Server, running_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,9 +217,8 @@ def test_the_serve_extra_and_a_runtime_are_enough(tmp_path: Path, digits_checkpo
     export(digits_checkpoint, formats="onnx,openvino", batch="1:4:16", out=tmp_path / "digits")
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", f"{ROOT}[serve,openvino]"]
+    run_pip("install", "--quiet", "-c", ROOT / "constraints.txt", f"{ROOT}[serve,openvino]", python=python)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run(pip, check=True, env=environment)
     have = subprocess.run([python, "-c", "import torch"], capture_output=True, check=False, env=environment)
     assert have.returncode != 0
     with running_server(tmp_path / "digits", grpc=True, python=python) as server:

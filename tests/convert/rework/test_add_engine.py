@@ -22,6 +22,7 @@ from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.convert.formats.tensorrt import flavours
 from repmlp_deploy.convert.rework.add_engine import add_engines, verified_graph
 from repmlp_deploy.errors import BundleError, InputError
+from support.pip import run_pip
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -167,9 +168,8 @@ def test_the_rtx_extra_alone_is_enough_to_build(bundle_folder: Path, tmp_path: P
     """In an environment that has nothing else: 90 MB from the package index."""
     venv.create(tmp_path / "venv", with_pip=True)
     scripts = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
-    pip = [scripts / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", f"{ROOT}[rtx]"]
+    run_pip("install", "--quiet", "-c", ROOT / "constraints.txt", f"{ROOT}[rtx]", python=scripts / "python")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run(pip, check=True, env=environment)
     have = subprocess.run([scripts / "python", "-c", "import torch"], capture_output=True, check=False, env=environment)
     assert have.returncode != 0
     subprocess.run([scripts / "repmlp-build", without_engine(bundle_folder)], check=True, env=environment)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from repmlp_deploy.files import locked
+from support.pip import run_pip
 from support.vendors.packages import cache_root
 
 __all__ = ["environment_python"]
@@ -22,6 +23,6 @@ def environment_python(name: str = "clients", packages: tuple[str, ...] = CLIENT
     with locked(folder.with_suffix(".lock")):
         if not done.is_file() or done.read_text() != "\n".join(packages):
             subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-            subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages], check=True)
+            run_pip("install", "-q", "--disable-pip-version-check", *packages, python=python)
             done.write_text("\n".join(packages))
     return python

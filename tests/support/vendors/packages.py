@@ -7,7 +7,6 @@ it between runs. Several test processes may share it: each wheel appears under i
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from repmlp_deploy.files import locked
+from support.pip import run_pip
 
 
 def cache_root() -> Path:
@@ -43,12 +43,11 @@ def unpacked(*requirements: str) -> Path:
 
 def _download(requirements: tuple[str, ...], folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--dest", work, *requirements]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            pytest.skip(f"pip cannot download {', '.join(requirements)}: {said}")
+        quietly = ("--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:")
+        try:
+            run_pip("download", *quietly, "--dest", work, *requirements)
+        except RuntimeError as error:
+            pytest.skip(f"pip cannot download {', '.join(requirements)}: {str(error).strip().splitlines()[-1]}")
         content = Path(work, "content")
         for wheel in Path(work).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
