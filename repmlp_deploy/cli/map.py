@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from repmlp_deploy.cli.shared.console import INTERRUPTED, print_json, print_line
 from repmlp_deploy.cli.shared.progress import counting
 from repmlp_deploy.errors import InputError, optional_imports
 from repmlp_deploy.evaluation.mapping import Engine, map_images
+from repmlp_deploy.evaluation.process_engine import Processes
 from repmlp_deploy.evaluation.sources import open_source
 from repmlp_deploy.runtime.predictor import Predictor
 from repmlp_deploy.text import printable
@@ -27,7 +29,7 @@ def main() -> None:
 
 def map_command(  # noqa: PLR0913 - one per option
     bundle: Annotated[Path, typer.Argument(help="The folder that repmlp-export wrote.")],
-    data: Annotated[str, typer.Option(help="A folder, a glob, a list of paths, a tar, parquet or Arrow file.")],
+    data: Annotated[str, typer.Option(help="A folder, glob, list of paths, tar, parquet or Arrow file; or a URI.")],
     out: Annotated[Path, typer.Option(help="The parquet file to write.")],
     column: Annotated[
         str | None, typer.Option(help="Column of a table with images or paths; default: image, bytes or path.")
@@ -37,8 +39,12 @@ def map_command(  # noqa: PLR0913 - one per option
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images a batch; default: the bundle's best.")] = None,
     top: Annotated[int, typer.Option(help="Classes that a row names.")] = 5,
-    engine: Annotated[str, typer.Option(help="local: this process; ray: actors, on RAY_ADDRESS or here.")] = "local",
-    workers: Annotated[int | None, typer.Option(help="Actors of Ray; default: what its CPUs or GPUs allow.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="local: processes of this machine; ray: actors, on RAY_ADDRESS or here.")
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes or actors; default: one per CPU, or per GPU of Ray.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again, whatever an earlier run has done.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
@@ -60,7 +66,7 @@ def map_command(  # noqa: PLR0913 - one per option
         ):
 
             def show(done: int, total: int, errors: int) -> None:
-                count(done, total, f"{errors} errors")
+                count(done, total, f"{errors} new errors")
 
             found = map_images(predictor, source, out, top=top, batch=batch, fresh=fresh, progress=show, engine=made)
     except KeyboardInterrupt:
@@ -68,28 +74,27 @@ def map_command(  # noqa: PLR0913 - one per option
         raise typer.Exit(INTERRUPTED) from None
     seconds = round(time.monotonic() - started, 3)
     if json:
-        counts = {"count": found.count, "resumed": found.resumed, "errors": found.errors, "seconds": seconds}
-        print_json({"bundle": str(bundle), "data": data, "out": str(out), **counts})
+        about = {"bundle": str(bundle), "data": data, "out": str(out)}
+        print_json({**about, **asdict(found), "seconds": seconds})
         return
     print_line(f"{out}: {found.count} images, {found.resumed} of them from an earlier run, {seconds:.1f} s")
     if found.errors:
-        print_line(f"note: {found.errors} have no prediction; the column error says why")
+        new = "" if found.new_errors == found.errors else f", {found.new_errors} of them new"
+        print_line(f"note: {found.errors} have no prediction{new}; the column error says why")
 
 
 def _engine(name: str, workers: int | None, device: str | None, threads: int | None) -> Engine | None:
-    """Return the engine of this name; None is this process.
+    """Return the engine of this name; None is this process alone.
 
     Raises:
-        InputError: there is none, or it has no workers.
+        InputError: there is none.
         MissingDependency: it is `ray`, which is not installed.
     """
+    on_cpu = device in {None, "cpu"}
     if name == "ray":
         with optional_imports():
             from repmlp_deploy.evaluation.ray_engine import Actors  # noqa: PLC0415 - needs the extra `ray`
-        gpus = 0 if device in {None, "cpu"} else 1
-        return Actors(device=device, threads=threads or 1, gpus=gpus, count=workers)
+        return Actors(device=device, threads=threads or 1, gpus=0 if on_cpu else 1, count=workers)
     if name != "local":
         raise InputError(f"--engine is {printable(name)}; expected local or ray")
-    if workers is not None:
-        raise InputError("--workers is for --engine ray; the local engine is one process: leave it out")
-    return None
+    return Processes(device=device, threads=threads or 1, count=workers) if on_cpu or workers is not None else None

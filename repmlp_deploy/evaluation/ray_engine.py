@@ -25,7 +25,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from repmlp_deploy.errors import DeviceError, InputError, RepMLPError
-from repmlp_deploy.evaluation.mapping import Parts, fill_parts
+from repmlp_deploy.evaluation.filling import Parts, chunks_of, fill_parts
 from repmlp_deploy.evaluation.sources import Source
 from repmlp_deploy.runtime.cpus import usable_cpus
 from repmlp_deploy.runtime.predictor import Predictor
@@ -51,7 +51,7 @@ class _Worker:
         if self._predictor is None:
             bundle, how = self._opened
             self._predictor = Predictor(bundle, check=True, **how)
-        self._filling = fill_parts(self._predictor, self._source, self._parts, chunk)
+        self._filling = fill_parts(self._predictor, self._source, self._parts, chunk, readers=1)
         return self.following()
 
     def following(self) -> tuple[int, int]:
@@ -88,7 +88,7 @@ class Actors:
             _start()
             how = {"format": predictor.format, "device": self.device, "threads": self.threads}
             given = (_folder(predictor), how, ray.put(source), _absolute(parts))
-            yield from self._run(given, _chunks(missing, self._actors() * _CHUNKS_PER_ACTOR))
+            yield from self._run(given, chunks_of(missing, self._actors() * _CHUNKS_PER_ACTOR))
         except RayTaskError as error:
             raise _meant(error) from None
         except (RayError, ConnectionError, TimeoutError) as error:
@@ -161,12 +161,6 @@ def _folder(predictor: Predictor) -> str:
 def _absolute(parts: Parts) -> Parts:
     """Return the parts as an actor sees them, whose working folder may be another."""
     return replace(parts, folder=parts.folder.resolve())
-
-
-def _chunks(missing: Sequence[int], count: int) -> deque[deque[int]]:
-    """Cut the missing parts into at most `count` runs of neighbours."""
-    size = -(-len(missing) // count)
-    return deque(deque(missing[start : start + size]) for start in range(0, len(missing), size))
 
 
 def _meant(error: RayTaskError) -> RepMLPError:

@@ -5,6 +5,7 @@ A glob          the image files that match, such as `photos/**/*.jpg`
 A text file     one path per line, relative to the file's folder
 A tar archive   its image files, as WebDataset writes them; read from front to back, never unpacked
 Parquet, Arrow  a column of encoded images, of paths relative to the file's folder, or of both (`{bytes, path}`)
+A URI           a folder or a file of one of these kinds in an object store or another file system: see `remote`
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import glob
 import hashlib
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from repmlp_deploy.errors import ImageError, InputError
+from repmlp_deploy.evaluation.remote import RemoteFile, RemoteStore, is_uri
 from repmlp_deploy.evaluation.tables import TABLE_SUFFIXES, count_rows, find_column, read_column
 from repmlp_deploy.files import read_text
 from repmlp_deploy.runtime.images import IMAGE_SUFFIXES, find_images
@@ -26,6 +30,7 @@ __all__ = ["Item", "Source", "open_source"]
 
 _LARGEST_LIST_BYTES = 1 << 30
 _LARGEST_IMAGE_BYTES = 1 << 28
+_REMOTE_READERS = 16  # reads under way at a time: each waits for an answer
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
@@ -39,52 +44,49 @@ class Item:
     """
 
     key: str
-    content: Path | bytes | ImageError
+    content: Path | bytes | RemoteFile | ImageError
+
+    def encoded(self) -> Path | bytes:
+        """Return the image's file, or the bytes of one.
+
+        Raises:
+            ImageError: there is none.
+            InputError: it lies elsewhere, and cannot be read now.
+        """
+        if isinstance(self.content, ImageError):
+            raise self.content
+        return self.content.read() if isinstance(self.content, RemoteFile) else self.content
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images in their order.
+    """Images in their order; can be sent to another process.
 
     Attributes:
         count: how many there are.
         fingerprint: hash of the files' names, lengths and times; it differs where the images may differ.
         items: (first) -> the images from the one with this number on.
+        readers: threads that read images, at least.
     """
 
     count: int
     fingerprint: str
     items: Callable[[int], Iterator[Item]]
+    readers: int = 1
 
 
 def open_source(data: str, column: str | None = None) -> Source:
-    """Return the images of a folder, a glob, or a file of one of the kinds above.
+    """Return the images of a folder, a glob, a file of one of the kinds above, or of a URI.
 
     Args:
-        data: the path or the glob.
+        data: the path, the glob or the URI.
         column: of a table; by default `image`, `bytes` or `path`, whichever comes first.
 
     Raises:
         InputError: there is nothing of that name, or it holds no images.
     """
-    path = Path(data)
-    if not path.exists() and not glob.has_magic(data):
-        raise InputError(f"--data {data}: no such file or folder")
     try:
-        if not path.exists():
-            found = sorted(Path(name) for name in glob.glob(data, recursive=True))  # noqa: PTH207 - may be absolute
-            files = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
-            source = _of_files([str(file) for file in files], files)
-        elif path.is_dir():
-            files = find_images(path)
-            source = _of_files([file.relative_to(path).as_posix() for file in files], files)
-        elif path.name.lower().endswith(_TAR_SUFFIXES):
-            source = _of_tar(path)
-        elif path.suffix.lower() in TABLE_SUFFIXES:
-            source = _of_table(path, column)
-        else:
-            lines = [line for line in read_text(path, _LARGEST_LIST_BYTES).splitlines() if line.strip()]
-            source = _of_files(lines, [path.parent / line for line in lines])
+        source = _of_uri(data, column) if is_uri(data) else _of_path(data, column)
     except InputError:
         raise
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
@@ -94,31 +96,83 @@ def open_source(data: str, column: str | None = None) -> Source:
     return source
 
 
-def _of_files(keys: list[str], files: list[Path]) -> Source:
-    def items(first: int) -> Iterator[Item]:
-        for i in range(first, len(files)):
-            yield Item(keys[i], files[i])
+def _of_path(data: str, column: str | None) -> Source:
+    path = Path(data)
+    if not path.exists() and not glob.has_magic(data):
+        raise InputError(f"--data {data}: no such file or folder")
+    if not path.exists():
+        found = sorted(glob.glob(data, recursive=True))  # noqa: PTH207 - may be absolute
+        return _of_files(Path(), [name for name in found if name.lower().endswith(IMAGE_SUFFIXES)])
+    if path.is_dir():
+        return _of_files(path, [file.relative_to(path).as_posix() for file in find_images(path)])
+    name = path.name.lower()
+    if name.endswith(_TAR_SUFFIXES):
+        count = sum(1 for _ in _members(partial(_open, path), stream=False))
+        return Source(count, _fingerprint([path]), partial(_tar_items, data, partial(_open, path), stream=False))
+    if name.endswith(TABLE_SUFFIXES):
+        used = find_column(data, column)
+        return Source(count_rows(data), _fingerprint([path], used), partial(_table_items, data, used, None))
+    return _of_files(path.parent, _lines(read_text(path, _LARGEST_LIST_BYTES)))
 
-    return Source(len(files), _fingerprint(files), items)
+
+def _of_files(root: Path, keys: list[str]) -> Source:
+    return Source(len(keys), _fingerprint(root / key for key in keys), partial(_file_items, root, keys))
 
 
-def _of_tar(path: Path) -> Source:
-    def members() -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-        with tarfile.open(path) as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined] # tarfile remembers every member otherwise
-                if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
-                    yield archive, member
+def _file_items(root: Path, keys: list[str], first: int) -> Iterator[Item]:
+    for i in range(first, len(keys)):
+        yield Item(keys[i], root / keys[i])
 
-    def items(first: int) -> Iterator[Item]:
-        try:
-            for i, (archive, member) in enumerate(members()):
-                if i >= first:
-                    yield Item(member.name, _extracted(archive, member))
-        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-            raise InputError(f"--data {path} cannot be read: {error}") from None
 
-    return Source(sum(1 for _ in members()), _fingerprint([path]), items)
+def _of_uri(data: str, column: str | None) -> Source:
+    store, path = RemoteStore.of(data)
+    name, readers = path.lower(), _REMOTE_READERS
+    listed = store.images(path, IMAGE_SUFFIXES)
+    if listed is not None:  # a folder
+        keys, about = listed
+        return Source(len(keys), about, partial(_remote_items, store, path, keys), readers)
+    if name.endswith(_TAR_SUFFIXES):
+        opened = partial(store.stream, path)
+        count = sum(1 for _ in _members(opened, stream=True))
+        return Source(count, store.fingerprint(path), partial(_tar_items, data, opened, stream=True), readers)
+    if name.endswith(TABLE_SUFFIXES):
+        used = find_column(path, column, store.filesystem)
+        count, items = count_rows(path, store.filesystem), partial(_table_items, path, used, store)
+        return Source(count, store.fingerprint(path, used), items, readers)
+    keys = _lines(store.text(path, _LARGEST_LIST_BYTES))
+    # the objects that a list names are not asked for their times: that would be a request for each
+    about = store.fingerprint(path)
+    return Source(len(keys), about, partial(_remote_items, store, path.rpartition("/")[0], keys), readers)
+
+
+def _remote_items(store: RemoteStore, root: str, keys: list[str], first: int) -> Iterator[Item]:
+    for i in range(first, len(keys)):
+        yield Item(keys[i], store.file(root, keys[i], _LARGEST_IMAGE_BYTES))
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _members(opened: Callable[[], BinaryIO], *, stream: bool) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    with opened() as file, tarfile.open(fileobj=file, mode="r|*" if stream else "r:*") as archive:
+        while (member := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined] # tarfile remembers every member otherwise
+            if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
+                yield archive, member
+
+
+def _tar_items(data: str, opened: Callable[[], BinaryIO], first: int, *, stream: bool) -> Iterator[Item]:
+    try:
+        for i, (archive, member) in enumerate(_members(opened, stream=stream)):
+            if i >= first:
+                yield Item(member.name, _extracted(archive, member))
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise InputError(f"--data {data} cannot be read: {error}") from None
 
 
 def _extracted(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | ImageError:
@@ -129,24 +183,22 @@ def _extracted(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Ima
     return data if len(data) == member.size else ImageError(f"{member.name} is truncated")
 
 
-def _of_table(path: Path, column: str | None) -> Source:
-    name = find_column(path, column)
-
-    def items(first: int) -> Iterator[Item]:
-        for i, value in enumerate(read_column(path, name, first), first):
-            key = value if isinstance(value, str) else str(i)
-            if isinstance(value, dict):
-                encoded, key = value.get("bytes"), value.get("path") or key
-                value = value.get("path") if encoded is None else encoded  # noqa: PLW2901
-            if value is None:
-                yield Item(key, ImageError(f"row {i} holds no image"))
-            else:
-                yield Item(key, value if isinstance(value, bytes) else path.parent / value)
-
-    return Source(count_rows(path), _fingerprint([path], name), items)
+def _table_items(path: str, name: str, store: RemoteStore | None, first: int) -> Iterator[Item]:
+    folder = path.rpartition("/")[0]
+    for i, value in enumerate(read_column(path, name, first, store and store.filesystem), first):
+        key = value if isinstance(value, str) else str(i)
+        if isinstance(value, dict):
+            encoded, key = value.get("bytes"), value.get("path") or key
+            value = value.get("path") if encoded is None else encoded  # noqa: PLW2901
+        if value is None:
+            yield Item(key, ImageError(f"row {i} holds no image"))
+        elif isinstance(value, bytes) or store is None:
+            yield Item(key, value if isinstance(value, bytes) else Path(path).parent / value)
+        else:
+            yield Item(key, store.file(folder, value, _LARGEST_IMAGE_BYTES))
 
 
-def _fingerprint(files: list[Path], *about: str) -> str:
+def _fingerprint(files: Iterable[Path], *about: str) -> str:
     digest = hashlib.sha256("|".join(about).encode())
     for file in files:
         try:

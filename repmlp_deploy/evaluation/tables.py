@@ -1,4 +1,4 @@
-"""Parquet and Arrow files, read and written in parts. The only module that needs pyarrow."""
+"""Parquet and Arrow files, read and written in parts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from repmlp_deploy.errors import InputError
 
 __all__ = [
     "TABLE_SUFFIXES",
+    "count_errors",
     "count_rows",
     "find_column",
     "merge_tables",
@@ -26,7 +27,9 @@ __all__ = [
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
 
 _COLUMNS = ("image", "bytes", "path")
+_PARQUET = ".parquet"
 _ROWS = 64  # images in memory at a time
+_BUFFER_BYTES = 1 << 20  # of a column chunk, instead of all of it
 _JOB = b"repmlp-map"
 
 _ANSWERS: Mapping[str, Mapping[str, Any]] = {
@@ -76,24 +79,40 @@ def write_table(rows: Sequence[Mapping[str, Any]], schema: Any, path: Path) -> N
     pa.parquet.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd")
 
 
-def merge_tables(parts: Sequence[Path], schema: Any, path: Path) -> None:
-    """Write the rows of all parts, in their order, to one file; one part is in memory at a time.
+def merge_tables(parts: Sequence[Path], schema: Any, path: Path) -> int:
+    """Write the rows of all parts, in their order, to one file, and return how many of them have an error.
+
+    One part is in memory at a time.
 
     Raises:
         OSError: it cannot be written, or a part cannot be read.
     """
+    errors = 0
     with pa.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         for part in parts:
-            writer.write_table(pa.parquet.read_table(part, schema=schema))
+            table = pa.parquet.read_table(part, schema=schema)
+            errors += _errors_of(table)
+            writer.write_table(table)
+    return errors
 
 
-def find_column(path: Path, name: str | None) -> str:
+def count_errors(path: Path) -> int:
+    """Return how many rows of a result have an error."""
+    with pa.parquet.ParquetFile(path) as file:
+        return sum(_errors_of(batch) for batch in file.iter_batches(columns=["error"]))
+
+
+def _errors_of(rows: Any) -> int:
+    return int(rows.num_rows - rows["error"].null_count)
+
+
+def find_column(path: str, name: str | None, filesystem: Any = None) -> str:
     """Return the column of a table that holds images.
 
     Raises:
         InputError: there is no such column, or it can hold none.
     """
-    schema = _opened(path).schema
+    schema = _opened(path, filesystem).schema
     found = name if name is not None else next((one for one in _COLUMNS if one in schema.names), None)
     if found is None or found not in schema.names:
         wanted = f"no column {name}" if name is not None else f"no column {' or '.join(_COLUMNS)}"
@@ -106,17 +125,22 @@ def find_column(path: Path, name: str | None) -> str:
     return found
 
 
-def count_rows(path: Path) -> int:
+def count_rows(path: str, filesystem: Any = None) -> int:
     """Return how many rows a table has."""
-    return int(_opened(path).count_rows())
+    return int(_opened(path, filesystem).count_rows())
 
 
-def read_column(path: Path, name: str, first: int) -> Iterator[Any]:
-    """Yield the values of a column from row `first` on."""
+def read_column(path: str, name: str, first: int, filesystem: Any = None) -> Iterator[Any]:
+    """Yield the values of a column from row `first` on; of a parquet file, row groups before it are not read."""
     seen = 0
-    how = {"batch_size": _ROWS, "batch_readahead": 1, "fragment_readahead": 1, "use_threads": False}
     try:
-        for batch in _opened(path).to_batches(columns=[name], **how):
+        if path.lower().endswith(_PARQUET):
+            skipped, batches = _after(path, name, first, filesystem)
+        else:
+            how = {"batch_size": _ROWS, "batch_readahead": 1, "fragment_readahead": 1, "use_threads": False}
+            skipped, batches = 0, _opened(path, filesystem).to_batches(columns=[name], **how)
+        seen = skipped
+        for batch in batches:
             if seen + len(batch) > first:
                 for value in batch.column(0)[max(0, first - seen) :]:
                     yield value.as_py()
@@ -125,9 +149,20 @@ def read_column(path: Path, name: str, first: int) -> Iterator[Any]:
         raise InputError(f"--data {path} cannot be read after row {seen}: {error}") from None
 
 
-def _opened(path: Path) -> Any:
-    kind = "parquet" if path.suffix.lower() == ".parquet" else "ipc"
+def _after(path: str, name: str, first: int, filesystem: Any) -> tuple[int, Iterator[Any]]:
+    """Return how many rows lie in the row groups before row `first`, and the batches of the others."""
+    file = pa.parquet.ParquetFile(path, filesystem=filesystem, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+    skipped, group = 0, 0
+    while group < file.num_row_groups and skipped + file.metadata.row_group(group).num_rows <= first:
+        skipped += file.metadata.row_group(group).num_rows
+        group += 1
+    groups = [*range(group, file.num_row_groups)]
+    return skipped, file.iter_batches(_ROWS, row_groups=groups, columns=[name], use_threads=False)
+
+
+def _opened(path: str, filesystem: Any) -> Any:
+    kind = "parquet" if path.lower().endswith(_PARQUET) else "ipc"
     try:
-        return pa.dataset.dataset(path, format=kind)
+        return pa.dataset.dataset(path, format=kind, filesystem=filesystem)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"--data {path} cannot be read as {kind}: {error}") from None

@@ -1,4 +1,4 @@
-"""`repmlp-map` and what it is made of: `evaluation.mapping`, `evaluation.sources`, `evaluation.tables`, `cli.map`."""
+"""`repmlp-map`: `evaluation.mapping`, `evaluation.filling`, `evaluation.sources`, `evaluation.tables`, `cli.map`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ import pytest
 from repmlp_deploy import Bundle, Predictor
 from repmlp_deploy.cli.map import map_command
 from repmlp_deploy.errors import InputError, OutputError
-from repmlp_deploy.evaluation import mapping
-from repmlp_deploy.evaluation.mapping import bundle_digest, map_images
+from repmlp_deploy.evaluation import filling, mapping
+from repmlp_deploy.evaluation.filling import bundle_digest
+from repmlp_deploy.evaluation.mapping import map_images
 from repmlp_deploy.evaluation.sources import open_source
 from support.commands import ends_with
 from train_digits import digit_images
@@ -32,7 +33,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from repmlp_deploy import Predictor
-from repmlp_deploy.evaluation import mapping
+from repmlp_deploy.evaluation import filling, mapping
 from repmlp_deploy.evaluation.sources import open_source
 
 bundle, data, out, when, after = sys.argv[1:]
@@ -47,7 +48,7 @@ def put_and_die(written, target):
     if len(calls) == int(when):
         os.kill(os.getpid(), signal.SIGKILL)
 
-mapping.put_file = put_and_die
+filling.put_file = mapping.put_file = put_and_die
 with Predictor(bundle, format="onnx") as predictor:
     mapping.map_images(predictor, open_source(data), Path(out))
 """
@@ -147,6 +148,8 @@ def test_a_killed_run_goes_on(when, after, images, predictor, tmp_path, monkeypa
     found = map_images(predictor, open_source(str(images)), out)
     done = when - (after == "before")
     assert found.resumed == min(16 * done, COUNT)
+    assert found.errors == len(CORRUPT)  # of the whole output, whichever run met them
+    assert found.new_errors == sum(number >= found.resumed for number in CORRUPT)
     require_right(pq.read_table(out), [item.content for item in open_source(str(images)).items(0)], predictor)
     assert not (tmp_path / "out.parquet.parts").exists()
 
@@ -155,7 +158,8 @@ def test_jobs_do_not_mix(images, predictor, tmp_path):
     out, parts = tmp_path / "out.parquet", tmp_path / "out.parquet.parts"
     source = open_source(str(images))
     map_images(predictor, source, out)
-    assert map_images(predictor, source, out).resumed == COUNT
+    again = map_images(predictor, source, out)
+    assert (again.resumed, again.errors, again.new_errors) == (COUNT, len(CORRUPT), 0)
     with pytest.raises(InputError, match="other options: pass --fresh"):
         map_images(predictor, source, out, top=2)
     assert map_images(predictor, source, out, top=2, fresh=True).resumed == 0
@@ -212,10 +216,13 @@ def test_the_command_counts_and_refuses(images, bundle, tmp_path, capsys):
     given = (bundle.folder, "--data", images, "--out", out, "--format", "onnx", "--json")
     assert ends_with(map_command, *given) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["count"], report["resumed"], report["errors"]) == (COUNT, 0, 3)
+    assert (report["count"], report["resumed"], report["errors"], report["new_errors"]) == (COUNT, 0, 3, 3)
     assert ends_with(map_command, *given, "--top", 3) == 2
     assert "pass --fresh" in capsys.readouterr().err
     assert ends_with(map_command, *given, "--top", 0) == 2
+    capsys.readouterr()
+    assert ends_with(map_command, *given[:-1]) == 0
+    assert "note: 3 have no prediction, 0 of them new;" in capsys.readouterr().out
 
 
 def test_without_pyarrow_the_remedy_is_named(images, bundle, tmp_path):
@@ -247,13 +254,14 @@ def test_keys_are_stored_as_they_are(images, predictor, tmp_path):
 
 def test_the_bundle_is_hashed_once_for_all_images(images, predictor, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(mapping, "bundle_digest", lambda manifest: calls.append(1) or bundle_digest(manifest))
+    for module in (mapping, filling):
+        monkeypatch.setattr(module, "bundle_digest", lambda manifest: calls.append(1) or bundle_digest(manifest))
     map_images(predictor, open_source(str(images)), tmp_path / "out.parquet", batch=2)
     assert len(calls) == 2  # for the job, and by the engine
 
 
 def test_a_bundle_that_was_exchanged_makes_no_parts(images, predictor, tmp_path):
-    parts = mapping.Parts(tmp_path, "job", "another bundle", COUNT, 32, 5, 8)
+    parts = filling.Parts(tmp_path, "job", "another bundle", COUNT, 32, 5, 8)
     with pytest.raises(InputError, match="the bundle changed during the run"):
-        next(mapping.fill_parts(predictor, open_source(str(images)), parts, [0]))
+        next(filling.fill_parts(predictor, open_source(str(images)), parts, [0]))
     assert not list(tmp_path.iterdir())

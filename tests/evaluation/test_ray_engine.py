@@ -97,8 +97,6 @@ def test_options_that_do_not_fit_are_refused(bundle: Bundle, images: Path, tmp_p
     given = (bundle.folder, "--data", images, "--out", tmp_path / "out.parquet")
     assert ends_with(map_command, *given, "--engine", "spark") == 2
     assert "expected local or ray" in capsys.readouterr().err
-    assert ends_with(map_command, *given, "--workers", 2) == 2
-    assert "--workers is for --engine ray" in capsys.readouterr().err
 
 
 def test_without_ray_the_remedy_is_named(bundle: Bundle, images: Path, tmp_path: Path):
