@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,9 @@ import pytest
 from repmlp_deploy import Bundle
 from repmlp_deploy.card import data_root
 from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
+from support.exporter import keep_functions
 from support.extras import is_missing, reason_to_skip
+from support.warm_process import WarmProcess
 
 if TYPE_CHECKING:  # an environment may have neither PyTorch nor ONNX: the fixtures import what they need
     import torch
@@ -54,6 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+
+
+def pytest_runtest_setup() -> None:
+    """From the first test after an export, exports are cheaper."""
+    keep_functions()
 
 
 @pytest.fixture
@@ -100,3 +107,10 @@ def bundle_folder(_exported: Path, tmp_path: Path) -> Path:
 def bundle(_exported: Path) -> Bundle:
     """The same bundle, shared: not to be changed."""
     return Bundle.load(_exported)
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProcess]:
+    """What runs commands in a fraction of the time, in a home folder that was empty when it started."""
+    with WarmProcess(tmp_path_factory.mktemp("home")) as process:
+        yield process

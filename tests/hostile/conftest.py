@@ -1,9 +1,8 @@
-"""Fixtures: one warm process for all, in a home folder that was empty when it started."""
+"""Fixtures: the good files that hostile ones are made from."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,6 @@ import pytest
 from hostile.case import Kit
 from repmlp_deploy.card import data_root
 from support.warm_process import WarmProcess
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="session")
-def warm(home: Path) -> Iterator[WarmProcess]:
-    with WarmProcess(home) as process:
-        yield process
 
 
 @pytest.fixture(scope="session")

@@ -148,14 +148,14 @@ def run_block(block: Block, folder: Path, environment: Mapping[str, str], warm: 
         block: of `bash` or `python`.
         folder: where it runs.
         environment: variables beside those of this process.
-        warm: what runs plain commands of this project in a fraction of the time; by default, bash runs everything.
+        warm: what runs Python and plain commands in a fraction of the time; by default, bash runs everything.
     """
     if warm is not None and block.language == "python":
         ended = warm.run(folder=folder, environment=environment, script=block.code)
         _check(block, ended.code, ended.out, ended.err)
         return
     code, out, err = 0, "", ""
-    for step in _steps(block, warm is not None):
+    for step in steps(block, warm is not None):
         if isinstance(step, str):
             command = (
                 ["bash", "-euo", "pipefail", "-c", step] if block.language == "bash" else [sys.executable, "-c", step]
@@ -172,7 +172,9 @@ def run_block(block: Block, folder: Path, environment: Mapping[str, str], warm: 
             code, out, err = done.returncode, out + done.stdout, err + done.stderr
         else:
             assert warm is not None
-            ended = warm.run(*step, folder=folder, environment=environment)
+            program, *words = step
+            script = python_script(words) if program == "python" else None
+            ended = warm.run(*([] if script else step), folder=folder, environment=environment, script=script)
             code, out, err = ended.code, out + ended.out, err + ended.err
         if code:
             break
@@ -188,8 +190,8 @@ def _check(block: Block, code: int, out: str, err: str) -> None:
         assert matches(block.printed, printed), f"did not print\n{block.printed}\n{said}"
 
 
-def _steps(block: Block, warm: bool) -> Iterator[str | list[str]]:
-    """Yield what to run: text for an interpreter, or the words of a plain command of this project."""
+def steps(block: Block, warm: bool) -> Iterator[str | list[str]]:
+    """Yield what to run: text for an interpreter, or the words of a plain command of Python or of this project."""
     lines = block.code.replace("\\\n", " ").splitlines()
     plain = [_plain_command(line) for line in lines]
     if not warm or block.language != "bash" or not any(plain) or "<<" in block.code:
@@ -200,15 +202,28 @@ def _steps(block: Block, warm: bool) -> Iterator[str | list[str]]:
 
 
 def _plain_command(line: str) -> list[str]:
-    """Return the words of a command of this project that needs no shell; none for any other line."""
-    if set(line) & set("|&;<>$`"):
+    """Return the words of a command of Python or of this project that needs no shell; none for any other line."""
+    if set(line) & set("$`"):
         return []
+    reader = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+    reader.whitespace_split = True
     try:
-        program, *words = shlex.split(line, comments=True) or [""]
+        program, *words = list(reader) or [""]
     except ValueError:  # a quotation that the next line ends
         return []
+    if any(set(word) <= set("|&;<>") for word in words if word):
+        return []
     name = program.removeprefix("repmlp-")
+    if program == "python":
+        return [program, *words] if words and (words[0] == "-c" or words[0].endswith(".py")) else []
     return [name, *words] if name not in {program, *_OWN_PROCESSES} else []
+
+
+def python_script(words: list[str]) -> str:
+    """Return a script that does what `python WORDS` does in a process of its own."""
+    if words[0] == "-c":
+        return f"import sys\nsys.path.insert(0, '')\nsys.argv = {['-c', *words[2:]]!r}\n{words[1]}"
+    return f"import runpy, sys\nsys.argv = {words!r}\nrunpy.run_path({words[0]!r}, run_name='__main__')"
 
 
 _OWN_PROCESSES = ("bench", "serve")

@@ -12,7 +12,7 @@ from repmlp_deploy.errors import EXTRAS, MissingDependency
 
 __all__ = ["is_missing", "reason_to_skip"]
 
-OF_TESTS = frozenset({"sklearn", "hypothesis", "httpx2", "trustme", "grpc_tools", "nbformat", "nbclient", "sphinx"})
+OF_TESTS = frozenset({"sklearn", "hypothesis", "httpx2", "trustme", "grpc_tools", "nbformat", "IPython", "sphinx"})
 """What tests import beside the extras; the extra `dev` or `docs` brings it."""
 
 
