@@ -10,7 +10,17 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["CheckpointOrigin", "EngineBuild", "EngineReport", "GraphRecord", "KeptNode", "Origin", "Sensitivity"]
+__all__ = [
+    "CheckpointOrigin",
+    "EngineBuild",
+    "EngineReport",
+    "GraphRecord",
+    "KeptNode",
+    "MeasuredArtifact",
+    "Origin",
+    "Sensitivity",
+    "Speed",
+]
 
 
 class Record(BaseModel):
@@ -64,6 +74,31 @@ class GraphRecord(Record):
     def kept_products(self) -> tuple[str, ...]:
         """Return the names of the products that stay in float32."""
         return tuple(kept.node for kept in self.kept_fp32 if kept.node is not None)
+
+
+class Speed(Record):
+    """How fast an artifact was where it was made.
+
+    Attributes:
+        machine: a name of the processor and of how many of its cores the process had.
+        device: it ran on.
+        runtime: and its version.
+        batch_ms: batch size to the milliseconds of the shortest run.
+    """
+
+    machine: Annotated[str, Field(max_length=100)]
+    device: Annotated[str, Field(max_length=100)]
+    runtime: Annotated[str, Field(max_length=200)]
+    batch_ms: Annotated[
+        dict[Annotated[int, Field(gt=0)], Annotated[float, Field(gt=0, allow_inf_nan=False)]],
+        Field(min_length=1, max_length=8),
+    ]
+
+
+class MeasuredArtifact(Record):
+    """What an artifact says of its speed; None where nothing was measured."""
+
+    speed: Speed | None = None
 
 
 class EngineBuild(Record):

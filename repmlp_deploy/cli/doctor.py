@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from repmlp_deploy import __version__
+from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.cli.shared.capabilities import describe_cpu, find_capabilities
 from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, run_command, typer
 from repmlp_deploy.cli.shared.progress import progress
+from repmlp_deploy.runtime.choice import measure_artifacts
+from repmlp_deploy.runtime.predictor import Predictor
 
 __all__ = ["main"]
+
+_CHOICES = ("chosen", "streams_chosen", "passed_over")
 
 
 def main() -> None:
@@ -20,6 +26,9 @@ def main() -> None:
 
 
 def doctor_command(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Also measure its artifacts, and say which of them runs here.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
@@ -27,10 +36,14 @@ def doctor_command(
     with progress(quiet=json) as show:
         show("importing every runtime")
         found = find_capabilities()
+        if bundle is not None:
+            show("measuring the artifacts")
+        speeds = {} if bundle is None else _speeds(Bundle.load(bundle))
     cpu = describe_cpu()
     about = {"repmlp-deploy": __version__, "python": platform.python_version(), "platform": platform.platform(), **cpu}
     if json:
-        print_json({**about, "capabilities": [asdict(capability) for capability in found]})
+        measured = {} if bundle is None else {"bundle": speeds}
+        print_json({**about, "capabilities": [asdict(capability) for capability in found], **measured})
         return
     print_line(f"repmlp-deploy {__version__}, Python {about['python']}, {about['platform']}")
     quota = "" if cpu["cpu_quota"] is None else f", a quota of {cpu['cpu_quota']:g} processors"
@@ -38,3 +51,30 @@ def doctor_command(
     print_line(f"instruction sets: {', '.join(cpu['instructions']) or 'none that the runtimes look for'}")
     rows = [("yes" if one.works else "no", one.name, one.details) for one in found]
     print_table("this machine can", ("", "do", "with, or what is missing"), rows, left=3)
+    if bundle is not None:
+        _print_speeds(speeds)
+
+
+def _speeds(bundle: Bundle) -> dict[str, Any]:
+    """Return milliseconds of the artifacts, and what `Predictor` opens, in its two modes."""
+    artifacts = {name: speed.model_dump(mode="json") for name, speed in measure_artifacts(bundle).items()}
+    said: dict[str, Any] = {"name": bundle.manifest.name, "artifacts": artifacts}
+    with Predictor(bundle, streams="throughput") as predictor:
+        said |= {"format": predictor.format, "device": predictor.device}
+        return said | {key: predictor.details[key] for key in _CHOICES if key in predictor.details}
+
+
+def _print_speeds(speeds: dict[str, Any]) -> None:
+    sizes = sorted({int(size) for speed in speeds["artifacts"].values() for size in speed["batch_ms"]})
+    columns = ("artifact", "with", *(f"batch {size}" for size in sizes))
+    rows = [
+        (name, speed["runtime"], *(f"{ms:.3g} ms" for _, ms in sorted(speed["batch_ms"].items(), key=_by_size)))
+        for name, speed in speeds["artifacts"].items()
+    ]
+    print_table(f"{speeds['name']} here", columns, rows, left=2)
+    print_line(f"artifact: {speeds.get('chosen', speeds['format'])}")
+    print_line(f"for throughput, inferences at a time: {speeds.get('streams_chosen', '1')}")
+
+
+def _by_size(item: tuple[Any, float]) -> int:
+    return int(item[0])

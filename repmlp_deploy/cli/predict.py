@@ -36,6 +36,10 @@ def predict_command(  # noqa: PLR0913 - one per option
     decode: Annotated[
         str, typer.Option(help="exact, or fast: large JPEG files at a fraction of their size; some levels differ.")
     ] = "exact",
+    streams: Annotated[
+        str,
+        typer.Option(metavar="latency|throughput|N", help="Inferences at a time; throughput measures which number."),
+    ] = "latency",
     top: Annotated[int, typer.Option(help="Classes to show.")] = 1,
     out: Annotated[Path | None, typer.Option(help="segment: folder for NAME-mask.png and NAME-overlay.png.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Run the probe first; exit 3 if it fails.")] = False,
@@ -46,7 +50,8 @@ def predict_command(  # noqa: PLR0913 - one per option
     if top < 1:
         raise InputError(f"--top is {top}; it must be at least 1")
     files = _files(images)
-    with Predictor(bundle, format=artifact, device=device, threads=threads, cache=cache, decode=decode) as predictor:
+    how = {"format": artifact, "device": device, "threads": threads, "cache": cache, "decode": decode}
+    with Predictor(bundle, **how, streams=streams) as predictor:  # type: ignore[arg-type]
         for name, why in predictor.details.get("passed_over", {}).items():
             sys.stderr.write(f"note: the {name} artifact was passed over: {printable(why)}\n")
         print_warnings(predictor.warnings)
@@ -60,6 +65,7 @@ def predict_command(  # noqa: PLR0913 - one per option
         shown = show(_Answers(files, predictor(files), predictor.labels, top, out))
         title = f"{predictor.manifest.name}, {predictor.format} on {predictor.device}"
         about = {"bundle": str(bundle), "format": predictor.format, "device": predictor.device}
+        about |= {key: predictor.details[key] for key in ("chosen", "streams_chosen") if key in predictor.details}
     if json:
         print_json({**about, "predictions": shown.report})
     else:

@@ -9,7 +9,7 @@ from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.cli.shared.console import run_command, typer
 from repmlp_deploy.cli.shared.serve_config import read_config
 from repmlp_deploy.errors import InputError
-from repmlp_deploy.runtime.runner import RunnerOptions
+from repmlp_deploy.runtime.runner import RunnerOptions, stream_count
 from repmlp_deploy.serving.hosts.http import HttpOptions
 from repmlp_deploy.serving.models import Models
 from repmlp_deploy.serving.process import ServerOptions, configure_logging, serve
@@ -49,7 +49,11 @@ def serve_command(  # noqa: PLR0913 - one per option
     artifact: Annotated[str | None, typer.Option("--format", help="Artifact; default: the best here.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
-    workers: Annotated[int, typer.Option(help="Batches that run at a time.")] = 1,
+    streams: Annotated[
+        str,
+        typer.Option(metavar="latency|throughput|N", help="Inferences at a time; throughput measures which number."),
+    ] = "latency",
+    workers: Annotated[int | None, typer.Option(help="Batches that run at a time; default: as --streams.")] = None,
     cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep what the runtime compiles there, for a quick next start.")
     ] = None,
@@ -72,14 +76,17 @@ def serve_command(  # noqa: PLR0913 - one per option
         raise InputError("--tls-certificate and --tls-key belong together; give both")
     _require_ranges(
         {"--port": (port, 0, _HIGHEST_PORT), "--grpc-port": (grpc_port, _NO_PORT, _HIGHEST_PORT)}
-        | {"--workers": (workers, 1, 64), "--queue": (queue, 1, 1 << 24), "--body-mb": (body_mb, 1, 4096)}
+        | {
+            "--workers": (1 if workers is None else workers, 1, 64),
+            "--queue": (queue, 1, 1 << 24),
+            "--body-mb": (body_mb, 1, 4096),
+        }
         | {"--max-delay-ms": (max_delay_ms, 0, 10_000), "--timeout": (timeout, 0.001, 86_400)}
         | {"--drain": (drain, 1, 3600), "--connections": (connections, 1, 1 << 20)}
         | {"--watch-seconds": (watch_seconds, 0.05, 3600)}
     )
-    options = ModelOptions(
-        artifact, RunnerOptions(device, threads, cache), queue=queue, delay=max_delay_ms / 1000, workers=workers
-    )
+    runner = RunnerOptions(device, threads, cache, streams=stream_count(streams))
+    options = ModelOptions(artifact, runner, queue=queue, delay=max_delay_ms / 1000, workers=workers or 0)
     models = Models(options)
     for given in bundles or ():
         models.add(*_named(given))

@@ -35,6 +35,7 @@ from repmlp_deploy.convert.source.own_network import Interface
 from repmlp_deploy.convert.source.trained import SourceRequest, Trained, find_interface, load_own, take_trained
 from repmlp_deploy.convert.step import Tell
 from repmlp_deploy.convert.transform import transform_and_prove
+from repmlp_deploy.runtime.choice import with_speeds
 from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["export"]
@@ -123,7 +124,7 @@ def export(  # noqa: PLR0913 - one per command-line option
         check_output_folder(Path(out))
     bundle, target = _made(model_or_checkpoint, own, request, None if out is None else Path(out), clock)
     with clock.step("save"):
-        return bundle.save(target)
+        return with_speeds(bundle).save(target)
 
 
 def _made(

@@ -19,7 +19,7 @@ from repmlp_deploy.errors import InputError
 from repmlp_deploy.numerics import Comparison
 from repmlp_deploy.runtime.decoding import Decoder
 from repmlp_deploy.runtime.images import ImageLike
-from repmlp_deploy.runtime.runner import EngineSettings, RunnerOptions
+from repmlp_deploy.runtime.runner import EngineSettings, RunnerOptions, stream_count
 from repmlp_deploy.runtime.served import Closed, Served
 from repmlp_deploy.runtime.tasks import (
     Answer,
@@ -52,19 +52,22 @@ class Predictor:
 
     Args:
         bundle: the folder that `repmlp-export` wrote.
-        format: which artifact; by default the first that can be run here.
+        format: which artifact; by default the one that was measured fastest; see `choice`.
         device: `cpu` or `cuda`, for ONNX artifacts also `tensorrt` or `rtx`; by default the best that is there. One
             that you name is used or refused.
         threads: of one inference; by default the runtime's choice, or the CPUs that a container's quota, the affinity
             or OMP_NUM_THREADS leave to this process, if these are fewer.
         cache: folder for what the runtime compiles or optimises, where that makes the next start quicker: OpenVINO's
-            compiled models, ONNX Runtime's int8 graphs. It must belong to whoever runs the service, since what is in it
-            runs without another check. By default only what TensorRT-RTX compiles is kept, beside the bundle.
+            compiled models, ONNX Runtime's int8 graphs, and which artifact is the fastest here. It must belong to
+            whoever runs the service, since what is in it runs without another check. By default only what
+            TensorRT-RTX compiles is kept, beside the bundle.
         engine: how a TensorRT engine is run: device memory, GPU, workers, CUDA graphs.
         array_order: channel order of image arrays, `RGB` or `BGR`.
         decode: `exact` for preprocessing equal to the training's; `fast` decodes large JPEG files at a fraction of
             their size and resizes in steps, so that some levels differ.
         check: run the probe before the first answer.
+        streams: inferences that run at a time on a CPU, each on its share of the cores: a number, `latency` for one,
+            or `throughput` for one or as many as there are CPUs, whichever is measured faster when it opens.
 
     Raises:
         BundleError: the folder is damaged.
@@ -86,12 +89,13 @@ class Predictor:
         array_order: str = "RGB",
         decode: str = "exact",
         check: bool = False,
+        streams: int | str = "latency",
     ) -> None:
         _check_types(threads, cache)
         self._decoder = Decoder(array_order, decode)
         folder = None if cache is None else Path(cache)
         self._format = format
-        self._options = RunnerOptions(device, threads, folder, engine or EngineSettings())
+        self._options = RunnerOptions(device, threads, folder, engine or EngineSettings(), stream_count(streams))
         self._closed = False
         self._swapping = Lock()
         self._served = self._opened(bundle, check=check)
@@ -160,7 +164,10 @@ class Predictor:
 
     @property
     def details(self) -> dict[str, Any]:
-        """What the runtime says of itself: version, threads; and, `passed_over`, which artifacts cannot run here."""
+        """What the runtime says of itself: version, threads, streams.
+
+        And the choice: `chosen` and `streams_chosen`, what runs and why; `passed_over`, what cannot run here.
+        """
         return dict(self._served.runner.details)
 
     @overload
@@ -334,7 +341,8 @@ class Predictor:
             values, size = self._decoder.one(images[0], manifest.preprocessing)
             return served.task.answer(served.outputs([values[None]])[0], [size], manifest.labels, manifest.scores)
         # a long list is never decoded all at once; on a CPU large batches run in slices of the best size anyway
-        limit = manifest.batch.opt if served.runner.device == "cpu" else manifest.batch.max
+        best = manifest.batch.opt * served.streams
+        limit = best if served.runner.device == "cpu" else manifest.batch.max
         with closing(self._decoder.batches(images, manifest.preprocessing, limit)) as batches:
             for inputs, sizes in batches:
                 answers += served.task.answer(served.outputs([inputs])[0], sizes, manifest.labels, manifest.scores)

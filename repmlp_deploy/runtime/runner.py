@@ -12,9 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import Bundle
-from repmlp_deploy.errors import InputError, MissingDependency, MissingDevice
+from repmlp_deploy.errors import InputError
 
-__all__ = ["RUNNERS", "EngineSettings", "Runner", "RunnerOptions", "open_runner"]
+__all__ = ["RUNNERS", "THROUGHPUT", "EngineSettings", "Runner", "RunnerOptions", "open_named", "stream_count"]
+
+THROUGHPUT = 0
+"""As `streams`: as many as a measurement finds best."""
+
+_MOST_STREAMS = 256
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,14 @@ class RunnerOptions:
         cache: folder for what a runtime compiles or optimises, so that the next start is quick. None keeps nothing, but
             for TensorRT-RTX's own cache, without which every start compiles for seconds: it lies beside the bundle.
         engine: for TensorRT engines.
+        streams: inferences that run at a time on a CPU, or `THROUGHPUT`.
     """
 
     device: str | None = None
     threads: int | None = None
     cache: Path | None = None
     engine: EngineSettings = EngineSettings()
+    streams: int = 1
 
 
 class Runner(Protocol):
@@ -101,41 +108,37 @@ RUNNERS = {
 """Artifact format to what runs it, the preferred one first. Adding a runtime costs a module and an entry."""
 
 
-def open_runner(bundle: Bundle, artifact_format: str | None, options: RunnerOptions) -> Runner:
-    """Open one artifact; by default the first in `RUNNERS` that the bundle has and this machine can run.
-
-    Where none was asked for, the runner's `details["passed_over"]` tells those before it that cannot run here, and why.
+def open_named(bundle: Bundle, artifact_format: str, options: RunnerOptions) -> Runner:
+    """Open the artifact of one format.
 
     Raises:
-        InputError: the bundle has nothing that can be run, or nothing that runs on the device.
+        BundleError: the bundle has no such artifact, or it is damaged.
+        InputError: nothing runs this format, or not on the device.
         MissingDependency: the runtime is not installed.
         MissingDevice: the device, or what the precision needs of it, is not there.
     """
-    if artifact_format is not None:
-        return _open(bundle, artifact_format, options)
-    runnable = [name for name in RUNNERS if name in bundle.manifest.artifacts]
-    if not runnable:
-        have, can = ", ".join(bundle.manifest.artifacts), ", ".join(RUNNERS)
-        raise InputError(f"{bundle.manifest.name} holds {have}; Predictor runs {can}: export one of these too")
-    fitting = [name for name in runnable if options.device is None or options.device in RUNNERS[name].devices]
-    if not fitting:
-        known = dict.fromkeys(device for name in runnable for device in RUNNERS[name].devices)
-        raise InputError(f"device is {options.device!r}; expected one of {', '.join(known)}")
-    errors: dict[str, MissingDependency | MissingDevice] = {}
-    for name in fitting:
-        try:
-            runner = _open(bundle, name, options)
-        except (MissingDependency, MissingDevice) as error:
-            errors[name] = error
-            continue
-        if errors:
-            runner.details["passed_over"] = {failed: str(error) for failed, error in errors.items()}
-        return runner
-    raise next(iter(errors.values()))
-
-
-def _open(bundle: Bundle, artifact_format: str, options: RunnerOptions) -> Runner:
     bundle.artifact(artifact_format)
     if artifact_format not in RUNNERS:
         raise InputError(f"Predictor cannot run {artifact_format}; it runs {', '.join(RUNNERS)}")
+    runs_on_cpu = "cpu" in RUNNERS[artifact_format].devices and options.device in (None, "cpu")
+    if options.streams > 1 and not runs_on_cpu:
+        raise InputError(
+            f"streams are for CPUs; how many inferences run at a time on {options.device or artifact_format}"
+            " is EngineSettings(workers=…)"
+        )
     return RUNNERS[artifact_format].open(bundle, options)
+
+
+def stream_count(given: object) -> int:
+    """Return `streams` of `RunnerOptions` for what a user says: a number, its digits, `latency` or `throughput`.
+
+    Raises:
+        InputError: it is something else.
+    """
+    names = {"latency": 1, "throughput": THROUGHPUT}
+    if isinstance(given, str) and given in names:
+        return names[given]
+    word = given if isinstance(given, str) else str(given) if type(given) is int else ""
+    if word.isascii() and word.isdecimal() and 0 < int(word[:9]) <= _MOST_STREAMS:
+        return int(word)
+    raise InputError(f"streams is {given!r}; expected latency, throughput or a number from 1 to {_MOST_STREAMS}")

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Condition
 from typing import Any
 
@@ -16,7 +17,8 @@ from repmlp_deploy.bundle import Bundle, TensorSpec
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.numerics import Comparison, margin_of, noise_floor, require_close
 from repmlp_deploy.runtime.batching import Batcher, Queueing
-from repmlp_deploy.runtime.runner import RunnerOptions, open_runner
+from repmlp_deploy.runtime.choice import open_runner
+from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["Closed", "Served"]
@@ -33,7 +35,7 @@ class Served:
         bundle: on disk.
         artifact_format: see `open_runner`.
         options: see `open_runner`.
-        queueing: how requests wait in `batcher`.
+        queueing: how requests wait in `batcher`; 0 workers for as many as inferences run at a time.
 
     Attributes:
         margin: how often the largest error of the last check fits into what is allowed; None before the first.
@@ -50,8 +52,14 @@ class Served:
         self._changed = Condition()
         self._running = 0
         self._closed = False
-        self._queueing = queueing or Queueing()
+        how = queueing or Queueing(workers=0)
+        self._queueing = how if how.workers else replace(how, workers=self.streams)
         self._batcher: Batcher | None = None
+
+    @property
+    def streams(self) -> int:
+        """How many inferences run at a time, where the runtime says it."""
+        return int(self.runner.details.get("streams", 1))
 
     def batcher(self) -> Batcher:
         """Return the queue that gathers requests of many callers into batches; made by the first call.

@@ -33,6 +33,7 @@ __all__ = ["ModelOptions", "ServedModel", "Version"]
 State = Literal["loading", "ready", "unavailable"]
 
 _DIGITS = 12  # of a version's name, which is a number since clients of Triton read it as one
+_CHOICES = ("chosen", "streams_chosen", "passed_over")  # what a runner says of how it was chosen
 _log = logging.getLogger("repmlp.serve")
 
 
@@ -45,14 +46,14 @@ class ModelOptions:
         runner: device, threads, cache.
         queue: samples that may wait.
         delay: seconds that a batch may wait for more requests while several come at a time.
-        workers: batches that run at a time.
+        workers: batches that run at a time; 0 for as many as the runner's streams.
     """
 
     artifact_format: str | None = None
     runner: RunnerOptions = field(default_factory=RunnerOptions)
     queue: int = 1024
     delay: float = 0.0
-    workers: int = 1
+    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class ServedModel:
                     "artifact": f"{runner.format} on {runner.device}",
                     "margin": fresh.margin,
                     "seconds": round(time.monotonic() - start, 3),
-                    **({"passed_over": runner.details["passed_over"]} if "passed_over" in runner.details else {}),
+                    **{key: runner.details[key] for key in _CHOICES if key in runner.details},
                     **({"warnings": list(fresh.manifest.warnings)} if fresh.manifest.warnings else {}),
                 },
             )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
+from repmlp_deploy import Bundle
 from repmlp_deploy.cli.doctor import doctor_command
 from repmlp_deploy.cli.shared.capabilities import describe_cpu, find_capabilities
 from support.commands import ends_with
+from support.openvino_bundle import with_openvino
 
 
 def test_what_is_installed_works_with_its_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,3 +38,19 @@ def test_the_table_fits_and_names_the_processor(capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     assert str(describe_cpu()["cores_allowed"]) in out
     assert "this machine can" in out
+
+
+def test_the_artifacts_of_a_bundle_are_measured(
+    capsys: pytest.CaptureFixture[str], bundle: Bundle, tmp_path: Path
+) -> None:
+    with_openvino(bundle, tmp_path / "bundle")
+    assert ends_with(doctor_command, tmp_path / "bundle", "--json") == 0
+    said = json.loads(capsys.readouterr().out)["bundle"]
+    assert set(said["artifacts"]) == {"onnx", "openvino"}
+    assert set(said["artifacts"]["onnx"]["batch_ms"]) == {"1", "4"}
+    assert said["chosen"].startswith("openvino: the first in order")
+    assert ends_with(doctor_command, bundle.folder) == 0
+    out = capsys.readouterr().out
+    assert "repmlp-digits here" in out
+    assert "artifact: onnx" in out
+    assert ends_with(doctor_command, tmp_path) == 2

@@ -33,8 +33,9 @@ def test_predictions_keep_what_was_compiled_where_they_are_told(
     capsys: pytest.CaptureFixture[str], bundle: Bundle, tmp_path: Path
 ) -> None:
     with_openvino(bundle, tmp_path / "bundle")
+    named = ("--format", "openvino", "--cache", tmp_path / "c")
     for _ in range(2):
-        assert ends_with(predict_cli.predict_command, tmp_path / "bundle", *SAMPLES, "--cache", tmp_path / "c") == 0
+        assert ends_with(predict_cli.predict_command, tmp_path / "bundle", *SAMPLES, *named) == 0
         out, err = capsys.readouterr()
         assert "openvino on cpu" in out
         assert err == ""

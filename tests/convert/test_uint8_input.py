@@ -127,6 +127,7 @@ def test_a_padded_first_convolution_gives_the_bits_of_float_inputs(tmp_path: Pat
         ("pspnet", "folded"),
         ("repmlpnet-backbone", "folded"),
         ("mobilefacenet", "at the input"),
+        ("repmlp-resnet", "at the input"),  # its first convolution is 7x7, padded by 3
     ],
 )
 def test_other_families_take_uint8_images(family: str, where: str, tmp_path: Path) -> None:

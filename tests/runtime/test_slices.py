@@ -7,7 +7,8 @@ import pytest
 
 from repmlp_deploy import Bundle
 from repmlp_deploy.bundle import BatchRange
-from repmlp_deploy.runtime.runner import RunnerOptions, open_runner
+from repmlp_deploy.runtime.choice import open_runner
+from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.slices import run_by_slices, slice_sizes
 
 

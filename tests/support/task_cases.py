@@ -22,6 +22,20 @@ def small_card(family: str, **changes) -> ModelCard:
         "pspnet": ("segment", {**trunk, "bins": (1, 3), "hidden": 12, "classes": 5}),
         "repmlpnet-backbone": ("features", {**trunk, "out_indices": (0, 1)}),
         "repmlpnet": ("classify", {**trunk, "classes": 5}),
+        "repmlp-resnet": (
+            "classify",
+            {
+                "block": "light",
+                "depths": (1, 3, 2, 1),
+                "channels": (16, 32, 64, 32),
+                "stem": 8,
+                "partition": (2, 2),
+                "groups": 2,
+                "kernels": (1, 3),
+                "reduction": 2,
+                "classes": 5,
+            },
+        ),
         "mobilefacenet": (
             "embed",
             {

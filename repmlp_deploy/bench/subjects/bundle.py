@@ -14,7 +14,8 @@ from repmlp_deploy.bench.measure.results import ProfileLine
 from repmlp_deploy.bench.subjects.table import SUBJECTS, Job
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import InputError
-from repmlp_deploy.runtime.runner import RunnerOptions, open_runner
+from repmlp_deploy.runtime.choice import open_runner
+from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.slices import slices_of
 
 __all__ = ["BundleSubject", "open_bundle"]

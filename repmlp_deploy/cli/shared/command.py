@@ -36,8 +36,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "compute-capability", "refittable", "strip-weights", "verbosity",
         ),
         "Running": (
-            "device", "threads", "engine", "workers", "cache", "decode", "check", "fresh", "state", "skip-unreadable",
-            "bisect",
+            "device", "threads", "streams", "engine", "workers", "cache", "decode", "check", "fresh", "state",
+            "skip-unreadable", "bisect",
         ),
         "Measuring": ("seconds", "limit", "baseline", "idle", "end-to-end", "profile", "compare", "threshold"),
         "Serving": (

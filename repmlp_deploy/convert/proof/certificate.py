@@ -21,7 +21,8 @@ from repmlp_deploy.numerics import (
     sample_errors,
 )
 from repmlp_deploy.precision import PRECISIONS
-from repmlp_deploy.runtime.runner import RUNNERS, RunnerOptions, open_runner
+from repmlp_deploy.runtime.choice import open_runner
+from repmlp_deploy.runtime.runner import RUNNERS, RunnerOptions
 from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["Certifier", "Run", "batch_sizes", "recertify"]

@@ -15,10 +15,10 @@ from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import BundleError, DeviceError, InputError, MissingDependency, MissingDevice
 from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.cache import Cache, cache_key, describe_processor
-from repmlp_deploy.runtime.cpus import thread_limit
+from repmlp_deploy.runtime.cpus import thread_limit, usable_cpus
 from repmlp_deploy.runtime.onnx.providers import COMPILING, PROVIDERS, open_provider_session
 from repmlp_deploy.runtime.runner import RunnerOptions
-from repmlp_deploy.runtime.slices import run_by_slices
+from repmlp_deploy.runtime.slices import Streams
 
 try:
     import onnxruntime as ort
@@ -79,10 +79,20 @@ def _settings(options: RunnerOptions) -> ort.SessionOptions:
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     # A graph may name files for its weights, by default in the working folder: no digest covers them, so none is found.
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-    threads = options.threads if options.threads is not None else thread_limit()
+    threads = _threads(options)
     if threads is not None:
         settings.intra_op_num_threads = threads
     return settings
+
+
+def _threads(options: RunnerOptions) -> int | None:
+    """Return the threads of the session; None for ONNX Runtime's choice.
+
+    Inferences that run at a time share the session's threads, and every caller's own thread works, too.
+    """
+    if options.threads is not None:
+        return options.threads
+    return thread_limit() if options.streams == 1 else max(1, usable_cpus() - options.streams + 1)
 
 
 def _providers(device: str | None) -> tuple[str, list[str]]:
@@ -148,12 +158,12 @@ class OnnxRunner:
         self.details: dict[str, Any] = {
             "runtime": f"onnxruntime {ort.__version__}",
             "providers": self._session.get_providers(),
-            "threads": options.threads or thread_limit(),
+            "threads": _threads(options),
             "optimised": came,
         }
-        self._slices = bundle.manifest.batch if self.device == "cpu" else None
-        if self._slices is not None:
-            self.details["images_at_once"] = self._slices.opt
+        self._streams = Streams(self._at_once, bundle.manifest.batch, options.streams) if self.device == "cpu" else None
+        if self._streams is not None:
+            self.details |= {"images_at_once": bundle.manifest.batch.opt, "streams": options.streams}
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run a batch: (N, C, H, W) float32 -> (N, …) float32; see `slices` for large N on a CPU."""
@@ -166,7 +176,7 @@ class OnnxRunner:
         Raises:
             DeviceError: ONNX Runtime fails, as where the memory does not suffice.
         """
-        return self._at_once(*inputs) if self._slices is None else run_by_slices(self._at_once, inputs, self._slices)
+        return self._at_once(*inputs) if self._streams is None else self._streams.run_all(*inputs)
 
     def _at_once(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         feeds = dict(zip(self._inputs, inputs, strict=True))
@@ -180,4 +190,6 @@ class OnnxRunner:
 
     def close(self) -> None:
         """Give back the session's memory."""
-        del self._session
+        if self._streams is not None:
+            self._streams.close()
+        del self._session, self._streams

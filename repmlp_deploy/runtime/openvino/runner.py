@@ -22,7 +22,7 @@ from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.cache import Cache, cache_key
 from repmlp_deploy.runtime.cpus import thread_limit
 from repmlp_deploy.runtime.runner import RunnerOptions
-from repmlp_deploy.runtime.slices import run_by_slices
+from repmlp_deploy.runtime.slices import Streams
 
 try:
     import openvino as ov
@@ -36,7 +36,7 @@ COMPUTES_IN = MappingProxyType({name: names.computes for name, names in _NAMES.i
 """An artifact's precision to the inference precision that the runner requests."""
 
 _PRODUCTS = ("Convolution", "FullyConnected", "FullyConnectedQuantizedLegacy", "MatMul")
-_REQUESTS = 8  # more callers than these wait: one stream runs one inference at a time, the others only hold memory
+_REQUESTS = 8  # per stream; more callers wait: a stream runs one inference at a time, the others only hold memory
 
 
 class OpenVinoRunner:
@@ -56,8 +56,9 @@ class OpenVinoRunner:
             key=" ".join(file.sha256 for file in files),
         )
         self.device = self._model.device
-        self._batch = bundle.manifest.batch
-        self.details: dict[str, Any] = {**self._model.details, "images_at_once": self._batch.opt}
+        batch = bundle.manifest.batch
+        self._streams = Streams(self._model.run_all, batch, int(self._model.details["streams"]))
+        self.details: dict[str, Any] = {**self._model.details, "images_at_once": batch.opt}
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run a batch: (N, C, H, W) float32 -> (N, …) float32; see `slices` for large N."""
@@ -66,7 +67,7 @@ class OpenVinoRunner:
 
     def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         """Run every input and return every output, both in the model's order."""
-        return run_by_slices(self._model.run_all, inputs, self._batch)
+        return self._streams.run_all(*inputs)
 
     def products(self) -> dict[str, int]:
         """Return how many convolutions and products run in each type."""
@@ -74,7 +75,8 @@ class OpenVinoRunner:
 
     def close(self) -> None:
         """Give back the model's memory."""
-        del self._model
+        self._streams.close()
+        del self._model, self._streams
 
 
 class CompiledIR:
@@ -116,7 +118,7 @@ class CompiledIR:
             raise MissingDevice(f"OpenVINO was asked for {settings['INFERENCE_PRECISION_HINT']} and answers {hint}")
         self._inputs = [_edges(port) for port in self.compiled.inputs]
         self._requests: queue.LifoQueue[Any] = queue.LifoQueue()
-        for _ in range(_REQUESTS):
+        for _ in range(_REQUESTS * options.streams):
             self._requests.put(None)  # made when first needed
         self.details: dict[str, Any] = {
             "runtime": f"openvino {ov.__version__}",
@@ -198,12 +200,12 @@ def _check(core: Any, precision: str, options: RunnerOptions) -> None:
 def _settings(precision: str, options: RunnerOptions) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": COMPUTES_IN[precision],
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY" if options.streams == 1 else "THROUGHPUT",
+        "NUM_STREAMS": options.streams,
     }
-    threads = options.threads if options.threads is not None else thread_limit()
+    threads = options.threads * options.streams if options.threads is not None else thread_limit()
     if threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = threads
+        settings["INFERENCE_NUM_THREADS"] = threads  # of all streams together
     return settings
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from repmlp_deploy import Bundle
 from repmlp_deploy.errors import BundleError, InputError, MissingDependency, MissingDevice, RepMLPError
-from repmlp_deploy.runtime.runner import RunnerOptions, open_runner
+from repmlp_deploy.runtime.choice import open_runner
+from repmlp_deploy.runtime.runner import RunnerOptions
 from support.fakes.gpu import Gpu
 from support.fakes.machine import FORMATS, Machine, with_engines
 
