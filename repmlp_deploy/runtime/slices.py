@@ -59,29 +59,28 @@ def slices_of(inputs: Arrays, batch: BatchRange) -> Iterator[list[NDArray[Any]]]
 
 
 class Streams:
-    """Runs batches by slices, several at a time. One instance serves any number of threads.
+    """Cuts batches into slices, and runs several of them at a time. One instance serves any number of threads.
 
     Args:
-        run: every input of a slice to every output; called from several threads.
         batch: sizes to serve.
         count: slices that run at a time; 1 runs them in the caller's thread.
     """
 
-    def __init__(self, run: Callable[..., Arrays], batch: BatchRange, count: int) -> None:
-        self._run, self._batch, self.count = run, batch, count
+    def __init__(self, batch: BatchRange, count: int) -> None:
+        self._batch, self.count = batch, count
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
 
-    def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        """Run every input, samples first, and return every output."""
+    def run(self, run: Callable[..., Arrays], inputs: Arrays) -> list[NDArray[Any]]:
+        """Run every input, samples first, and return every output; `run` is called from several threads."""
         if self.count == 1:
-            return run_by_slices(self._run, inputs, self._batch)
+            return run_by_slices(run, inputs, self._batch)
         share = -(-len(inputs[0]) // self.count)
         best = min(self._batch.opt, max(self._batch.min, share))
         parts = list(slices_of(inputs, self._batch.model_copy(update={"opt": best})))
         if len(parts) == 1:
-            return list(self._run(*parts[0]))
-        answers = list(self._threads().map(lambda part: self._run(*part), parts))
+            return list(run(*parts[0]))
+        answers = list(self._threads().map(lambda part: run(*part), parts))
         return [np.concatenate(outputs) for outputs in zip(*answers, strict=True)]
 
     def close(self) -> None:

@@ -161,7 +161,7 @@ class OnnxRunner:
             "threads": _threads(options),
             "optimised": came,
         }
-        self._streams = Streams(self._at_once, bundle.manifest.batch, options.streams) if self.device == "cpu" else None
+        self._streams = Streams(bundle.manifest.batch, options.streams) if self.device == "cpu" else None
         if self._streams is not None:
             self.details |= {"images_at_once": bundle.manifest.batch.opt, "streams": options.streams}
 
@@ -176,7 +176,7 @@ class OnnxRunner:
         Raises:
             DeviceError: ONNX Runtime fails, as where the memory does not suffice.
         """
-        return self._at_once(*inputs) if self._streams is None else self._streams.run_all(*inputs)
+        return self._at_once(*inputs) if self._streams is None else self._streams.run(self._at_once, inputs)
 
     def _at_once(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         feeds = dict(zip(self._inputs, inputs, strict=True))

@@ -57,7 +57,7 @@ class OpenVinoRunner:
         )
         self.device = self._model.device
         batch = bundle.manifest.batch
-        self._streams = Streams(self._model.run_all, batch, int(self._model.details["streams"]))
+        self._streams = Streams(batch, int(self._model.details["streams"]))
         self.details: dict[str, Any] = {**self._model.details, "images_at_once": batch.opt}
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -67,7 +67,7 @@ class OpenVinoRunner:
 
     def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         """Run every input and return every output, both in the model's order."""
-        return self._streams.run_all(*inputs)
+        return self._streams.run(self._model.run_all, inputs)
 
     def products(self) -> dict[str, int]:
         """Return how many convolutions and products run in each type."""
