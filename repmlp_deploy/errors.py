@@ -37,6 +37,7 @@ __all__ = [
     "OutputError",
     "RepMLPError",
     "VerificationError",
+    "installation_of",
     "missing_dependency",
     "optional_imports",
 ]
@@ -131,12 +132,12 @@ class MissingDependency(RepMLPError, ImportError):  # noqa: N818 - the contract'
 
     def __init__(self, package: str, extra: str | None, reason: str = "", remedy: str = "") -> None:
         what = f"{package} cannot be imported ({reason})" if reason else f"{package} is not installed"
-        super().__init__(f"{what}: {remedy or _remedy(extra)}")
+        super().__init__(f"{what}: {remedy or installation_of(extra)}")
         self.package = package
         self.extra = extra
 
 
-def _remedy(extra: str | None) -> str:
+def installation_of(extra: str | None) -> str:
     """Return the command that installs an extra, whether this copy is installed or lies in a checkout."""
     if extra is None:
         return "an installed package needs it, and `python -m pip check` says which"

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 from repmlp_deploy import __version__
 from repmlp_deploy.bundle import Bundle
-from repmlp_deploy.cli.shared.capabilities import describe_cpu, find_capabilities
+from repmlp_deploy.cli.shared.capabilities import describe_cpu, find_capabilities, find_extras
 from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, run_command, typer
 from repmlp_deploy.cli.shared.progress import progress
+from repmlp_deploy.errors import installation_of
 from repmlp_deploy.runtime.choice import measure_artifacts
 from repmlp_deploy.runtime.predictor import Predictor
 
@@ -42,8 +43,8 @@ def doctor_command(
     cpu = describe_cpu()
     about = {"repmlp-deploy": __version__, "python": platform.python_version(), "platform": platform.platform(), **cpu}
     if json:
-        measured = {} if bundle is None else {"bundle": speeds}
-        print_json({**about, "capabilities": [asdict(capability) for capability in found], **measured})
+        listed = {"capabilities": [asdict(one) for one in found], "extras": [asdict(one) for one in find_extras()]}
+        print_json({**about, **listed, **({} if bundle is None else {"bundle": speeds})})
         return
     print_line(f"repmlp-deploy {__version__}, Python {about['python']}, {about['platform']}")
     quota = "" if cpu["cpu_quota"] is None else f", a quota of {cpu['cpu_quota']:g} processors"
@@ -51,6 +52,7 @@ def doctor_command(
     print_line(f"instruction sets: {', '.join(cpu['instructions']) or 'none that the runtimes look for'}")
     rows = [("yes" if one.works else "no", one.name, one.details) for one in found]
     print_table("this machine can", ("", "do", "with, or what is missing"), rows, left=3)
+    _print_extras()
     if bundle is not None:
         _print_speeds(speeds)
 
@@ -78,3 +80,12 @@ def _print_speeds(speeds: dict[str, Any]) -> None:
 
 def _by_size(item: tuple[Any, float]) -> int:
     return int(item[0])
+
+
+def _print_extras() -> None:
+    rows = [
+        ("no" if one.missing else "yes", one.name, one.purpose, ", ".join(one.missing) or "nothing")
+        for one in find_extras()
+    ]
+    print_table("extras", ("", "extra", "for", "missing here"), rows, left=4)
+    print_line(f"to add one, here timm: {installation_of('timm')}")

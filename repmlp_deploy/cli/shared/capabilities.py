@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
-from repmlp_deploy.errors import RepMLPError, optional_imports
+from repmlp_deploy.errors import RepMLPError, installation_of, optional_imports
 from repmlp_deploy.runtime.cpus import usable_cpus
 
-__all__ = ["Capability", "describe_cpu", "find_capabilities"]
+__all__ = ["EXTRAS_FOR", "Capability", "Extra", "describe_cpu", "find_capabilities", "find_extras"]
 
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "sve")
 
@@ -33,6 +36,87 @@ class Capability:
     name: str
     works: bool
     details: str
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Packages that are installed by `pip install repmlp-deploy[NAME]`.
+
+    Attributes:
+        name: of the extra.
+        purpose: what it is for.
+        missing: its packages that are not installed.
+        remedy: the command that installs them; empty if nothing is missing.
+    """
+
+    name: str
+    purpose: str
+    missing: tuple[str, ...]
+    remedy: str
+
+
+EXTRAS_FOR = {
+    "export": "converting: PyTorch, ONNX, NNCF",
+    "cpu": "ONNX Runtime",
+    "gpu": "ONNX Runtime for CUDA, instead of cpu",
+    "openvino": "OpenVINO",
+    "rtx": "TensorRT-RTX engines",
+    "trt": "TensorRT engines",
+    "pycuda": "engines in PyCUDA's memory",
+    "ort-rtx": "TensorRT-RTX in ONNX Runtime",
+    "timm": "networks of timm by name",
+    "serve": "repmlp-serve",
+    "map": "repmlp-map",
+    "ray": "repmlp-map on several machines",
+    "bench": "repmlp-bench and its reports",
+    "cli": "what the commands print with",
+    "docs": "building the documentation",
+    "dev": "the tests and the checks",
+}
+"""Every extra of pyproject.toml, and what it is for."""
+
+
+def find_extras() -> list[Extra]:
+    """Return every extra of this package, with what is missing; nothing is imported."""
+    required = _requirements()
+    found = []
+    for name, purpose in EXTRAS_FOR.items():
+        missing = tuple(package for package in _packages_of(name, required) if not _is_installed(package))
+        found.append(Extra(name, purpose, missing, installation_of(name) if missing else ""))
+    return found
+
+
+def _packages_of(extra: str, required: dict[str, list[str]]) -> list[str]:
+    """Return the packages of an extra, and of the extras that it names."""
+    found: dict[str, None] = {}
+    for one in required.get(extra, []):
+        package, others = re.findall(r"^([\w.-]+)(?:\[([^]]*)\])?", one)[0]
+        if package == "repmlp-deploy":
+            for other in others.split(","):
+                found.update(dict.fromkeys(_packages_of(other.strip(), required)))
+        elif "sys_platform != " not in one or sys.platform != "win32":  # the only marker of any requirement
+            found[package] = None
+    return list(found)
+
+
+def _requirements() -> dict[str, list[str]]:
+    """Return the requirements of every extra, of the checkout that this is, or of the installed package."""
+    project = Path(__file__).resolve().parents[3] / "pyproject.toml"
+    if project.is_file():
+        given = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+        return {name: list(map(str, some)) for name, some in given.items()}
+    by_extra: dict[str, list[str]] = {}
+    for one in requires("repmlp-deploy") or []:
+        for extra in re.findall(r"extra == ['\"]([\w-]+)['\"]", one):
+            by_extra.setdefault(extra, []).append(one)
+    return by_extra
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def find_capabilities() -> list[Capability]:
@@ -125,7 +209,7 @@ _CHECKS: dict[str, Callable[[], str]] = {
     "run trt-rtx": _run_engine("tensorrt_rtx"),
     "run trt": _run_engine("tensorrt"),
     "export onnx": _convert,
-    "export openvino": _openvino,
+    "export openvino": lambda: f"{_openvino()}; {_imported('torch', 'onnx')}",
     "export openvino int8": _quantize_openvino,
     "build trt-rtx": _build_rtx,
     "build trt": _build_trt,
