@@ -70,12 +70,15 @@ NAVIGATION = {
 }
 """Title of a part to its pages; a page that no part names is a warning."""
 
+HOSTS = ("arxiv.org", "docs.sigstore.dev", "github.com", "keepachangelog.com")
+"""Where links may lead; a host that is not here is new or misspelt. Without network no link is followed."""
+
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 _FENCE = re.compile(r"^(?:```+|~~~+)", re.MULTILINE)
 
 
 class BrokenLinkError(Exception):
-    """A link to a file that does not exist."""
+    """A link to a file that does not exist, or to an address that nobody knows."""
 
 
 def reports() -> list[str]:
@@ -97,10 +100,16 @@ def translated(target: str, path: str) -> str | None:
         path: the file, from the root of the repository.
 
     Raises:
-        BrokenLinkError: the file that it names does not exist.
+        BrokenLinkError: the file that it names does not exist, or its address is not of `HOSTS`.
     """
     address, mark, anchor = target.partition("#")
-    if not address or re.match(r"[a-z]+:", address):
+    if not address:
+        return target
+    if re.match(r"[a-z]+:", address):
+        if not re.fullmatch(rf"https://(?:{'|'.join(map(re.escape, HOSTS))})(?:/[\w./-]*[\w/])?", address):
+            raise BrokenLinkError(
+                f"{path} links to {target}; links begin with https:// and a host of HOSTS in tools/build_site.py"
+            )
         return target
     meant = posixpath.normpath(posixpath.join(posixpath.dirname(path), address))
     where = pages().get(meant) or (meant.removeprefix("docs/") if meant.startswith("docs/") else None)

@@ -33,9 +33,7 @@ def folder(tmp_path: Path) -> Path:
 def said(warm: WarmProcess, name: str, folder: Path, *arguments: object, path: str = "") -> str:
     """What an example prints, with a folder of modules beside the installed ones."""
     script = python_script([str(EXAMPLES / name), *map(str, arguments)])
-    if path:
-        script = f"import sys\nsys.path.insert(0, {path!r})\n{script}"
-    ended = warm.run(folder=folder, script=script, environment={"HOME": str(folder)})
+    ended = warm.run(folder=folder, script=script, environment={"HOME": str(folder), "PYTHONPATH": path})
     assert ended.code == 0, ended.err
     return ended.out
 

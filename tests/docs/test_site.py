@@ -148,6 +148,28 @@ def test_a_link_to_a_missing_file_is_an_error() -> None:
         build_site.translated("docs/none.md", "README.md")
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        "http://arxiv.org/abs/1",
+        "https://arxiv.og/abs/1",
+        "https://arxiv.org/abs/1,",
+        "https://arxiv.org//x y",
+        "mail:x",
+    ],
+)
+def test_an_address_that_nobody_knows_is_an_error(target: str) -> None:
+    with pytest.raises(build_site.BrokenLinkError, match=r"README\.md links to .*HOSTS"):
+        build_site.translated(target, "README.md")
+
+
+def test_every_known_host_is_linked_to_and_no_address_is_written_in_two_ways() -> None:
+    texts = [(ROOT / path).read_text(encoding="utf-8") for path in build_site.pages()]
+    links = {found for text in texts for found in re.findall(r"\]\((https://[^()\s]+)\)", text)}
+    assert {link.split("/")[2] for link in links} == set(build_site.HOSTS)
+    assert len({link.lower().rstrip("/").removesuffix(".html").replace("//www.", "//") for link in links}) == len(links)
+
+
 def test_links_in_code_stay_as_they_are() -> None:
     text = "[a](docs/proof.md)\n```text\n[a](docs/proof.md)\n```\n[b](export.py)\n"
     assert build_site.with_links(text, "README.md") == "[a](proof.md)\n```text\n[a](docs/proof.md)\n```\nb\n"

@@ -6,6 +6,7 @@ A comment in front of a block says more about it:
     <!-- not run: REASON -->    it is shown only; the reason is one of `REASONS`
     <!-- ends with: CODE -->    its exit code; the text that follows is on stderr
     <!-- runs beside the rest -->    a server: the blocks after it begin when it is ready
+    <!-- of another run -->    a text that the block before it does not print
 """
 
 from __future__ import annotations

@@ -205,6 +205,7 @@ def _run(wanted: dict[str, Any]) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (wanted["file_bytes"],) * 2)
     os.chdir(wanted["folder"])
     os.environ.update(wanted["environment"])
+    sys.path[:0] = wanted["environment"].get("PYTHONPATH", "").split(os.pathsep)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     for number, file in enumerate(wanted["files"], 1):
