@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,12 +22,11 @@ from repmlp_deploy.cli.shared.console import (
     typer,
 )
 from repmlp_deploy.cli.shared.progress import counting
-from repmlp_deploy.errors import InputError
+from repmlp_deploy.errors import InputError, optional_imports
 from repmlp_deploy.evaluation.datasets import Dataset, read_dataset
+from repmlp_deploy.evaluation.judging import TRAINED, Engine, Run
 from repmlp_deploy.evaluation.loop import (
-    TRAINED,
     Evaluation,
-    Run,
     discard_state,
     evaluate,
     state_folder,
@@ -34,6 +34,7 @@ from repmlp_deploy.evaluation.loop import (
 )
 from repmlp_deploy.runtime.images import normalised
 from repmlp_deploy.runtime.predictor import Predictor
+from repmlp_deploy.text import printable
 
 __all__ = ["main"]
 
@@ -57,7 +58,10 @@ def eval_command(  # noqa: PLR0913 - one per option
     device: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images a batch; default: the bundle's best.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that decode images; default: one a processor.")] = None,
+    engine: Annotated[str, typer.Option(help="local: this process; ray: actors, on RAY_ADDRESS or here.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that decode images, default one a processor; or actors of Ray.")
+    ] = None,
     state: Annotated[Path | None, typer.Option(help="State file, to go on after an interruption.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again, whatever an earlier run has done.")] = False,
     skip_unreadable: Annotated[
@@ -70,6 +74,8 @@ def eval_command(  # noqa: PLR0913 - one per option
     for option, value in (("--batch", batch), ("--workers", workers)):
         if value is not None and value < 1:
             raise InputError(f"{option} is {value}; it must be at least 1")
+    if engine not in {"local", "ray"}:
+        raise InputError(f"--engine is {printable(engine)}; expected local or ray")
     loaded = Bundle.load(bundle)
     print_warnings(loaded.manifest.warnings)
     dataset = read_dataset(data, loaded.manifest)
@@ -86,7 +92,11 @@ def eval_command(  # noqa: PLR0913 - one per option
         file = state if state is not None else state_folder() / f"{key[:32]}.json"
         if fresh:
             discard_state(file)
-        how = {"batch": batch, "workers": workers, "skip_unreadable": skip_unreadable}
+        how: dict[str, Any] = {"batch": batch, "workers": workers, "skip_unreadable": skip_unreadable}
+        if engine == "ray":
+            names = [predictor.format for predictor in predictors]
+            opened = partial(_opened, bundle.resolve(), names, device, threads or 1, ckpt and ckpt.resolve())
+            how |= {"workers": None, "engine": _judges(opened, device, threads, workers)}
         found = _evaluated(runs, loaded, dataset, file, key, how)
     about = {"bundle": str(bundle), "task": loaded.manifest.task, "data": str(data), "read": dataset.remark}
     about["devices"] = {predictor.format: predictor.device for predictor in predictors}  # type: ignore[assignment]
@@ -98,12 +108,36 @@ def eval_command(  # noqa: PLR0913 - one per option
         print_line(f"{data}: {dataset.remark}")
 
 
+def _opened(
+    bundle: Path, formats: Sequence[str], device: str | None, threads: int, ckpt: Path | None
+) -> dict[str, Run]:
+    """Return what runs the artifacts of a bundle and its checkpoint: for an actor, which keeps them open."""
+    loaded = Bundle.load(bundle)
+    runs: dict[str, Run] = {
+        name: Predictor(loaded, format=name, device=device, threads=threads, check=True).logits for name in formats
+    }
+    return runs if ckpt is None else runs | {TRAINED: _trained_run(ckpt, loaded)}
+
+
+def _judges(
+    opened: Callable[[], Mapping[str, Run]], device: str | None, threads: int | None, workers: int | None
+) -> Engine:
+    """Return the engine `ray`.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    with optional_imports():
+        from repmlp_deploy.evaluation.ray_engine import Judges  # noqa: PLC0415 - needs the extra `ray`
+    return Judges(opened, threads=threads or 1, gpus=0 if device in {None, "cpu"} else 1, count=workers)
+
+
 def _evaluated(  # noqa: PLR0913 - what an evaluation is of, and where it can go on
     runs: dict[str, Run], bundle: Bundle, dataset: Dataset, file: Path, key: str, how: dict[str, Any]
 ) -> Evaluation:
     """Run the evaluation with a progress display; after an interruption, say where it can go on."""
     try:
-        with counting() as count:
+        with counting() as count, redirect_stdout(sys.stderr):  # Ray prints what its processes suffer
 
             def show(done: int, total: int, scores: Mapping[str, Any]) -> None:
                 count(done, total, _brief(scores))

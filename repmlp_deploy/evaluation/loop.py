@@ -1,4 +1,4 @@
-"""The loop over labelled data: images decoded by several threads, every artifact run on the same batches.
+"""The loop over labelled data: the counts of every batch, in order, and where a run that was stopped goes on.
 
 What was counted so far is kept in a state file, written beside it and renamed, so that it is always whole. Its name is
 a hash of what the result depends on: artifacts, data, trained network. A run that was stopped goes on from it, and a
@@ -10,31 +10,23 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from repmlp_deploy.bundle import Manifest
 from repmlp_deploy.errors import ImageError, InputError, OutputError
-from repmlp_deploy.evaluation.datasets import Dataset, Sample
+from repmlp_deploy.evaluation.datasets import Dataset
+from repmlp_deploy.evaluation.judging import TRAINED, Engine, Judged, Judging, Run, judge
 from repmlp_deploy.evaluation.metrics import TALLIES, Tally
 from repmlp_deploy.files import cache_folder, read_json, replace_file
-from repmlp_deploy.runtime.cpus import usable_cpus
-from repmlp_deploy.runtime.images import network_input
 
-__all__ = ["TRAINED", "Evaluation", "Progress", "discard_state", "evaluate", "state_folder", "state_key"]
+__all__ = ["TRAINED", "Evaluation", "Progress", "Run", "discard_state", "evaluate", "state_folder", "state_key"]
 
-TRAINED = "trained"
 _SAVE_SECONDS = 2.0
 _LARGEST_STATE_BYTES = 1 << 28
 
-F32 = NDArray[np.float32]
-Run = Callable[[F32], F32]
 Progress = Callable[[int, int, Mapping[str, Any]], None]
 """(samples done, samples in all, scores so far of the first artifact)."""
 
@@ -66,16 +58,6 @@ class _State:
     unreadable: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    """A sample's images as the network takes them, or why there are none."""
-
-    sample: Sample
-    inputs: tuple[F32, ...] = ()
-    sizes: tuple[tuple[int, int], ...] = ()
-    error: str = ""
-
-
 def evaluate(  # noqa: PLR0913 - what meets here
     runs: Mapping[str, Run],
     manifest: Manifest,
@@ -87,6 +69,7 @@ def evaluate(  # noqa: PLR0913 - what meets here
     workers: int | None = None,
     skip_unreadable: bool = False,
     progress: Progress | None = None,
+    engine: Engine = judge,
 ) -> Evaluation:
     """Score every run on a data set.
 
@@ -100,6 +83,7 @@ def evaluate(  # noqa: PLR0913 - what meets here
         workers: threads that decode; default: one per processor.
         skip_unreadable: count images that cannot be read instead of stopping.
         progress: told after every batch.
+        engine: runs and counts the batches; by default this process.
 
     Raises:
         ImageError: an image cannot be read.
@@ -114,8 +98,8 @@ def evaluate(  # noqa: PLR0913 - what meets here
     per_batch = max(1, (batch or manifest.batch.opt) // len(dataset.samples[0].images))
     rest = dataset.samples[state.done :]
     try:
-        for chunk in _decoded(rest, manifest, per_batch, workers or usable_cpus()):
-            _count(chunk, runs, tallies, state, skip_unreadable=skip_unreadable)
+        for judged in engine(Judging(manifest, per_batch, workers, skip_unreadable), runs, rest):
+            _count(judged, tallies, state, skip_unreadable=skip_unreadable)
             if progress is not None:
                 first = next(iter(tallies.values()))
                 progress(state.done, len(dataset.samples), {first.main: first.scores()[first.main]})
@@ -127,11 +111,11 @@ def evaluate(  # noqa: PLR0913 - what meets here
         raise
     if state_file is not None:
         state_file.unlink(missing_ok=True)
-    judged = len(dataset.samples) - len(state.unreadable)
-    if not judged:
+    scored = len(dataset.samples) - len(state.unreadable)
+    if not scored:
         raise InputError(f"none of {len(dataset.samples)} samples can be read; the first: {state.unreadable[0]}")
     scores = {name: tally.scores() for name, tally in tallies.items()}
-    return Evaluation(scores, judged, tuple(state.unreadable), resumed, time.perf_counter() - started)
+    return Evaluation(scores, scored, tuple(state.unreadable), resumed, time.perf_counter() - started)
 
 
 def state_key(manifest: Manifest, formats: Sequence[str], dataset: Dataset, *, ckpt_sha256: str = "") -> str:
@@ -147,77 +131,21 @@ def state_folder() -> Path:
     return cache_folder("eval")
 
 
-def _count(
-    chunk: Sequence[_Decoded],
-    runs: Mapping[str, Run],
-    tallies: Mapping[str, Tally],
-    state: _State,
-    *,
-    skip_unreadable: bool,
-) -> None:
-    """Run a batch and count it everywhere, or nowhere."""
-    broken = [decoded.error for decoded in chunk if decoded.error]
-    if broken and not skip_unreadable:
-        raise ImageError(f"{broken[0]}; pass --skip-unreadable to leave such images out")
-    good = [decoded for decoded in chunk if not decoded.error]
-    outputs = _outputs(runs, [image for decoded in good for image in decoded.inputs])
-    samples = [decoded.sample for decoded in good]
-    sizes = [size for decoded in good for size in decoded.sizes]
+def _count(judged: Judged, tallies: Mapping[str, Tally], state: _State, *, skip_unreadable: bool) -> None:
+    """Count a batch everywhere, or nowhere."""
+    if judged.broken and not skip_unreadable:
+        raise ImageError(f"{judged.broken[0]}; pass --skip-unreadable to leave such images out")
     before, done, unreadable = {name: tally.state() for name, tally in tallies.items()}, state.done, state.unreadable
     try:
-        for name, tally in tallies.items() if good else ():
-            tally.add(outputs[name], samples, sizes, None if name == TRAINED else outputs.get(TRAINED))
-        state.unreadable = [*unreadable, *broken]
-        state.done = done + len(chunk)
+        for name, counts in judged.counts.items():
+            tallies[name].merge(counts)
+        state.unreadable = [*unreadable, *judged.broken]
+        state.done = done + judged.samples
     except BaseException:  # an interruption between two tallies would make them differ
         for name, tally in tallies.items():
             tally.restore(before[name])
         state.done, state.unreadable = done, unreadable
         raise
-
-
-def _outputs(runs: Mapping[str, Run], images: Sequence[F32]) -> dict[str, F32]:
-    """Run everything on one batch; return nothing for an empty one."""
-    if not images:
-        return {}
-    inputs = np.stack(images)
-    outputs = {name: run(inputs) for name, run in runs.items()}
-    shapes = {name: output.shape for name, output in outputs.items()}
-    if len(set(shapes.values())) > 1:
-        said = ", ".join(f"{name} gives {shape}" for name, shape in shapes.items())
-        raise InputError(f"these are different networks: {said}; give the checkpoint that the bundle was made of")
-    return outputs
-
-
-def _decoded(samples: Sequence[Sample], manifest: Manifest, batch: int, workers: int) -> Iterator[list[_Decoded]]:
-    """Yield the samples in order, one batch at a time; the next batches are decoded while one runs."""
-    chunks = [samples[i : i + batch] for i in range(0, len(samples), batch)]
-    ahead = 1 + -(-workers // batch)
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        waiting: list[list[Future[_Decoded]]] = []
-        try:
-            for chunk in chunks:
-                waiting.append([pool.submit(_decode, sample, manifest) for sample in chunk])
-                if len(waiting) > ahead:
-                    yield [future.result() for future in waiting.pop(0)]
-            while waiting:
-                yield [future.result() for future in waiting.pop(0)]
-        finally:
-            for futures in waiting:
-                for future in futures:
-                    future.cancel()
-
-
-def _decode(sample: Sample, manifest: Manifest) -> _Decoded:
-    inputs, sizes = [], []
-    try:
-        for path in sample.images:
-            values, size = network_input(path, manifest.preprocessing)
-            inputs.append(values)
-            sizes.append(size)
-    except ImageError as error:
-        return _Decoded(sample, error=str(error))
-    return _Decoded(sample, tuple(inputs), tuple(sizes))
 
 
 def discard_state(path: Path) -> None:

@@ -59,6 +59,10 @@ class Tally(Protocol):
         """Go on from counts of `state()`."""
         ...
 
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Add counts of `state()` of the batches that come next."""
+        ...
+
 
 class ClassTally:
     """Top-1 and top-5 accuracy; among equal logits the smaller class comes first, as in `argmax`."""
@@ -99,6 +103,10 @@ class ClassTally:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         self._counts = {key: int(state[key]) for key in self._counts}
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Add the counts of `state`."""
+        self._counts = {key: count + int(state[key]) for key, count in self._counts.items()}
 
 
 def _per_class(logits: F32) -> F32:
@@ -158,6 +166,13 @@ class MaskTally:
         self._pixels = np.array(state["pixels"], np.int64).reshape(self._classes, self._classes)
         self._count, self._agreed, self._compared = (int(state[key]) for key in ("count", "agreed", "compared"))
 
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Add the matrix and the counts of `state`."""
+        self._pixels += np.array(state["pixels"], np.int64).reshape(self._pixels.shape)
+        self._count += int(state["count"])
+        self._agreed += int(state["agreed"])
+        self._compared += int(state["compared"])
+
 
 class PairTally:
     """Verification accuracy, from the cosine of every pair."""
@@ -194,6 +209,12 @@ class PairTally:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         self._cosines, self._same, self._trained = (list(state[key]) for key in ("cosines", "same", "trained"))
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Append the cosines of `state`."""
+        self._cosines += state["cosines"]
+        self._same += state["same"]
+        self._trained += state["trained"]
 
 
 TALLIES: Mapping[str, type[ClassTally | MaskTally | PairTally]] = {

@@ -2,27 +2,30 @@
 
 Decoding a small image is mostly Python, so threads of one process wait for each other's interpreter. Every process has
 a Predictor of its own, checks it once, and writes whole parts. One that dies is replaced, and the part it was at is
-made again, so rows are neither lost nor repeated. When the first process dies, in whatever way, the others end.
+made again, so rows are neither lost nor repeated. When the first process dies, in whatever way, the others end: see
+`process_worker`.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
+import pickle
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-from repmlp_deploy.errors import BundleError, DeviceError, InputError, MissingDevice, OutputError, VerificationError
+from repmlp_deploy.errors import DeviceError
 from repmlp_deploy.evaluation.filling import Parts, chunks_of, fill_parts
+from repmlp_deploy.evaluation.process_worker import Task
 from repmlp_deploy.evaluation.sources import Source
 from repmlp_deploy.runtime.cpus import usable_cpus
 from repmlp_deploy.runtime.predictor import Predictor
-from repmlp_deploy.text import first_line
 
 __all__ = ["Processes"]
 
@@ -30,17 +33,58 @@ _CHUNKS_PER_WORKER = 4  # a chunk is read in one go; few of them keep archives f
 _MOST_DEATHS = 5  # in a row, without a part between them
 _LEAST_PARTS = 2  # for one process to start another
 
-_SENT = (BundleError, DeviceError, InputError, MissingDevice, OutputError, VerificationError)
-"""Errors that arrive as they are."""
 
-
-@dataclass
 class _Worker:
-    """A process, the pipe to it, and the parts that it has to write, the present one first."""
+    """A process, and the parts that it has to write, the present one first.
 
-    process: Any
-    pipe: Connection
-    chunk: deque[int]
+    Args:
+        task: of the process.
+        chunk: its first parts.
+        heard: gets (this worker, what it says); None when it has died.
+    """
+
+    def __init__(self, task: Task, chunk: deque[int], heard: SimpleQueue[tuple[_Worker, Any]]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "repmlp_deploy.evaluation.process_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the first process, which ends the others
+            env={**os.environ, "OMP_NUM_THREADS": str(task.how["threads"])},
+        )
+        self.chunk = chunk
+        self._listener = Thread(target=self._listen, args=(heard,), daemon=True)
+        self._listener.start()
+        self._send(task)
+        self.begin(chunk)
+
+    def begin(self, chunk: deque[int]) -> None:
+        """Give it another chunk."""
+        self.chunk = chunk
+        self._send(list(chunk))
+
+    def end(self) -> int:
+        """End the process, whatever it is doing: what it has not finished is nobody's. Return its exit code."""
+        self._process.kill()
+        code = self._process.wait()
+        self._listener.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):  # what was not sent yet goes nowhere
+                if pipe is not None:
+                    pipe.close()
+        return code
+
+    def _send(self, message: Any) -> None:
+        if self._process.stdin is not None:
+            with suppress(OSError):  # it died: `heard` says so, too
+                pickle.dump(message, self._process.stdin)
+                self._process.stdin.flush()
+
+    def _listen(self, heard: SimpleQueue[tuple[_Worker, Any]]) -> None:
+        try:
+            while True:
+                heard.put((self, pickle.load(self._process.stdout)))  # type: ignore[arg-type] # noqa: S301 - its own child
+        except (EOFError, OSError, ValueError, pickle.UnpicklingError):
+            heard.put((self, None))
 
 
 @dataclass(frozen=True)
@@ -72,96 +116,36 @@ class Processes:
             yield from fill_parts(predictor, source, parts, missing)
             return
         how = {"format": predictor.format, "device": self.device, "threads": self.threads}
-        given = (str(folder.resolve()), how, source, replace(parts, folder=parts.folder.resolve()))
-        workers: list[_Worker] = []
-        try:
-            yield from _run(workers, given, count, chunks_of(missing, count * _CHUNKS_PER_WORKER))
-        finally:
-            for worker in workers:
-                worker.pipe.close()
-                worker.process.kill()  # what it has not finished is nobody's
-                worker.process.join()
+        task = Task(str(folder.resolve()), how, source, replace(parts, folder=parts.folder.resolve()))
+        with ExitStack() as ends:
+            yield from _run(ends, task, count, chunks_of(missing, count * _CHUNKS_PER_WORKER))
 
 
-def _run(
-    workers: list[_Worker], given: tuple[Any, ...], count: int, chunks: deque[deque[int]]
-) -> Iterator[tuple[int, int]]:
-    """Keep `count` processes at a chunk each until there are no more; `workers` are those that live."""
-    deaths = 0
-    workers.extend(_started(given, chunks.popleft()) for _ in range(min(count, len(chunks))))
-    while workers:
-        ready = {id(pipe) for pipe in wait([worker.pipe for worker in workers])}
-        for worker in [worker for worker in workers if id(worker.pipe) in ready]:
-            try:
-                said = worker.pipe.recv()
-            except (EOFError, OSError):
-                deaths += 1
-                workers.remove(worker)
-                _end(worker)
-                if deaths > _MOST_DEATHS:
-                    code = worker.process.exitcode
-                    raise DeviceError(f"{deaths} processes died in a row, the last with code {code}") from None
-                workers.append(_started(given, worker.chunk))
-                continue
-            if isinstance(said, Exception):
-                raise said
-            deaths = 0
-            worker.chunk.popleft()
-            yield said
-            if worker.chunk:
-                continue
-            if chunks:
-                worker.chunk = chunks.popleft()
-                _tell(worker)
-            else:
-                workers.remove(worker)
-                _end(worker)
+def _run(ends: ExitStack, task: Task, count: int, chunks: deque[deque[int]]) -> Iterator[tuple[int, int]]:
+    """Keep `count` processes at a chunk each until there are no more; `ends` ends those that live."""
+    heard: SimpleQueue[tuple[_Worker, Any]] = SimpleQueue()
+    deaths, busy = 0, 0
 
+    def start(chunk: deque[int]) -> None:
+        ends.callback(_Worker(task, chunk, heard).end)
 
-def _started(given: tuple[Any, ...], chunk: deque[int]) -> _Worker:
-    """Start a process on a chunk."""
-    context = multiprocessing.get_context("spawn")  # a fork would share the threads and locks of the runtime
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, *given), name="repmlp-map", daemon=True)
-    process.start()
-    theirs.close()  # so that its death closes the pipe
-    worker = _Worker(process, ours, chunk)
-    _tell(worker)
-    return worker
-
-
-def _tell(worker: _Worker) -> None:
-    try:
-        worker.pipe.send(list(worker.chunk))
-    except OSError:  # it died: receiving says so, too
-        return
-
-
-def _end(worker: _Worker) -> None:
-    worker.pipe.close()  # it ends when it sees that
-    worker.process.join()
-
-
-def _work(pipe: Connection, bundle: str, how: dict[str, Any], source: Source, parts: Parts) -> None:
-    """Write chunk after chunk, and say so after every part: what a process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process ends the others
-    Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        with Predictor(bundle, check=True, **how) as predictor:
-            while True:
-                for written in fill_parts(predictor, source, parts, pipe.recv(), readers=1):
-                    pipe.send(written)
-    except (EOFError, BrokenPipeError):  # there is no more to do, or nobody to do it for
-        return
-    except _SENT as error:
-        pipe.send(error if type(error) in _SENT else InputError(str(error)))
-    except Exception as error:  # noqa: BLE001 - it must reach the first process
-        pipe.send(InputError(f"a process failed: {type(error).__name__}: {first_line(error)}"))
-
-
-def _end_with_parent() -> None:
-    """End this process in the moment in which the first one dies, whatever it is doing."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
+    while chunks and busy < count:
+        start(chunks.popleft())
+        busy += 1
+    while busy:
+        worker, said = heard.get()
+        if said is None:
+            deaths, code = deaths + 1, worker.end()
+            if deaths > _MOST_DEATHS:
+                raise DeviceError(f"{deaths} processes died in a row, the last with code {code}")
+            start(worker.chunk)
+            continue
+        if isinstance(said, Exception):
+            raise said
+        deaths = 0
+        worker.chunk.popleft()
+        yield said
+        if not worker.chunk and chunks:
+            worker.begin(chunks.popleft())
+        elif not worker.chunk:
+            busy -= 1

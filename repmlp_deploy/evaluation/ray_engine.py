@@ -1,9 +1,10 @@
-"""`repmlp-map --engine ray`: the parts of a job are made by actors, on this machine or on a Ray cluster.
+"""`--engine ray` of `repmlp-map` and `repmlp-eval`: actors do the work, on this machine or on a Ray cluster.
 
 Each actor opens the bundle and checks it once, then writes parts as the local engine does: whole or not at all. An
 actor that dies is replaced, and the part it was at is made again, so rows are neither lost nor repeated. These are
 plain actors and not Ray Data: a part is a file, from which a run goes on whatever died, under either engine. Ray Data's
-own checkpoints hung on a machine with two CPUs, in Ray 2.60. The only module of the evaluation that imports ray.
+own checkpoints hung on a machine with two CPUs, in Ray 2.60. `repmlp-eval` counts what actors count in the order of the
+data, so its figures are those of this process. The only module of the evaluation that imports ray.
 """
 
 from __future__ import annotations
@@ -17,31 +18,38 @@ if not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from repmlp_deploy.errors import DeviceError, InputError, RepMLPError
+from repmlp_deploy.evaluation.datasets import Sample
 from repmlp_deploy.evaluation.filling import Parts, chunks_of, fill_parts
+from repmlp_deploy.evaluation.judging import Judged, Judging, Run, judge
 from repmlp_deploy.evaluation.sources import Source
 from repmlp_deploy.runtime.cpus import usable_cpus
 from repmlp_deploy.runtime.predictor import Predictor
 from repmlp_deploy.text import first_line
 
-__all__ = ["Actors"]
+__all__ = ["Actors", "Judges"]
 
 _CHUNKS_PER_ACTOR = 4  # a chunk is read in one go; few of them keep archives from being read again and again
 _MOST_DEATHS = 5  # in a row, without a part between them
+_SAMPLES = 256  # of an evaluation that an actor is given at a time
+_AHEAD = 2  # such lots per actor, so that none waits for the driver
 _STORE_BYTES = 1 << 27  # for the list of images; the images themselves never pass through Ray's store
 
 
 class _Worker:
     """Writes parts: the class of an actor."""
 
-    def __init__(self, bundle: str, how: dict[str, Any], source: Source, parts: Parts) -> None:
+    def __init__(self, folder: str, bundle: str, how: dict[str, Any], source: Source, parts: Parts) -> None:
+        _enter(folder)
         self._opened, self._source, self._parts = (bundle, how), source, parts
         self._predictor: Predictor | None = None
         self._filling: Iterator[tuple[int, int]] = iter(())
@@ -84,26 +92,13 @@ class Actors:
             DeviceError: Ray cannot be started, or its actors die one after the other.
             RepMLPError: what an actor raises.
         """
-        try:
-            _start()
+        with _cluster():
             how = {"format": predictor.format, "device": self.device, "threads": self.threads}
-            given = (_folder(predictor), how, ray.put(source), _absolute(parts))
-            yield from self._run(given, chunks_of(missing, self._actors() * _CHUNKS_PER_ACTOR))
-        except RayTaskError as error:
-            raise _meant(error) from None
-        except (RayError, ConnectionError, TimeoutError) as error:
-            raise DeviceError(f"Ray failed: {first_line(error)}; `ray status` shows the cluster") from None
-        finally:
-            ray.shutdown()
+            given = (str(Path.cwd()), _folder(predictor), how, ray.put(source), _absolute(parts))
+            actors = self.count or _actors(self.threads, self.gpus)
+            yield from self._run(given, chunks_of(missing, actors * _CHUNKS_PER_ACTOR), actors)
 
-    def _actors(self) -> int:
-        """Return how many actors to start."""
-        if self.count is not None:
-            return self.count
-        have = ray.cluster_resources()
-        return max(1, int(have.get("GPU", 0) / self.gpus if self.gpus else have.get("CPU", 1) / self.threads))
-
-    def _run(self, given: tuple[Any, ...], chunks: deque[deque[int]]) -> Iterator[tuple[int, int]]:
+    def _run(self, given: tuple[Any, ...], chunks: deque[deque[int]], actors: int) -> Iterator[tuple[int, int]]:
         """Keep every actor at a chunk of its own until there are no more."""
         worker = ray.remote(num_cpus=self.threads, num_gpus=self.gpus, max_restarts=0)(_Worker)
         under_way: dict[Any, tuple[Any, deque[int]]] = {}
@@ -113,7 +108,7 @@ class Actors:
             chunk = chunks.popleft()
             under_way[actor.begin.remote(list(chunk))] = (actor, chunk)
 
-        for _ in range(min(self._actors(), len(chunks))):
+        for _ in range(min(actors, len(chunks))):
             begin(worker.remote(*given))
         while under_way:
             (ready, *_), _ = ray.wait([*under_way])
@@ -134,6 +129,104 @@ class Actors:
                 under_way[actor.following.remote()] = (actor, chunk)
             elif chunks:
                 begin(actor)
+
+
+class _Judge:
+    """Judges samples: the class of an actor."""
+
+    def __init__(self, folder: str, opened: Callable[[], Mapping[str, Run]], how: Judging) -> None:
+        _enter(folder)
+        self._runs, self._how = opened(), how
+
+    def judged(self, samples: Sequence[Sample]) -> list[Judged]:
+        """Return what the batches of these samples count."""
+        return list(judge(self._how, self._runs, samples))
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The engine `ray` of an evaluation; see `judging.Engine`.
+
+    Attributes:
+        opened: opens the artifacts, in an actor.
+        threads: of one inference; an actor asks Ray for so many CPUs.
+        gpus: GPUs that an actor asks Ray for.
+        count: actors; by default as many as the CPUs or the GPUs of the cluster allow.
+    """
+
+    opened: Callable[[], Mapping[str, Run]]
+    threads: int = 1
+    gpus: float = 0
+    count: int | None = None
+
+    def __call__(self, how: Judging, runs: Mapping[str, Run], samples: Sequence[Sample]) -> Iterator[Judged]:
+        """Yield what every batch counts, in order; `runs` are opened again by the actors.
+
+        Raises:
+            DeviceError: Ray cannot be started, or its actors die one after the other.
+            RepMLPError: what an actor raises.
+        """
+        del runs
+        each = max(1, _SAMPLES // how.batch) * how.batch  # whole batches: the same as in one process
+        waiting = deque(samples[start : start + each] for start in range(0, len(samples), each))
+        with _cluster():
+            judge_ = ray.remote(num_cpus=self.threads, num_gpus=self.gpus, max_restarts=0)(_Judge)
+            given = (str(Path.cwd()), self.opened, replace(how, workers=how.workers or self.threads))
+            count = min(self.count or _actors(self.threads, self.gpus), len(waiting))
+            actors = [judge_.remote(*given) for _ in range(count)]
+            under_way: deque[tuple[Sequence[Sample], int, Any, Any]] = deque()
+            deaths = 0
+
+            def begin(some: Sequence[Sample], place: int) -> tuple[Sequence[Sample], int, Any, Any]:
+                return some, place, actors[place], actors[place].judged.remote(some)
+
+            for i in range(min(_AHEAD * count, len(waiting))):
+                under_way.append(begin(waiting.popleft(), i % count))
+            while under_way:
+                some, place, actor, answer = under_way.popleft()
+                try:
+                    judged = ray.get(answer)
+                except RayActorError as error:
+                    deaths += actors[place] is actor  # what else waited for it is no death of its own
+                    if deaths > _MOST_DEATHS:
+                        raise DeviceError(f"{deaths} workers of Ray died in a row: {first_line(error)}") from None
+                    if actors[place] is actor:
+                        actors[place] = judge_.remote(*given)
+                    under_way.appendleft(begin(some, place))
+                    continue
+                deaths = 0
+                if waiting:
+                    under_way.append(begin(waiting.popleft(), place))
+                yield from judged
+
+
+@contextmanager
+def _cluster() -> Iterator[None]:
+    """Join or start Ray, and leave it, unless the program is in it already; what it raises becomes an error of ours."""
+    already = ray.is_initialized()
+    try:
+        if not already:
+            _start()
+        yield
+    except RayTaskError as error:
+        raise _meant(error) from None
+    except (RayError, ConnectionError, TimeoutError) as error:
+        raise DeviceError(f"Ray failed: {first_line(error)}; `ray status` shows the cluster") from None
+    finally:
+        if not already:
+            ray.shutdown()
+
+
+def _actors(threads: int, gpus: float) -> int:
+    """Return how many actors the cluster has room for."""
+    have = ray.cluster_resources()
+    return max(1, int(have.get("GPU", 0) / gpus if gpus else have.get("CPU", 1) / threads))
+
+
+def _enter(folder: str) -> None:
+    """Make the driver's working folder an actor's, so that relative paths mean the same."""
+    if Path(folder).is_dir():
+        os.chdir(folder)
 
 
 def _start() -> None:

@@ -1,8 +1,7 @@
-"""Several processes of one machine: `evaluation.process_engine`. A process is killed, then the first one."""
+"""Several processes: `evaluation.process_engine`, `evaluation.process_worker`. One is killed, then the first one."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -28,8 +28,9 @@ WAIT_SECONDS = 120
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 
 DRIVER = """
-import multiprocessing, os, signal, sys
+import os, signal, sys
 from pathlib import Path
+import psutil
 from repmlp_deploy import Predictor
 from repmlp_deploy.evaluation import mapping
 from repmlp_deploy.evaluation.process_engine import Processes
@@ -39,7 +40,7 @@ bundle, data, out = sys.argv[1:]
 mapping.PART = 8
 
 def die(done, total, errors):
-    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    print(*(child.pid for child in psutil.Process().children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 with Predictor(bundle, format="onnx", threads=1) as predictor:
@@ -64,6 +65,10 @@ def predictor(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
         yield opened
 
 
+def workers() -> list[psutil.Process]:
+    return [one for one in psutil.Process().children() if "process_worker" in " ".join(one.cmdline())]
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that ended and that nobody waited for does not."""
     status = Path(f"/proc/{pid}/stat")
@@ -84,7 +89,7 @@ def test_killed_processes_lose_and_repeat_nothing(images: Path, predictor: Predi
 
     def kill_one(done: int, _total: int, _errors: int) -> None:
         if not told:
-            multiprocessing.active_children()[0].kill()
+            workers()[0].kill()
         told.append(done)
 
     found = map_images(predictor, source, out, progress=kill_one, engine=Processes(count=2))
@@ -92,7 +97,7 @@ def test_killed_processes_lose_and_repeat_nothing(images: Path, predictor: Predi
     assert (found.count, found.errors) == (COUNT, 1)
     assert sorted(told) == told
     assert told[-1] == COUNT
-    assert not multiprocessing.active_children()
+    assert not workers()
     map_images(predictor, source, tmp_path / "alone.parquet")
     assert pq.read_table(out).equals(pq.read_table(tmp_path / "alone.parquet"))  # bit for bit
 
@@ -102,11 +107,11 @@ def test_processes_that_always_die_end_the_run(predictor: Predictor, tmp_path: P
     deadly = Source(COUNT, "deadly", os._exit)  # what is to yield images ends the process
     with pytest.raises(DeviceError, match="2 processes died in a row"):
         map_images(predictor, deadly, tmp_path / "out.parquet", engine=Processes(count=2))
-    assert not multiprocessing.active_children()
+    assert not workers()
 
 
 def test_what_a_process_raises_arrives(images: Path, predictor: Predictor, tmp_path: Path):
     short = replace(open_source(str(images)), count=COUNT + PART)
     with pytest.raises(InputError, match="the images changed during the run: 168 were expected"):
         map_images(predictor, short, tmp_path / "out.parquet", engine=Processes(count=2))
-    assert not multiprocessing.active_children()
+    assert not workers()

@@ -22,25 +22,12 @@ from repmlp_deploy.serving.inference import Inference
 from repmlp_deploy.serving.models import Models
 from repmlp_deploy.serving.served_model import ModelOptions
 from repmlp_deploy.serving.watch import Library
-from support.bundles import bundle_of_graph
+from support.bundles import FACES, PARTS, bundle_of_graph
 
 LEVELS = np.random.default_rng(5).integers(0, 256, (2, 90, 70, 3), dtype=np.uint8)
 
 
 HOW = Preprocessing(resize=Resize(mode="exact", size=(32, 32)), mean=(120, 115, 100), std=(60, 57, 55))
-
-PARTS = """<ir_version: 8, opset_import: ["" : 18]>
-parts (float[N, 3, 32, 32] images) => (float[N, 2, 32, 32] logits)
-<float[2, 3, 1, 1] weight = {1, -0.5, 0.25, -0.3, 0.8, 0.2}> { logits = Conv (images, weight) }"""
-
-FACES = """<ir_version: 8, opset_import: ["" : 18]>
-faces (uint8[N, 32, 32, 3] images) => (float[N, 6] embedding)
-<int64[2] rows = {2, 5}, int64[1] middle = {2}, int64[2] shape = {0, 6}> {
-  levels = Cast <to = 1> (images)
-  picked = Gather <axis = 1> (levels, rows)
-  means = ReduceMean <keepdims = 0> (picked, middle)
-  embedding = Reshape (means, shape)
-}"""
 
 
 @pytest.fixture(scope="module")

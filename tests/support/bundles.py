@@ -16,7 +16,20 @@ from repmlp_deploy.bundle.storage import describe_file
 from repmlp_deploy.card import Preprocessing
 from repmlp_deploy.convert.graph.run import onnx_run
 
-__all__ = ["bundle_of_graph", "certify_again"]
+__all__ = ["FACES", "PARTS", "bundle_of_graph", "certify_again"]
+
+PARTS = """<ir_version: 8, opset_import: ["" : 18]>
+parts (float[N, 3, 32, 32] images) => (float[N, 2, 32, 32] logits)
+<float[2, 3, 1, 1] weight = {1, -0.5, 0.25, -0.3, 0.8, 0.2}> { logits = Conv (images, weight) }"""
+
+FACES = """<ir_version: 8, opset_import: ["" : 18]>
+faces (uint8[N, 32, 32, 3] images) => (float[N, 6] embedding)
+<int64[2] rows = {2, 5}, int64[1] middle = {2}, int64[2] shape = {0, 6}> {
+  levels = Cast <to = 1> (images)
+  picked = Gather <axis = 1> (levels, rows)
+  means = ReduceMean <keepdims = 0> (picked, middle)
+  embedding = Reshape (means, shape)
+}"""
 
 
 def certify_again(folder: Path) -> Bundle:
