@@ -9,7 +9,7 @@ from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.cli.shared import description as said
 from repmlp_deploy.cli.shared import export_options as asked
 from repmlp_deploy.cli.shared.bundle_report import print_details, print_summary
-from repmlp_deploy.cli.shared.console import print_json, print_table, print_warnings, run_command, typer
+from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, print_warnings, run_command, typer
 from repmlp_deploy.convert.options import parse_size
 from repmlp_deploy.errors import CheckpointError
 
@@ -72,6 +72,8 @@ def inspect_command(  # noqa: PLR0913 - one per option
     shown = {key: value for key, value in report.items() if value not in ("", None, []) and key not in _NOT_SHOWN}
     rows = [(key, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for key, v in shown.items()]
     print_table(str(path), ("what", "value"), rows, left=2)
+    if write_card is not None:
+        print_line(f"wrote {write_card}; correct it, and pass it with --card {write_card}")
 
 
 def _describe(
@@ -102,7 +104,7 @@ def _describe(
             raise
         return found
     if write_card is not None:
-        write_card_file(trained.card, write_card)
+        write_card_file(trained.card, write_card, [warning.partition(". Say ")[0] for warning in trained.warnings])
     if not is_own:
         return describe_checkpoint(trained)
     from repmlp_deploy.convert.rework.describe import describe_network  # noqa: PLC0415

@@ -80,7 +80,7 @@ def map_command(  # noqa: PLR0913 - one per option
     print_line(f"{out}: {found.count} images, {found.resumed} of them from an earlier run, {seconds:.1f} s")
     if found.errors:
         new = "" if found.new_errors == found.errors else f", {found.new_errors} of them new"
-        print_line(f"note: {found.errors} have no prediction{new}; the column error says why")
+        print_line(f"note: {found.errors} without a prediction{new}; the column error says why")
 
 
 def _engine(name: str, workers: int | None, device: str | None, threads: int | None) -> Engine | None:

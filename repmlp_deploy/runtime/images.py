@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from repmlp_deploy.card import Preprocessing, Resize
 from repmlp_deploy.errors import ImageError
@@ -110,6 +110,8 @@ def _opened(
         raise ImageError(f"{name}: no such file") from None
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} is not a readable image: its format is none of {', '.join(RASTER_FORMATS)}") from None
     except Exception as error:  # noqa: BLE001 - decoders raise whatever a damaged file makes them raise
         raise ImageError(f"{name} is not a readable image: {error}") from None
 

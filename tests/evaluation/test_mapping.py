@@ -222,7 +222,7 @@ def test_the_command_counts_and_refuses(images, bundle, tmp_path, capsys):
     assert ends_with(map_command, *given, "--top", 0) == 2
     capsys.readouterr()
     assert ends_with(map_command, *given[:-1]) == 0
-    assert "note: 3 have no prediction, 0 of them new;" in capsys.readouterr().out
+    assert "note: 3 without a prediction, 0 of them new;" in capsys.readouterr().out
 
 
 def test_without_pyarrow_the_remedy_is_named(images, bundle, tmp_path):

@@ -164,7 +164,12 @@ def test_the_card_of_a_network_that_no_card_has_can_be_written_and_passed(
     checkpoint, card = tmp_path / "new.pth", tmp_path / "new.toml"
     torch.save({"model": RepMLPNet(spec).state_dict()}, checkpoint)
     assert run(inspect_command, checkpoint, "--write-card", card) == 0
-    assert "None" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "None" not in out
+    assert "correct it, and pass it with --card" in out
+    assert card.read_text(encoding="utf-8").startswith(
+        "# Correct this card before you use it:\n# - mean, std, resize of"
+    )
     assert card_spec(load_card(card)) == spec
     assert load_trained(checkpoint, card=load_card(card)).card.network == load_card(card).network
 
