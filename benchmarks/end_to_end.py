@@ -1,15 +1,10 @@
-"""Measure a bundle from image files to classes, and under the load scenarios that MLPerf defines.
+"""Measure a bundle from image files to classes, and what several inferences at a time give.
 
-python benchmarks/end_to_end.py BUNDLE [--rounds 5] [--images 64] [--large 12] [--scenarios] [--limit-ms 100]
+python benchmarks/end_to_end.py BUNDLE [--rounds 5] [--images 64] [--large 12]
 
 Every subject is a part of this process, and they take turns in every round, so that what else keeps the machine busy
 meets all of them. Rates are medians over rounds; ratios are medians of the ratios within a round. The images are JPEG
 files of scikit-learn's photographs, 500x375 and 4000x3000 pixels, which are made first.
-
-`--scenarios` adds SingleStream (one sample after the other: the 90th percentile of latency), Offline (all samples at
-once: samples per second) and Server (samples arrive by a Poisson process: the highest rate whose 99th percentile keeps
-the limit), each from tensors and, but for Server, from JPEG bytes. The load is this script's own, as its rates are for
-comparing ways of running a bundle with each other and not for a submission.
 """
 
 from __future__ import annotations
@@ -20,23 +15,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from repmlp_deploy import Bundle, Predictor
 from repmlp_deploy.bench.measure.machine import describe_machine
-from repmlp_deploy.runtime.batching import Batcher, Queueing
 from repmlp_deploy.runtime.cpus import usable_cpus
 from repmlp_deploy.runtime.decoding import Decoder
 
 SMALL, LARGE = (500, 375), (4000, 3000)  # width, height
-PERCENTILE = 0.99
-SEARCH_STEPS = 6
 
 Subject = Callable[[], int]
 """Runs once and returns how many images it has done."""
@@ -50,16 +40,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--large", type=int, default=12, help="files of 12 megapixels; 0 for none")
-    parser.add_argument("--scenarios", action="store_true")
-    parser.add_argument("--limit-ms", type=float, default=100, help="of the Server scenario")
     given = parser.parse_args()
     machine = describe_machine()
     print(f"{machine['cpu']}, {usable_cpus()} cores, flags {', '.join(machine['cpu_flags'])}")
     print(f"Python {platform.python_version()}, load when it began {machine.get('load')}\n")
     bundle = Bundle.load(given.bundle)
     with tempfile.TemporaryDirectory() as folder:
-        small = _files(Path(folder), SMALL, given.images)
-        large = _files(Path(folder), LARGE, given.large)
+        small = photographs(Path(folder), SMALL, given.images)
+        large = photographs(Path(folder), LARGE, given.large)
         with (
             Predictor(bundle, format=given.format) as latency,
             Predictor(bundle, format=given.format, streams=usable_cpus()) as throughput,
@@ -71,16 +59,14 @@ def main() -> None:
                 subjects |= _large(latency, fast, large)
             rates = _rates(subjects, given.rounds)
             _print(rates)
-            if given.scenarios:
-                _scenarios(latency, throughput, small, given.limit_ms / 1000)
 
 
-def _files(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
+def photographs(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
     """Write JPEG files of `size`, each another part of a photograph."""
-    rng, photographs = np.random.default_rng(0), load_sample_images().images
+    rng, pictures = np.random.default_rng(0), load_sample_images().images
     paths = []
     for i in range(count):
-        photograph = Image.fromarray(photographs[i % len(photographs)])
+        photograph = Image.fromarray(pictures[i % len(pictures)])
         left, top = (int(edge) for edge in rng.integers(0, 100, 2))
         path = folder / f"{size[0]}-{i}.jpg"
         photograph.crop((left, top, left + 500, top + 320)).resize(size, Image.Resampling.BICUBIC).save(
@@ -161,78 +147,6 @@ def _print(rates: dict[str, list[float]]) -> None:
         each = [a / b for a, b in zip(ours, theirs, strict=True)]
         print(f"| {name} | {statistics.median(each):.2f} | {min(each):.2f} to {max(each):.2f} |")
     print(flush=True)
-
-
-def _scenarios(latency: Predictor, throughput: Predictor, files: Sequence[Path], limit: float) -> None:
-    """Measure SingleStream, Offline and Server, and print them."""
-    encoded = [path.read_bytes() for path in files]
-    tensors = np.stack([latency.preprocess(path) for path in files])
-    rows = [("one at a time", latency), ("streams", throughput)]
-    print("| SingleStream, 90th percentile, ms | tensors | JPEG bytes |\n|---|--:|--:|")
-    for name, predictor in rows:
-        print(f"| {name} | {_single_stream(predictor, tensors, encoded)} |")
-    print("\n| Offline, samples/s | tensors | JPEG bytes |\n|---|--:|--:|")
-    for name, predictor in rows:
-        print(f"| {name} | {_all_at_once(predictor, tensors, encoded)} |")
-    print(f"\n| Server, samples/s with a 99th percentile of at most {1000 * limit:g} ms | tensors |\n|---|--:|")
-    ways = {"one request at a time": (latency, 1, 1), "batched": (latency, latency.manifest.batch.max, 1)}
-    ways["batched, streams"] = (throughput, throughput.manifest.batch.max, usable_cpus())
-    print("".join(f"| {name} | {_highest_rate(*way, tensors, limit):.1f} |\n" for name, way in ways.items()))
-
-
-def _single_stream(predictor: Predictor, tensors: NDArray[np.generic], encoded: Sequence[bytes]) -> str:
-    times = [_taken(lambda i=i: predictor.logits(tensors[i : i + 1])) for i in range(len(tensors))]
-    from_bytes = [_taken(lambda one=one: predictor(one)) for one in encoded]
-    return f"{_quantile(times, 0.9):.1f} | {_quantile(from_bytes, 0.9):.1f}"
-
-
-def _all_at_once(predictor: Predictor, tensors: NDArray[np.generic], encoded: Sequence[bytes]) -> str:
-    times = [_taken(lambda: predictor.logits(tensors)) for _ in range(3)]
-    from_bytes = [_taken(lambda: predictor(list(encoded))) for _ in range(3)]
-    count = 1000 * len(encoded)
-    return f"{count / statistics.median(times):.1f} | {count / statistics.median(from_bytes):.1f}"
-
-
-def _highest_rate(
-    predictor: Predictor, largest: int, workers: int, tensors: NDArray[np.generic], limit: float
-) -> float:
-    """Return the highest Poisson rate that keeps the limit, by bisection."""
-    batcher = Batcher(lambda inputs: [predictor.logits(inputs[0])], largest, Queueing(1 << 20, workers=workers))
-    low, high = 0.0, 1.5 * 1000 * len(tensors) / _taken(lambda: predictor.logits(tensors))
-    for step in range(SEARCH_STEPS):
-        rate = (low + high) / 2
-        latencies = _arriving(batcher, tensors, rate, seed=step)
-        low, high = (rate, high) if _quantile(latencies, PERCENTILE) <= limit else (low, rate)
-    batcher.close()
-    return low
-
-
-def _arriving(batcher: Batcher, tensors: NDArray[np.generic], rate: float, seed: int) -> list[float]:
-    """Return the latencies, in seconds, of samples that arrive by a Poisson process for some seconds."""
-    rng = np.random.default_rng(seed)
-    arrivals = np.cumsum(rng.exponential(1 / rate, max(200, int(5 * rate))))
-    ended = np.zeros(len(arrivals))
-    futures: list[Future[list[NDArray[np.generic]]]] = []
-    start = time.perf_counter()
-    for i, arrival in enumerate(arrivals):
-        time.sleep(max(0.0, start + arrival - time.perf_counter()))
-        future = batcher.submit([tensors[i % len(tensors)][None]])
-        future.add_done_callback(lambda _, i=i: ended.__setitem__(i, time.perf_counter()))
-        futures.append(future)
-    for future in futures:
-        future.result()
-    return [float(value) for value in ended - start - arrivals]
-
-
-def _taken(run: Callable[[], object]) -> float:
-    """Return the milliseconds of a call."""
-    start = time.perf_counter()
-    run()
-    return 1000 * (time.perf_counter() - start)
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    return float(np.quantile(np.asarray(values), share))
 
 
 if __name__ == "__main__":
