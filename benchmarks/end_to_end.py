@@ -10,6 +10,7 @@ files of scikit-learn's photographs, 500x375 and 4000x3000 pixels, which are mad
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import tempfile
@@ -43,7 +44,7 @@ def main() -> None:
     given = parser.parse_args()
     machine = describe_machine()
     print(f"{machine['cpu']}, {usable_cpus()} cores, flags {', '.join(machine['cpu_flags'])}")
-    print(f"Python {platform.python_version()}, load when it began {machine.get('load')}\n")
+    print(f"Python {platform.python_version()}, load average when it began {os.getloadavg()[0]:.1f}\n")
     bundle = Bundle.load(given.bundle)
     with tempfile.TemporaryDirectory() as folder:
         small = photographs(Path(folder), SMALL, given.images)
