@@ -48,7 +48,7 @@ def pack_command(  # noqa: PLR0913 - one per option
         print_json({**about, "files": sorted(packed.files), "unchecked": list(packed.unchecked)})
         return
     for path in sorted(packed.files):
-        print_line(f"{out / path}: {len(packed.files[path]) / 1e6:.1f} MB")
+        print_line(f"{out / path}: {len(packed.files[path]) / 1e3:,.1f} kB")
     for what in packed.unchecked:
         print_line(f"not checked here: {what}")
     print_line(f"{out}: version {packed.version} of {packed.model} for {found.server}")
