@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +29,9 @@ from repmlp_deploy.text import printable
 with optional_imports():
     import uvicorn
 
-__all__ = ["ServerOptions", "configure_logging", "serve"]
+__all__ = ["ServerOptions", "serve"]
 
 _STOPPED = 143  # what a shell says of a process that SIGTERM ended
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 _log = logging.getLogger("repmlp.serve")
 
 
@@ -212,40 +209,3 @@ def _handle_signals(models: Models, server: uvicorn.Server, stopped: asyncio.Eve
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
-
-
-class _JsonLines(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        data: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "message": printable(record.getMessage()),
-            **_extras(record),
-        }
-        if record.exc_info:
-            data["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(data, default=str)
-
-
-class _TextLines(logging.Formatter):
-    """One line for people."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        extras = " ".join(f"{key}={printable(value)}" for key, value in _extras(record).items())
-        said = f"{clock} {record.levelname.lower():7} {printable(record.getMessage())} {extras}".rstrip()
-        return f"{said}\n{self.formatException(record.exc_info)}" if record.exc_info else said
-
-
-def _extras(record: logging.LogRecord) -> dict[str, Any]:
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
-
-
-def configure_logging(*, as_json: bool) -> None:
-    """Log to stderr: the server's own events, and what uvicorn and gRPC warn of."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_JsonLines() if as_json else _TextLines())
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    logging.getLogger("repmlp").setLevel(logging.INFO)

@@ -28,7 +28,7 @@ from repmlp_deploy.serving.metrics import ModelMetrics
 from repmlp_deploy.serving.protocol import NotReady
 from repmlp_deploy.text import printable
 
-__all__ = ["ModelOptions", "ServedModel", "Version"]
+__all__ = ["ModelOptions", "ServedModel", "Version", "version_name"]
 
 State = Literal["loading", "ready", "unavailable"]
 
@@ -196,7 +196,7 @@ class ServedModel:
 
     def _opened(self) -> Version:
         """Return the bundle in the folder as a version that has passed its check."""
-        name = _version_name(self.folder)
+        name = version_name(self.folder)
         bundle = _Noting(Bundle.load(self.folder).manifest, self.folder)
         options = self.options
         queueing = Queueing(options.queue, options.delay, options.workers, self._observe)
@@ -234,7 +234,8 @@ class ServedModel:
             self._checking.release()
 
 
-def _version_name(folder: Path) -> str:
+def version_name(folder: Path) -> str:
+    """Return the name of the version in a folder; empty where there is no bundle."""
     with contextlib.suppress(OSError):
         digest = hashlib.sha256((folder / MANIFEST).read_bytes()).digest()
         return str(int.from_bytes(digest) % 10**_DIGITS)
@@ -243,7 +244,7 @@ def _version_name(folder: Path) -> str:
 
 def _require_version(folder: Path, name: str) -> None:
     """Raise BundleError if another bundle took the folder's place."""
-    if _version_name(folder) != name:
+    if version_name(folder) != name:
         raise BundleError(f"{folder} was replaced while it was loaded; load it again")
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from repmlp_deploy.serving.inference import Inference
 from repmlp_deploy.serving.protocol import (
     DATATYPES,
     BadRequest,
+    Failed,
     Forbidden,
     InferRequest,
     InferResponse,
@@ -43,7 +44,7 @@ with optional_imports():
     from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
     from grpc_reflection.v1alpha import reflection
 
-__all__ = ["GrpcOptions", "GrpcServer"]
+__all__ = ["GrpcOptions", "GrpcServer", "Servicer"]
 
 _CONTENTS: Mapping[str, str] = {
     "BOOL": "bool_contents",
@@ -58,6 +59,19 @@ _CONTENTS: Mapping[str, str] = {
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
+}
+_METHODS: Mapping[str, str] = {
+    "ServerLive": "server_live",
+    "ServerReady": "server_ready",
+    "ModelReady": "model_ready",
+    "ServerMetadata": "server_metadata",
+    "ModelMetadata": "model_metadata",
+    "ModelInfer": "model_infer",
+    "ModelConfig": "model_config",
+    "ModelStatistics": "model_statistics",
+    "RepositoryIndex": "repository_index",
+    "RepositoryModelLoad": "repository_model_load",
+    "RepositoryModelUnload": "repository_model_unload",
 }
 _MAX_TENSORS = 256
 _log = logging.getLogger("repmlp.serve.grpc")
@@ -147,37 +161,53 @@ class Servicer:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return a handler for every method of the service."""
-        methods: dict[str, Callable[[Any, Any], Awaitable[Any]]] = {
-            "ServerLive": self.server_live,
-            "ServerReady": self.server_ready,
-            "ModelReady": self.model_ready,
-            "ServerMetadata": self.server_metadata,
-            "ModelMetadata": self.model_metadata,
-            "ModelInfer": self.model_infer,
-            "ModelConfig": self.model_config,
-            "ModelStatistics": self.model_statistics,
-            "RepositoryIndex": self.repository_index,
-            "RepositoryModelLoad": self.repository_model_load,
-            "RepositoryModelUnload": self.repository_model_unload,
-        }
         handlers = {
             method.name: grpc.unary_unary_rpc_method_handler(
-                _guarded(methods[method.name], message(method.input_type.name)),
-                response_serializer=message(method.output_type.name).SerializeToString,
+                self._handler(method.name), response_serializer=message(method.output_type.name).SerializeToString
             )
             for method in service().methods
         }
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
-    async def server_live(self, _request: Any, _context: Any) -> Any:
+    def _handler(self, name: str) -> Callable[[bytes, Any], Awaitable[Any]]:
+        async def call(data: bytes, context: Any) -> Any:
+            try:
+                return await self.answer(name, data, context.time_remaining())
+            except ServingError as error:
+                await context.abort(getattr(grpc.StatusCode, error.code), printable(error))
+
+        return call
+
+    async def answer(self, name: str, data: bytes, remaining: float | None = None) -> Any:
+        """Return the message that answers a call.
+
+        Args:
+            name: of the method, such as `ModelInfer`.
+            data: the request's message, as it was sent.
+            remaining: seconds that the caller still waits; None for no limit.
+
+        Raises:
+            ServingError: there is no answer; `code` is gRPC's name for the reason.
+        """
+        method = service().methods_by_name[name]
+        try:
+            request = _parsed(message(method.input_type.name), data)
+            return await getattr(self, _METHODS[name])(request, remaining)
+        except (ServingError, asyncio.CancelledError):
+            raise
+        except Exception:  # noqa: BLE001 - the log tells, the caller learns nothing of our insides
+            _log.exception("defect")
+            raise Failed("internal error; the server's log says more") from None
+
+    async def server_live(self, _request: Any, _remaining: float | None) -> Any:
         """Say that the process answers."""
         return message("ServerLiveResponse")(live=True)
 
-    async def server_ready(self, _request: Any, _context: Any) -> Any:
+    async def server_ready(self, _request: Any, _remaining: float | None) -> Any:
         """Say whether every model has passed its check."""
         return message("ServerReadyResponse")(ready=self._inference.models.ready)
 
-    async def model_ready(self, request: Any, _context: Any) -> Any:
+    async def model_ready(self, request: Any, _remaining: float | None) -> Any:
         """Say whether a model answers; one that nobody knows does not."""
         try:
             ready = self._inference.model_ready(request.name, request.version)
@@ -185,39 +215,39 @@ class Servicer:
             ready = False
         return message("ModelReadyResponse")(ready=ready)
 
-    async def server_metadata(self, _request: Any, _context: Any) -> Any:
+    async def server_metadata(self, _request: Any, _remaining: float | None) -> Any:
         """Say what the server is."""
         return message("ServerMetadataResponse")(**self._inference.server())
 
-    async def model_metadata(self, request: Any, _context: Any) -> Any:
+    async def model_metadata(self, request: Any, _remaining: float | None) -> Any:
         """Say what a model takes and gives."""
         metadata = self._inference.metadata(request.name, request.version)
         return ParseDict(metadata.as_json(), message("ModelMetadataResponse")())
 
-    async def model_infer(self, request: Any, context: Any) -> Any:
+    async def model_infer(self, request: Any, remaining: float | None) -> Any:
         """Answer an inference request."""
         self._inference.models.find(request.model_name)
-        asked, remaining = _decoded(request), context.time_remaining()
+        asked = _decoded(request)
         answer = await self._inference.infer(request.model_name, request.model_version, asked, remaining=remaining)
         return _encoded(answer)
 
-    async def model_config(self, request: Any, _context: Any) -> Any:
+    async def model_config(self, request: Any, _remaining: float | None) -> Any:
         """Say a model's configuration."""
         config = self._inference.config(request.name, request.version)
         return ParseDict({"config": config}, message("ModelConfigResponse")())
 
-    async def model_statistics(self, request: Any, _context: Any) -> Any:
+    async def model_statistics(self, request: Any, _remaining: float | None) -> Any:
         """Say what a model, or every model, has done so far."""
         return ParseDict(
             self._inference.statistics(request.name, request.version), message("ModelStatisticsResponse")()
         )
 
-    async def repository_index(self, request: Any, _context: Any) -> Any:
+    async def repository_index(self, request: Any, _remaining: float | None) -> Any:
         """List the models and their states."""
         entries = [entry for entry in self._library.index() if not request.ready or entry["state"] == "READY"]
         return ParseDict({"models": entries}, message("RepositoryIndexResponse")())
 
-    async def repository_model_load(self, request: Any, _context: Any) -> Any:
+    async def repository_model_load(self, request: Any, _remaining: float | None) -> Any:
         """Load a model, or its bundle's new version."""
         self._require_control(request)
         reason = await asyncio.to_thread(self._library.load, request.model_name)
@@ -225,7 +255,7 @@ class Servicer:
             raise BadRequest(f"{request.model_name} was not loaded: {reason}")
         return message("RepositoryModelLoadResponse")()
 
-    async def repository_model_unload(self, request: Any, _context: Any) -> Any:
+    async def repository_model_unload(self, request: Any, _remaining: float | None) -> Any:
         """Unload a model."""
         self._require_control(request)
         await asyncio.to_thread(self._library.unload, request.model_name)
@@ -239,33 +269,11 @@ class Servicer:
             raise BadRequest(f"parameters {printable(', '.join(sorted(unknown)), 100)} are not offered")
 
 
-def _guarded(method: Callable[[Any, Any], Awaitable[Any]], kind: Any) -> Callable[[bytes, Any], Awaitable[Any]]:
-    """Return the method on a message's bytes, with its errors as gRPC's status codes."""
-
-    async def call(data: bytes, context: Any) -> Any:
-        try:
-            return await method(_parsed(kind, data), context)
-        except ServingError as error:
-            await _abort(context, error.code, printable(error))
-        except asyncio.CancelledError:
-            raise
-        except Exception:  # noqa: BLE001 - the log tells, the caller learns nothing of our insides
-            _log.exception("defect")
-            await _abort(context, "INTERNAL", "internal error; the server's log says more")
-
-    return call
-
-
 def _parsed(kind: Any, data: bytes) -> Any:
     try:
         return kind.FromString(data)
     except DecodeError:
         raise BadRequest(f"the body is no {kind.DESCRIPTOR.name}") from None
-
-
-async def _abort(context: Any, code: str, said: str) -> NoReturn:
-    await context.abort(getattr(grpc.StatusCode, code), said)
-    raise AssertionError("abort raises")
 
 
 def _decoded(request: Any) -> InferRequest:

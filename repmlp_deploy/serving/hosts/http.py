@@ -62,12 +62,14 @@ class HttpOptions:
         body_seconds: that a client may take to send one.
         control: whether clients may load and unload models.
         log_requests: whether every request is logged.
+        send_ids: whether answers get the request's id; not where a proxy before the application does that.
     """
 
     body_limit: int = 64 << 20
     body_seconds: float = 30.0
     control: bool = False
     log_requests: bool = False
+    send_ids: bool = True
 
 
 def create_app(inference: Inference, library: Library, options: HttpOptions) -> ASGIApp:
@@ -84,7 +86,7 @@ def create_app(inference: Inference, library: Library, options: HttpOptions) -> 
         exception_handlers={ServingError: _refused, HTTPException: _http_error, Exception: _defect},
     )
     app.router.redirect_slashes = False  # a redirected POST loses its body
-    return _Observed(app, log_requests=options.log_requests)
+    return _Observed(app, options)
 
 
 class _Host:
@@ -233,8 +235,8 @@ class _Host:
 class _Observed:
     """Gives every request an id, drops slashes at the end of paths, and logs requests where that is wanted."""
 
-    def __init__(self, app: ASGIApp, *, log_requests: bool) -> None:
-        self._app, self._log_requests = app, log_requests
+    def __init__(self, app: ASGIApp, options: HttpOptions) -> None:
+        self._app, self._options = app, options
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -251,13 +253,14 @@ class _Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                if self._options.send_ids:
+                    message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            if self._log_requests:
+            if self._options.log_requests:
                 _log.info(
                     "request",
                     extra={
