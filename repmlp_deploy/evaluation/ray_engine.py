@@ -4,19 +4,12 @@ Each actor opens the bundle and checks it once, then writes parts as the local e
 actor that dies is replaced, and the part it was at is made again, so rows are neither lost nor repeated. These are
 plain actors and not Ray Data: a part is a file, from which a run goes on whatever died, under either engine. Ray Data's
 own checkpoints hung on a machine with two CPUs, in Ray 2.60. `repmlp-eval` counts what actors count in the order of the
-data, so its figures are those of this process. The only module of the evaluation that imports ray.
+data, so its figures are those of this process. The only module of the evaluation that uses Ray.
 """
 
 from __future__ import annotations
 
 import os
-
-# Both are read when ray is imported. The second, whatever its name, makes Ray listen on loopback alone: other machines
-# cannot reach a cluster of this machine.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-if not os.environ.get("RAY_ADDRESS"):
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,16 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
-
 from repmlp_deploy.errors import DeviceError, InputError, RepMLPError
 from repmlp_deploy.evaluation.datasets import Sample
 from repmlp_deploy.evaluation.filling import Parts, chunks_of, fill_parts
 from repmlp_deploy.evaluation.judging import Judged, Judging, Run, judge
 from repmlp_deploy.evaluation.sources import Source
-from repmlp_deploy.runtime.cpus import usable_cpus
 from repmlp_deploy.runtime.predictor import Predictor
+from repmlp_deploy.runtime.ray_cluster import join_or_start, leave, ray
 from repmlp_deploy.text import first_line
 
 __all__ = ["Actors", "Judges"]
@@ -42,7 +32,6 @@ _CHUNKS_PER_ACTOR = 4  # a chunk is read in one go; few of them keep archives fr
 _MOST_DEATHS = 5  # in a row, without a part between them
 _SAMPLES = 256  # of an evaluation that an actor is given at a time
 _AHEAD = 2  # such lots per actor, so that none waits for the driver
-_STORE_BYTES = 1 << 27  # for the list of images; the images themselves never pass through Ray's store
 
 
 class _Worker:
@@ -115,7 +104,7 @@ class Actors:
             actor, chunk = under_way.pop(ready)
             try:
                 written = ray.get(ready)
-            except RayActorError as error:
+            except ray.exceptions.RayActorError as error:
                 deaths += 1
                 if deaths > _MOST_DEATHS:
                     raise DeviceError(f"{deaths} workers of Ray died in a row: {first_line(error)}") from None
@@ -186,7 +175,7 @@ class Judges:
                 some, place, actor, answer = under_way.popleft()
                 try:
                     judged = ray.get(answer)
-                except RayActorError as error:
+                except ray.exceptions.RayActorError as error:
                     deaths += actors[place] is actor  # what else waited for it is no death of its own
                     if deaths > _MOST_DEATHS:
                         raise DeviceError(f"{deaths} workers of Ray died in a row: {first_line(error)}") from None
@@ -203,18 +192,18 @@ class Judges:
 @contextmanager
 def _cluster() -> Iterator[None]:
     """Join or start Ray, and leave it, unless the program is in it already; what it raises becomes an error of ours."""
-    already = ray.is_initialized()
+    already, own = ray.is_initialized(), False
     try:
         if not already:
-            _start()
+            own = join_or_start()
         yield
-    except RayTaskError as error:
+    except ray.exceptions.RayTaskError as error:
         raise _meant(error) from None
-    except (RayError, ConnectionError, TimeoutError) as error:
+    except (ray.exceptions.RayError, ConnectionError, TimeoutError) as error:
         raise DeviceError(f"Ray failed: {first_line(error)}; `ray status` shows the cluster") from None
     finally:
         if not already:
-            ray.shutdown()
+            leave(own=own)
 
 
 def _actors(threads: int, gpus: float) -> int:
@@ -229,21 +218,6 @@ def _enter(folder: str) -> None:
         os.chdir(folder)
 
 
-def _start() -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one of this machine alone that nobody else can reach."""
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="ERROR")
-        return
-    ray.init(
-        num_cpus=usable_cpus(),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
-    )
-
-
 def _folder(predictor: Predictor) -> str:
     folder = predictor.bundle.folder
     if folder is None:
@@ -256,7 +230,7 @@ def _absolute(parts: Parts) -> Parts:
     return replace(parts, folder=parts.folder.resolve())
 
 
-def _meant(error: RayTaskError) -> RepMLPError:
+def _meant(error: Any) -> RepMLPError:
     """Return what an actor raised, or one line about it."""
     if isinstance(error.cause, RepMLPError):
         return error.cause
