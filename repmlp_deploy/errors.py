@@ -113,6 +113,7 @@ EXTRAS: Mapping[str, str] = MappingProxyType(
         "typer": "cli",
         "uvicorn": "serve",
         "uvloop": "serve",
+        "yaml": "ray",
     }
 )
 """Optional package, by the name that is imported, to the extra that brings it."""

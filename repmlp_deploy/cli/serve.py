@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.cli.shared.console import run_command, typer
-from repmlp_deploy.cli.shared.serve_config import read_config
+from repmlp_deploy.cli.shared.serving.config import read_config
+from repmlp_deploy.cli.shared.serving.on_ray import (
+    HostEngine,
+    MaxReplicas,
+    RayServing,
+    ReplicaCpus,
+    ReplicaGpus,
+    ReplicaRequests,
+    Replicas,
+    WriteRayConfig,
+)
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.runner import RunnerOptions, stream_count
 from repmlp_deploy.serving.hosts.http import HttpOptions
+from repmlp_deploy.serving.logs import configure_logging
 from repmlp_deploy.serving.models import Models
-from repmlp_deploy.serving.process import ServerOptions, configure_logging, serve
+from repmlp_deploy.serving.process import ServerOptions, serve
 from repmlp_deploy.serving.served_model import ModelOptions
 from repmlp_deploy.serving.watch import Library
 
@@ -21,6 +33,7 @@ __all__ = ["main"]
 _MEGABYTE = 1 << 20
 _NO_PORT = -1
 _HIGHEST_PORT = 65_535
+_MANY = 1024
 
 
 def main() -> None:
@@ -43,6 +56,13 @@ def serve_command(  # noqa: PLR0913 - one per option
     ] = None,
     watch_seconds: Annotated[float, typer.Option(help="Between two looks at the bundles.")] = 2.0,
     control: Annotated[bool, typer.Option("--control", help="Let clients load and unload models.")] = False,
+    host_engine: HostEngine = "local",
+    replicas: Replicas = None,
+    max_replicas: MaxReplicas = None,
+    replica_requests: ReplicaRequests = None,
+    replica_cpus: ReplicaCpus = None,
+    replica_gpus: ReplicaGpus = None,
+    write_ray_config: WriteRayConfig = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of HTTP; 0 for any free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Of gRPC; 0 for any free one, -1 for no gRPC.")] = 8001,
@@ -61,7 +81,7 @@ def serve_command(  # noqa: PLR0913 - one per option
     queue: Annotated[int, typer.Option(help="Samples that may wait; further requests get 503.")] = 1024,
     timeout: Annotated[float, typer.Option(help="Seconds after which a request gets 504.")] = 30.0,
     drain: Annotated[float, typer.Option(help="Seconds for requests under way when the server stops.")] = 30.0,
-    connections: Annotated[int, typer.Option(help="HTTP connections at most.")] = 1024,
+    connections: Annotated[int, typer.Option(help="HTTP connections at most.")] = _MANY,
     body_mb: Annotated[int, typer.Option(help="Largest body of a request.")] = 64,
     tls_certificate: Annotated[Path | None, typer.Option(metavar="PEM", help="Serve TLS with this chain.")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's private key.")] = None,
@@ -85,28 +105,41 @@ def serve_command(  # noqa: PLR0913 - one per option
         | {"--drain": (drain, 1, 3600), "--connections": (connections, 1, 1 << 20)}
         | {"--watch-seconds": (watch_seconds, 0.05, 3600)}
     )
-    runner = RunnerOptions(device, threads, cache, streams=stream_count(streams))
-    options = ModelOptions(artifact, runner, queue=queue, delay=max_delay_ms / 1000, workers=workers or 0)
-    models = Models(options)
-    for given in bundles or ():
-        models.add(*_named(given))
+    named = _all_named(bundles or ())
     folders = [_folder(path) for path in watch or ()]
-    if not models.all() and not folders:
+    if not named and not folders:
         raise InputError("nothing to serve: name bundles, or a folder of them with --watch")
+    ray = RayServing(replicas, max_replicas, replica_requests, replica_cpus, replica_gpus, write_ray_config)
+    elsewhere = {"--control": control, "--tls-certificate": tls_key is not None, "--connections": connections != _MANY}
+    on_ray = ray.require_engine(host_engine, elsewhere)
     configure_logging(as_json=log_format == "json")
+    grpc = None if grpc_port == _NO_PORT else grpc_port
+    if on_ray:
+        how: dict[str, Any] = {"format": artifact, "device": device, "threads": threads, "workers": workers or 0}
+        how |= {"streams": stream_count(streams), "cache": str(cache) if cache else None, "queue": queue}
+        how |= {"max_delay_ms": max_delay_ms, "timeout": timeout}
+        how |= {"drain": drain, "body_mb": body_mb, "log_format": log_format, "log_requests": log_requests}
+        ray.serve(named, folders, watch_seconds, how, (host, port, grpc))
+        return
+    runner = RunnerOptions(device, threads, cache, streams=stream_count(streams))
+    models = Models(ModelOptions(artifact, runner, queue=queue, delay=max_delay_ms / 1000, workers=workers or 0))
+    for name, folder in named.items():
+        models.add(name, folder)
     http = HttpOptions(body_mb * _MEGABYTE, control=control, log_requests=log_requests)
-    where = ServerOptions(
-        host,
-        port,
-        None if grpc_port == _NO_PORT else grpc_port,
-        tls_certificate,
-        tls_key,
-        timeout,
-        drain,
-        connections,
-        http,
-    )
+    where = ServerOptions(host, port, grpc, tls_certificate, tls_key, timeout, drain, connections, http)
     serve(models, Library(models, folders, watch_seconds), where)
+
+
+def _all_named(given: Sequence[str]) -> dict[str, Path]:
+    """Return the folders of the arguments, by the names that they are served under.
+
+    Raises:
+        InputError: one is no bundle or has a name that no URL can carry, or two have one name.
+    """
+    names = Models(ModelOptions())
+    for one in given:
+        names.add(*_named(one))
+    return {model.name: model.folder for model in names.all()}
 
 
 def _named(given: str) -> tuple[str, Path]:

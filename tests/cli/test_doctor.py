@@ -89,7 +89,7 @@ def test_every_extra_of_the_project_is_listed_with_what_is_missing(monkeypatch: 
     assert {name: one.missing for name, one in missing.items()} == {
         "serve": ("uvloop",),
         "map": ("pyarrow",),
-        "ray": ("pyarrow",),
+        "ray": ("pyarrow", "uvloop"),
     }
     assert missing["map"].remedy.endswith('[map]"')
     installed = [f'{one}; extra == "map"' for one in project["optional-dependencies"]["map"]]

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(repmlp_deploy.__file__).parent
 ALWAYS_THERE = {"numpy", "PIL", "pydantic", "pydantic_core", "repmlp_deploy"}
 DISTRIBUTIONS = {
+    "yaml": "pyyaml",
     "cuda": "cuda-python",
     "google": "grpcio-health-checking",  # it brings protobuf
     "grpc": "grpcio",

@@ -99,25 +99,33 @@ async def load_http(address: str, load: Load) -> Outcome:
         f"Content-Type: application/octet-stream\r\nContent-Length: {len(header) + load.inputs[0].nbytes}\r\n\r\n"
     ).encode()
 
+    writers: list[asyncio.StreamWriter] = []
+
+    async def opened() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writers.append(writer)
+        return reader, writer
+
     def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Ask:
         async def ask(batch: np.ndarray) -> np.ndarray | None:
+            nonlocal reader, writer
             writer.write(b"".join((head, header, batch.tobytes())))
             lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().split("\r\n")
             fields = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
-            body = await reader.readexactly(int(fields["content-length"]))
-            if " 200 " not in lines[0]:
+            if " 200 " not in lines[0]:  # the server may close, and say its error without a length
+                reader, writer = await opened()
                 return None
+            body = await reader.readexactly(int(fields["content-length"]))
             described = int(fields["inference-header-content-length"])
             shape = json.loads(body[:described])["outputs"][0]["shape"]
             return np.frombuffer(body[described:], np.float32).reshape(shape)
 
         return ask
 
-    streams = [await asyncio.open_connection(host, int(port)) for _ in range(load.connections)]
     try:
-        return await _run([connection(*stream) for stream in streams], load)
+        return await _run([connection(*await opened()) for _ in range(load.connections)], load)
     finally:
-        for _, writer in streams:
+        for writer in writers:
             writer.close()
 
 

@@ -21,6 +21,9 @@ __all__ = ["Server", "running_server"]
 
 START_SECONDS = 60.0
 
+ENGINE = os.environ.get("REPMLP_TEST_ENGINE", "").split()
+"""Options for every server that a test starts: `--host-engine ray --replicas 2` runs the tests against Ray Serve."""
+
 
 class Server:
     """A running `repmlp-serve`.
@@ -63,6 +66,8 @@ class Server:
 
     def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until every model answers."""
+        if "ray" in self.process.args:  # until then, Ray's proxies have an answer of their own
+            self.wait_for_log("replicas ready", seconds)
         end = time.monotonic() + seconds
         while self.get("/v2/health/ready")[0] != 200:
             assert time.monotonic() < end, self.text
@@ -98,7 +103,7 @@ def running_server(
     inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" or python == sys.executable}
     ports: Sequence[str] = ("--port", "0", "--grpc-port", "0" if grpc else "-1")
     process = subprocess.Popen(
-        [str(python), "-m", "repmlp_deploy", "serve", *map(str, arguments), *ports],
+        [str(python), "-m", "repmlp_deploy", "serve", *map(str, arguments), *ports, *ENGINE],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -106,7 +111,8 @@ def running_server(
     )
     server = Server(process)
     try:
-        server.http = server.wait_for_log(r"https?://127\.0\.0\.1:\d+").group()
+        seconds = START_SECONDS * (4 if "ray" in process.args else 1)  # Ray starts seven processes
+        server.http = server.wait_for_log(r"https?://127\.0\.0\.1:\d+", seconds).group()
         if grpc:
             server.grpc = server.wait_for_log(r"grpc\W+(127\.0\.0\.1:\d+)").group(1)
         yield server

@@ -67,7 +67,7 @@ EXTRAS_FOR = {
     "timm": "networks of timm by name",
     "serve": "repmlp-serve",
     "map": "repmlp-map",
-    "ray": "repmlp-map on several machines",
+    "ray": "repmlp-map and repmlp-serve on several machines",
     "bench": "repmlp-bench and its reports",
     "cli": "what the commands print with",
     "docs": "building the documentation",

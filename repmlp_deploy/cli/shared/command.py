@@ -41,8 +41,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "Measuring": ("seconds", "limit", "baseline", "idle", "end-to-end", "profile", "compare", "threshold"),
         "Serving": (
-            "watch", "watch-seconds", "control", "host", "port", "grpc-port", "max-delay-ms", "queue", "timeout",
-            "drain", "connections", "body-mb", "tls-certificate", "tls-key", "log-format", "log-requests",
+            "watch", "watch-seconds", "control", "host-engine", "replicas", "max-replicas", "replica-requests",
+            "replica-cpus", "replica-gpus", "write-ray-config", "host", "port", "grpc-port", "max-delay-ms", "queue",
+            "timeout", "drain", "connections", "body-mb", "tls-certificate", "tls-key", "log-format", "log-requests",
         ),
         "Output": ("out", "layout", "name", "model-version", "storage", "preprocess", "write-card", "engine-report"),
         "Report": ("top", "details", "json", "csv", "markdown", "html", "debug", "quiet", "version", "help"),
@@ -89,6 +90,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "serve": (
             "repmlp-serve artifacts/x",
             "repmlp-serve cats=artifacts/x --watch models/ --host 0.0.0.0",
+            "repmlp-serve artifacts/x --host-engine ray --replicas 2",
         ),
         "doctor": ("repmlp-doctor",),
     }
