@@ -35,6 +35,7 @@ from repmlp_deploy.evaluation import mapping, ray_engine
 from repmlp_deploy.evaluation.datasets import read_dataset
 from repmlp_deploy.evaluation.loop import evaluate
 from repmlp_deploy.evaluation.ray_engine import Actors, Judges
+from repmlp_deploy.runtime.ray_cluster import join_or_start
 from repmlp_deploy.evaluation.sources import open_source
 
 bundle, data, out, victim, table, labelled = sys.argv[1:]
@@ -60,7 +61,7 @@ def kill(done, total, errors):
         print("killed one", file=sys.stderr)
 
 with Predictor(bundle, format="onnx", threads=1) as predictor:
-    ray_engine._start()  # once for all; an engine leaves what it did not start
+    join_or_start()  # once for all; an engine leaves what it did not start
     found = mapping.map_images(predictor, open_source(data), Path(out), progress=kill, engine=Actors(count=2))
     mapping.map_images(predictor, open_source(table), Path(out + ".of-table"), engine=Actors(count=1))
     runs, samples = {"onnx": predictor.logits}, read_dataset(Path(labelled), predictor.manifest)
