@@ -1,7 +1,7 @@
 """Run a bundle under the scenarios of MLPerf Inference, with MLCommons' own load generator.
 
 pip install mlcommons-loadgen
-python benchmarks/scenarios.py BUNDLE [--format openvino] [--seconds 10] [--limit-ms 100]
+python benchmarks/scenarios.py BUNDLE [--format openvino] [--seconds 10] [--limit-ms 100] [--sources tensors,JPEG]
 
 SingleStream: one sample after the other; the 90th percentile of latency. Offline: all samples at once; samples per
 second. Server: samples arrive by a Poisson process; the highest rate whose 99th percentile of latency keeps the limit,
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--format")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--limit-ms", type=float, default=100)
+    parser.add_argument("--sources", default="tensors,JPEG")
     given = parser.parse_args()
     machine = describe_machine()
     print(f"{machine['cpu']}, {usable_cpus()} cores, flags {', '.join(machine['cpu_flags'])}\n")
@@ -111,7 +112,8 @@ def main() -> None:
             Way("batched, streams", several, largest, usable_cpus()),
         ]
         print("| | SingleStream, p90 ms | Offline, samples/s | Server, samples/s |\n|---|--:|--:|--:|")
-        for source, prepare in sources.items():
+        for source in given.sources.split(","):
+            prepare = sources[source]
             for way in ways:
                 print(f"| {way.name}, {source} | {_row(way, prepare, given, source)} |", flush=True)
 
