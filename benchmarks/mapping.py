@@ -6,7 +6,7 @@ python benchmarks/mapping.py --photographs CARD [--images 300] [--rounds 2]     
 The digits come from scikit-learn; 1 in 400 files is corrupt. Every table is compared with `Predictor`, row by row.
 Stages and engines take turns in every round. A stage runs in one process, and in one per CPU at the same time: then it
 has the same share of a machine that others use, too, as the engines have. Rates of engines leave out the start of the
-processes; seconds include it. CPU time an image is what a busy machine changes least; it includes starting processes.
+processes; seconds include it. CPU time an image is what a busy machine changes least.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import resource
 import shutil
 import signal
 import statistics
@@ -235,27 +234,29 @@ def _stage(name: str, bundle: str, data: str) -> tuple[float, float]:
 
 def _run(bundle: Bundle, source: Source, out: Path, engine: Engine | None) -> tuple[float, float, float]:
     """Return images a second while all processes work, CPU time an image, and the seconds of the whole run."""
-    told: list[tuple[float, int]] = []
+    told: list[tuple[float, int, float]] = []
     with Predictor(bundle, format="onnx", threads=1 if engine else None, check=True) as predictor:
-        begun, cpu = time.perf_counter(), _cpu_seconds()
+        begun = time.perf_counter()
         map_images(
             predictor,
             source,
             out,
             fresh=True,
             engine=engine,
-            progress=lambda done, _total, _errors: told.append((time.perf_counter(), done)),
+            progress=lambda done, _total, _errors: told.append((time.perf_counter(), done, _cpu_seconds())),
         )
-        seconds, cpu = time.perf_counter() - begun, _cpu_seconds() - cpu
+        seconds = time.perf_counter() - begun
     low, high = (share * source.count for share in SETTLED)
-    settled = [(at, done) for at, done in told if low <= done <= high]
-    (first, before), (last, after) = settled[0], settled[-1]
-    return (after - before) / (last - first), cpu / source.count, seconds
+    settled = [one for one in told if low <= one[1] <= high]
+    (first, before, cpu), (last, after, more_cpu) = settled[0], settled[-1]
+    return (after - before) / (last - first), (more_cpu - cpu) / (after - before), seconds
 
 
 def _cpu_seconds() -> float:
-    """Return the CPU time of this process and of the children that it waited for."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    """Return the CPU time of this process and of those that make parts for it."""
+    me = psutil.Process()
+    workers = [one for one in me.children() if "process_worker" in " ".join(one.cmdline())]
+    return sum(sum(one.cpu_times()[:2]) for one in (me, *workers))
 
 
 def _table(found: Found, engines: dict[str, Any]) -> Iterator[str]:
@@ -270,19 +271,26 @@ def _table(found: Found, engines: dict[str, Any]) -> Iterator[str]:
     yield f"\nThe slowest stage allows {slowest:.0f} in one process, {on_all:.0f} in {cpus}. Stages that share cores"
     yield f"allow {shared:.0f} together.\n"
     limits = f"of the slowest stage in 1 process | in {cpus} | of both stages on the cores"
-    yield f"| engine | images a second | {limits} | CPU, µs an image | run, s |"
-    yield "|---|--:|--:|--:|--:|--:|--:|"
+    yield f"| engine | images a second | {limits} | CPU, µs an image | so {cpus} free cores reach | run, s |"
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|"
     for name in engines:
         rate, seconds = found.rate(name), statistics.median(found.seconds[name])
         shares = " | ".join(f"{rate / limit:.0%}" for limit in (slowest, on_all, shared))
-        yield f"| {name} | {rate:.0f} | {shares} | {found.cpu_us(name)} | {seconds:.1f} |"
+        cpu = found.cpu_us(name)
+        free = f"{1e6 * cpus / float(cpu):.0f}" if cpu and engines[name][1] else ""
+        yield f"| {name} | {rate:.0f} | {shares} | {cpu} | {free} | {seconds:.1f} |"
 
 
 def _compared(bundle: Bundle, data: str, tables: dict[str, Any]) -> Iterator[str]:
     """Compare every table with the first, bit for bit, and the first with `Predictor`, row by row."""
     first, *others = tables.values()
-    columns = [name for name in first.column_names if name != "bundle"]
-    same = [name for name, table in tables.items() if table.select(columns).equals(first.select(columns))]
+    columns = [name for name in first.column_names if name != "error"]  # an error names the file, or the bytes of one
+    same = [
+        name
+        for name, table in tables.items()
+        if table.select(columns).equals(first.select(columns))
+        and table["error"].is_null().equals(first["error"].is_null())
+    ]
     right, furthest, corrupt = 0, 0.0, 0
     with Predictor(bundle, format="onnx") as predictor:
         for row, item in zip(first.to_pylist(), open_source(data).items(0), strict=True):
@@ -297,7 +305,7 @@ def _compared(bundle: Bundle, data: str, tables: dict[str, Any]) -> Iterator[str
             right += (row["index"], row["label"], row["error"]) == (expected.pred_label, expected.pred_class, None)
             furthest = max(furthest, abs(row["score"] - expected.pred_score))
     yield f"\nThe same bits in {len(same)} of {1 + len(others)} tables: {', '.join(same)}."
-    yield f"Compared with `Predictor`, an image at a time: {right:,} of {len(first):,} rows, {corrupt} are errors."
+    yield f"Compared with `Predictor`, an image at a time: {right:,} of {len(first):,} rows right, {corrupt} errors;"
     yield f"scores differ by at most {furthest:.1e}."
     if right != len(first):
         raise SystemExit(f"{len(first) - right} rows are wrong")
@@ -323,11 +331,14 @@ def _killed(bundle: Bundle, data: Path, folder: Path, expected: Any) -> Iterator
         driver.wait()
         at_driver = _parts(out)
         _, alive = psutil.wait_procs(descendants, timeout=30)
+        alive = [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        names = ", ".join(one.name() for one in alive)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         same = pq.read_table(out).equals(expected)
         yield f"\n{engine}: a worker killed after {at_worker} parts, the driver after {at_driver}."
         table = "the same" if same else "ANOTHER"
-        yield f"{len(alive)} processes are left 30 s later. The next run ended, and the table is {table}, bit for bit."
+        yield f"{len(alive)} processes are left 30 s later ({names or 'none'})."
+        yield f"The next run ended, and the table is {table}, bit for bit."
         if not same:
             raise SystemExit("a killed run gave another table")
 

@@ -63,7 +63,7 @@ NAVIGATION = {
         "reference/messages",
         "reference/models",
     ),
-    "Running it": ("serving", "servers", "tensorrt"),
+    "Running it": ("serving", "servers", "tensorrt", "past-one-machine"),
     "Benchmarks": ("benchmarks", "benchmarks/method", "benchmarks/reports"),
     "Help": ("faq",),
     "Project": ("contributing", "security", "conduct", "changelog"),

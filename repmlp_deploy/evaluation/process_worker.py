@@ -62,7 +62,8 @@ def main() -> None:
         task: Task = told.get()
         with Predictor(task.bundle, check=True, **task.how) as predictor:
             while True:
-                for written in fill_parts(predictor, task.source, task.parts, told.get(), readers=1):
+                readers = task.how["threads"]
+                for written in fill_parts(predictor, task.source, task.parts, told.get(), readers=readers):
                     _say(said, written)
     except BrokenPipeError:
         os._exit(1)

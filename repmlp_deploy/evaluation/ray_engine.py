@@ -48,7 +48,9 @@ class _Worker:
         if self._predictor is None:
             bundle, how = self._opened
             self._predictor = Predictor(bundle, check=True, **how)
-        self._filling = fill_parts(self._predictor, self._source, self._parts, chunk, readers=1)
+        self._filling = fill_parts(
+            self._predictor, self._source, self._parts, chunk, readers=self._opened[1]["threads"]
+        )
         return self.following()
 
     def following(self) -> tuple[int, int]:
