@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ def map_images(  # noqa: PLR0913 - what to run, on what, to where, and how
     about = [digest, predictor.format, top, batch, size, source.count, source.fingerprint]
     job = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     schema = result_schema(manifest.task, job)
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(out)):  # a path has no second slash there
+        raise OutputError(f"--out {out} is a URI; expected a file of this machine: copy it to the store afterwards")
     if out.is_dir():
         raise OutputError(f"--out {out} is a folder; expected the name of a parquet file")
     folder = out.with_name(f"{out.name}.parts")

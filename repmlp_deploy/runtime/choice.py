@@ -58,7 +58,10 @@ def open_runner(bundle: Bundle, artifact_format: str | None, options: RunnerOpti
         InputError: the bundle has nothing that can be run, or nothing that runs on the device.
         MissingDependency: the runtime is not installed.
         MissingDevice: the device, or what the precision needs of it, is not there.
+        OutputError: the cache folder cannot be made, even if the artifact that runs keeps nothing there.
     """
+    if options.cache is not None:
+        Cache(options.cache)
     if options.streams == THROUGHPUT:
         single = _opened(bundle, artifact_format, replace(options, streams=1))
         return _with_best_streams(bundle, single, options)

@@ -240,6 +240,8 @@ def test_the_batch_is_part_of_the_job_and_a_folder_is_no_output(images, predicto
     map_images(predictor, source, out, batch=2)
     with pytest.raises(InputError, match="other options: pass --fresh"):
         map_images(predictor, source, out, batch=4)
+    with pytest.raises(OutputError, match=r"--out s3:/bucket/out.parquet is a URI; expected a file of this machine"):
+        map_images(predictor, open_source(str(images)), Path("s3://bucket/out.parquet"))
 
 
 def test_keys_are_stored_as_they_are(images, predictor, tmp_path):

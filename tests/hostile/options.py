@@ -113,5 +113,9 @@ WHOLE = {
     "a report into a folder that is not there": ("bench --json {x}/a/b.json", UNWRITTEN),
     "a cache in a device": ("predict {bundle} {image} --cache /dev/null", UNWRITTEN),
     "a cache in a folder of the system": ("predict {bundle} {image} --cache /proc/x", UNWRITTEN),
+    "a cache in a device, of the artifact that keeps nothing": (
+        "predict {bundle} {image} --format onnx --cache /dev/null",
+        UNWRITTEN,
+    ),
     "a report into a device": ("bench --seconds 1 --models x --json /dev/full", USAGE),
 }

@@ -103,7 +103,7 @@ def test_a_quiet_command_prints_no_progress(words: list[str], said: str, capsys:
 def test_a_usage_line_has_the_name_that_was_called() -> None:
     command = [sys.executable, "-m", "repmlp_deploy", "doctor", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]).stdout
-    assert text.startswith("Usage: python -m repmlp_deploy doctor [OPTIONS]\n")
+    assert text.startswith("Usage: python -m repmlp_deploy doctor [OPTIONS] [bundle]\n")
 
 
 def test_the_map_names_every_command_once_and_fits_80_columns() -> None:
