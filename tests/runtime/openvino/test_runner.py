@@ -2,6 +2,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,11 +156,23 @@ def test_bf16_without_its_instructions_is_refused_and_passed_over(
 
 
 def test_a_precision_other_than_what_was_asked_for_is_noticed(served: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model only says that it computes in bf16: a CPU without bf16 keeps float32, whatever it is asked for."""
     real = openvino_runner._compile
 
-    def compile_differently(core: object, read: object, settings: dict[str, object], *rest: object) -> object:
-        other = {**settings, "INFERENCE_PRECISION_HINT": "bf16"}
-        return real(core, read, other, *rest)
+    class Different:
+        def __init__(self, compiled: object) -> None:
+            self._compiled = compiled
+
+        def get_property(self, name: str) -> object:
+            is_hint = name == "INFERENCE_PRECISION_HINT"
+            return SimpleNamespace(to_string=lambda: "bf16") if is_hint else self._compiled.get_property(name)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._compiled, name)
+
+    def compile_differently(*given: object) -> object:
+        compiled, *rest = real(*given)
+        return (Different(compiled), *rest)
 
     monkeypatch.setattr(openvino_runner, "_compile", compile_differently)
     with pytest.raises(MissingDevice, match="asked for f32 and answers bf16"):
