@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from repmlp_deploy.errors import InputError, OutputError
 from repmlp_deploy.evaluation.filling import Parts, bundle_digest, fill_parts
+from repmlp_deploy.evaluation.remote import is_uri
 from repmlp_deploy.evaluation.sources import Source
 from repmlp_deploy.evaluation.tables import count_errors, merge_tables, read_job, result_schema
 from repmlp_deploy.files import locked, put_file, read_text, replace_file
@@ -90,7 +90,7 @@ def map_images(  # noqa: PLR0913 - what to run, on what, to where, and how
     about = [digest, predictor.format, top, batch, size, source.count, source.fingerprint]
     job = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     schema = result_schema(manifest.task, job)
-    if re.match(r"[A-Za-z][\w+.-]+:/", str(out)):  # a path has no second slash there
+    if is_uri(out):
         raise OutputError(f"--out {out} is a URI; expected a file of this machine: copy it to the store afterwards")
     if out.is_dir():
         raise OutputError(f"--out {out} is a folder; expected the name of a parquet file")

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -22,14 +23,18 @@ from repmlp_deploy.text import first_line
 
 __all__ = ["RemoteFile", "RemoteStore", "is_uri"]
 
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(/?)")
 _TRIES = 4
 _FIRST_WAIT_SECONDS = 0.2  # then twice as long every time
 
 
-def is_uri(data: str) -> bool:
-    """Return whether this names something by its file system, as `s3://bucket/photos` does."""
-    return _URI.match(data) is not None
+def is_uri(data: str | PurePath) -> bool:
+    """Return whether this names something by its file system, as `s3://bucket/photos` does.
+
+    A path has one slash where the URI has two.
+    """
+    found = _URI.match(str(data))
+    return found is not None and (isinstance(data, PurePath) or found[1] == "/")
 
 
 @dataclass(frozen=True)
