@@ -14,14 +14,14 @@ from pathlib import Path
 
 from torch import nn
 
-from repmlp_deploy.bundle import Bundle, Hop, hash_file
+from repmlp_deploy.bundle import Bundle, Hop
 from repmlp_deploy.card import ModelCard
 from repmlp_deploy.convert.proof.algebra import compare_weights
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
 from repmlp_deploy.convert.proof.probe import record_probe
 from repmlp_deploy.convert.proof.weights import match_weights
 from repmlp_deploy.convert.rework.locate import float_probe, load_origin, merge_of
-from repmlp_deploy.convert.source.checkpoint import read_checkpoint
+from repmlp_deploy.convert.source.checkpoint import Checkpoint, read_checkpoint
 from repmlp_deploy.convert.source.own_network import fill_own_network
 from repmlp_deploy.convert.source.state_dict import own_state_dict
 from repmlp_deploy.convert.source.trained import Trained, load_trained
@@ -67,8 +67,7 @@ def derive_again(
         yield tell_nobody
 
     manifest = bundle.manifest
-    _require_same_file(bundle, Path(checkpoint))
-    trained = load_origin(bundle, checkpoint, card, module)
+    trained = load_origin(bundle, _read_same_file(bundle, Path(checkpoint)), card, module)
     certifier, recorded = _certifier(bundle, trained, step)
     transformed = transform_and_prove(trained, manifest.graph, certifier, step, merge_of(bundle))
     hops, notes = [*certifier.floor_rows(), *recorded, *transformed.hops], []
@@ -100,19 +99,22 @@ def _read_again(path: Path, trained: Trained, merged: nn.Module) -> nn.Module:
     return network
 
 
-def _require_same_file(bundle: Bundle, path: Path) -> None:
-    """Raise unless the bundle was made of this very file."""
+def _read_same_file(bundle: Bundle, path: Path) -> Checkpoint:
+    """Return the content of a file; raise unless the bundle was made of this very file."""
     name, source = bundle.manifest.name, bundle.manifest.origin.checkpoint
     if source is None:
         raise InputError(f"{name} was exported from a network in memory: there is no checkpoint to go back to")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    digest = hash_file(path)
-    if digest != source.sha256:
-        raise VerificationError(
-            f"{path} has sha256 {digest[:16]}…; the bundle was made of {source.file} with "
-            f"{source.sha256[:16]}…: give that file"
-        )
+
+    def check(digest: str) -> None:
+        if digest != source.sha256:
+            raise VerificationError(
+                f"{path} has sha256 {digest[:16]}…; the bundle was made of {source.file} with "
+                f"{source.sha256[:16]}…: give that file"
+            )
+
+    return read_checkpoint(path, check)
 
 
 def _certifier(bundle: Bundle, trained: Trained, step: Clock) -> tuple[Certifier, list[Hop]]:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from repmlp_deploy.bundle import Bundle, Probe, hash_file
+from repmlp_deploy.bundle import Bundle, Probe
 from repmlp_deploy.card import ModelCard, list_cards
 from repmlp_deploy.convert.diagnosis.bisect import GraphValues
 from repmlp_deploy.convert.diagnosis.blame import Blame, blame_network
@@ -27,6 +27,7 @@ from repmlp_deploy.convert.options import MERGES, require_choice
 from repmlp_deploy.convert.proof.certificate import batch_sizes
 from repmlp_deploy.convert.proof.probe import record_probe
 from repmlp_deploy.convert.rework.marked_engine import compute_in_engine
+from repmlp_deploy.convert.source.checkpoint import Checkpoint, read_checkpoint
 from repmlp_deploy.convert.source.own_network import FAMILY
 from repmlp_deploy.convert.source.trained import SourceRequest, Trained, find_interface, load_own, load_trained
 from repmlp_deploy.convert.transform import transform_and_prove
@@ -185,7 +186,7 @@ def _with_branch(
 
 def load_origin(
     bundle: Bundle,
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     card: str | Path | ModelCard | None = None,
     module: str | None = None,
 ) -> Trained:
@@ -193,7 +194,7 @@ def load_origin(
 
     Args:
         bundle: says the network's name and input size, and which weights of the file it was made of.
-        checkpoint: the file. In any other than the bundle's own, the usual weights are taken.
+        checkpoint: the file, or what was read from it. In any other than the bundle's own, the usual weights are taken.
         card: by default the one in `models/` of the bundle's name; where there is none, it is inferred.
         module: `package.module:factory` of the network, if it is the user's own.
 
@@ -202,40 +203,42 @@ def load_origin(
         CheckpointError: the checkpoint is none of this network.
     """
     manifest = bundle.manifest
-    if manifest.family == FAMILY or module is not None:
-        return _load_own_origin(bundle, checkpoint, module)
-    if card is None and manifest.name in list_cards():
-        card = manifest.name
-    height, width = manifest.image_size
-    size = None if card is not None or height is None or width is None else (height, width)
-    state_key, ignore = _as_exported(bundle, Path(checkpoint))
-    return load_trained(
-        checkpoint, card, state_key=state_key, ignore=ignore, input_size=size, size_is_sure=True, allow_merged=True
-    )
-
-
-def _as_exported(bundle: Bundle, checkpoint: Path) -> tuple[str | None, tuple[str, ...]]:
-    """Return which weights of a file were exported, and the keys that were left out, if the bundle is made of it."""
-    source = bundle.manifest.origin.checkpoint
-    if source is None or not checkpoint.is_file() or hash_file(checkpoint) != source.sha256:
-        return None, ()
-    return source.container, source.ignored
-
-
-def _load_own_origin(bundle: Bundle, checkpoint: str | Path, module: str | None) -> Trained:
-    """Load a user's own network, called as the bundle's inputs are."""
-    manifest = bundle.manifest
-    model = manifest.origin.model or None
-    if module is None and model is None:
+    own = manifest.family == FAMILY or module is not None
+    if own and module is None and not manifest.origin.model:
         raise InputError(
             f"{manifest.name} is a network of your own, and a checkpoint alone does not say how it is built: "
             "pass --module PACKAGE.MODULE:FACTORY"
         )
+    read = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
+    if own:
+        return _load_own_origin(bundle, read, module)
+    if card is None and manifest.name in list_cards():
+        card = manifest.name
+    height, width = manifest.image_size
+    size = None if card is not None or height is None or width is None else (height, width)
+    state_key, ignore = _as_exported(bundle, read)
+    return load_trained(
+        read, card, state_key=state_key, ignore=ignore, input_size=size, size_is_sure=True, allow_merged=True
+    )
+
+
+def _as_exported(bundle: Bundle, checkpoint: Checkpoint) -> tuple[str | None, tuple[str, ...]]:
+    """Return which weights of a file were exported, and the keys that were left out, if the bundle is made of it."""
+    source = bundle.manifest.origin.checkpoint
+    if source is None or checkpoint.sha256 != source.sha256:
+        return None, ()
+    return source.container, source.ignored
+
+
+def _load_own_origin(bundle: Bundle, checkpoint: Checkpoint, module: str | None) -> Trained:
+    """Load a user's own network, called as the bundle's inputs are."""
+    manifest = bundle.manifest
+    model = manifest.origin.model or None
     probe = float_probe(bundle)
     inputs = [torch.from_numpy(values[:1].copy()) for values in (probe.inputs, *probe.further_inputs)]
     names = [spec.name for spec in manifest.inputs]
     example = inputs[0] if len(inputs) == 1 else dict(zip(names, inputs, strict=True))
-    state_key, ignore = _as_exported(bundle, Path(checkpoint))
+    state_key, ignore = _as_exported(bundle, checkpoint)
     request = SourceRequest(
         module=module,
         model=model if module is None else None,
@@ -244,7 +247,7 @@ def _load_own_origin(bundle: Bundle, checkpoint: str | Path, module: str | None)
         ignore=ignore,
         allow_merged=True,
     )
-    return load_own(Path(checkpoint), request)
+    return load_own(checkpoint, request)
 
 
 def float_probe(bundle: Bundle) -> Probe:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,12 @@ class Checkpoint:
     replaced: tuple[str, ...] = ()
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, check: Callable[[str], None] | None = None) -> Checkpoint:
     """Return the content of a `.pth`, `.pt` or `.safetensors` file.
+
+    Args:
+        path: the file.
+        check: called with the SHA-256 before the content is read; it raises if another file is needed.
 
     Raises:
         CheckpointError: it is not there, not a weights file, damaged, of a size that no checkpoint has, or was changed
@@ -96,6 +100,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         _require_file(path)
         before = _identity(path)
         digest = hash_file(path)
+        if check is not None:
+            check(digest)
         content, replaced = _read(path)
         if _identity(path) != before:  # a training run saved, or a link was turned: the digest is of something else
             raise CheckpointError(f"{path} was changed while it was read: wait until it is written, and try again")

@@ -85,7 +85,7 @@ class Trained:
 
 
 def load_trained(  # noqa: PLR0913 - each says something that the file does not
-    path: str | Path,
+    source: str | Path | Checkpoint,
     card: str | Path | ModelCard | None = None,
     *,
     weights: str | None = None,
@@ -99,7 +99,7 @@ def load_trained(  # noqa: PLR0913 - each says something that the file does not
     """Load the trained network in a checkpoint of any layout.
 
     Args:
-        path: `.pth`, `.pt` or `.safetensors`.
+        source: `.pth`, `.pt` or `.safetensors`, or what was read from it.
         card: a card, or the name or path of one; by default it is inferred from keys and shapes.
         weights: `model` or `ema`, where a file holds both; by default `model`.
         state_key: the path of keys to the state dict, joined by dots, instead of `weights`.
@@ -115,8 +115,8 @@ def load_trained(  # noqa: PLR0913 - each says something that the file does not
         CardError: the card is wrong.
     """
     given = card if card is None or isinstance(card, ModelCard) else load_card(card)
-    checkpoint = read_checkpoint(path)
-    name = str(path)
+    checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
+    name = str(checkpoint.path)
     state = find_state_dict(checkpoint.content, weights=weights, state_key=state_key, ignore=ignore, name=name)
     notes = []
     if state.merged:
@@ -254,7 +254,7 @@ def take_trained(source: nn.Module | str | Path, said: SourceRequest) -> Trained
     return Trained(source, completed.card, merged=merged, notes=completed.notes, warnings=completed.warnings)
 
 
-def load_own(source: nn.Module | str | Path, said: SourceRequest) -> Trained:
+def load_own(source: nn.Module | str | Path | Checkpoint, said: SourceRequest) -> Trained:
     """Take a network of no family: from memory, or made by its factory or by timm and filled from a weights file.
 
     Raises:
@@ -262,19 +262,19 @@ def load_own(source: nn.Module | str | Path, said: SourceRequest) -> Trained:
         CheckpointError: the file is damaged, unsafe, or does not fit the network.
         MissingDependency: timm or what it needs is not installed.
     """
-    network, made = _network_for(source, said)
+    network, made = _network_for(source.path if isinstance(source, Checkpoint) else source, said)
     checkpoint = state = None
     if not isinstance(source, nn.Module):
-        checkpoint = read_checkpoint(source)
+        checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
         state = own_state_dict(
             checkpoint.content,
             network.state_dict().keys(),
             weights=said.weights,
             state_key=said.state_key,
             ignore=said.ignore,
-            name=str(source),
+            name=str(checkpoint.path),
         )
-        fill_own_network(network, state.tensors, str(source))
+        fill_own_network(network, state.tensors, str(checkpoint.path))
     called, interface = describe_interface(network, _example(network, said, made))
     content = None if checkpoint is None else checkpoint.content
     card, assumed, notes = _own_card(network, interface, said, made, content)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -18,6 +20,7 @@ from repmlp_deploy import Bundle, export, get_model
 from repmlp_deploy.bundle import MANIFEST, PROBE, Probe, hash_file
 from repmlp_deploy.convert.proof.certificate import recertify
 from repmlp_deploy.convert.rework.derive import derive_again
+from repmlp_deploy.convert.rework.locate import blame_bundle
 from repmlp_deploy.errors import InputError, VerificationError
 
 pytestmark = pytest.mark.slow  # many exports, seconds each
@@ -101,6 +104,21 @@ def test_what_the_probe_cannot_tell_the_checkpoint_can(bundle_folder: Path) -> N
     widen_tolerances(bundle_folder)
     hops, _ = recertify(certify_again(bundle_folder))
     assert all(hop.passed for hop in hops if hop.passed is not None)
+
+
+def test_a_checkpoint_is_hashed_once(bundle: Bundle, digits_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    digest_of = hashlib.file_digest
+
+    def noted(file: BinaryIO, kind: str) -> object:
+        hashed.append(file.name)
+        return digest_of(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", noted)
+    derive_again(bundle, digits_checkpoint)
+    assert hashed.count(str(digits_checkpoint)) == 1
+    blame_bundle(bundle, digits_checkpoint)
+    assert hashed.count(str(digits_checkpoint)) == 2
 
 
 def test_another_checkpoint_is_refused_by_its_hash(
