@@ -89,6 +89,7 @@ EXTRAS: Mapping[str, str] = MappingProxyType(
         "markupsafe": "bench",
         "matplotlib": "bench",
         "ml_dtypes": "export",
+        "mlperf_loadgen": "bench",
         "nncf": "export",
         "onnx": "export",
         "onnxruntime": "cpu",

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 
 from repmlp_deploy.bench.crew import Child, ChildFailed
@@ -20,6 +21,7 @@ from repmlp_deploy.bench.measure.peaks import best_of, roofline
 from repmlp_deploy.bench.measure.results import ColdStart, Error, Machine, Memory, ProfileLine, Report, Row
 from repmlp_deploy.bench.measure.timing import Warmup, compare_rounds, summarize
 from repmlp_deploy.bench.members import Member, Record
+from repmlp_deploy.bench.scenarios import Scenarios
 from repmlp_deploy.bench.settings import Settings
 from repmlp_deploy.bench.subjects.table import SUBJECTS, chosen_rows, require_device, why_not
 from repmlp_deploy.bench.targets import Target, Unavailable, counts_key, find_targets
@@ -63,12 +65,15 @@ class _Session:
         if settings.baseline not in SUBJECTS:
             chosen_rows([settings.baseline], settings.precision, settings.device)
         require_device(settings.device)
+        if settings.scenario:  # a missing package is told before minutes of measuring, not after
+            import_module("repmlp_deploy.bench.load.generator")
         self.environment = describe_machine()  # before anything of ours is a load
         self.started = time.monotonic()
         self.created = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         self.targets: list[Target] = []
         self.records: list[Record] = []
         self.profile: list[ProfileLine] = []
+        self.scenarios = Scenarios(settings, self.threads, show, self._in_time)
         self.machine: Machine | None = None
         self.notes: list[str] = []
         self.interrupted = False
@@ -114,6 +119,7 @@ class _Session:
             baseline=self.settings.baseline,
             rows=rows,
             profile=tuple(self.profile),
+            scenarios=tuple(self.scenarios.rows()),
             notes=(*self.notes, *(note for target in self.targets for note in target.notes)),
             interrupted=self.interrupted,
         )
@@ -164,6 +170,7 @@ class _Session:
                 self._groups_left -= 1
             if self.settings.profile:
                 self._profile(target, members, batch)
+        self.scenarios.measure(target, members, self.records)
 
     def _opened(self, target: Target, name: str, precision: str, children: ExitStack) -> Member | None:
         """Start the row's child, cold, and check it; return None if that fails, with the reason in its records."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from repmlp_deploy.bench.load.ways import Scenario
 from repmlp_deploy.bench.subjects.table import BASELINE, ON_CUDA
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.files import read_toml
@@ -18,6 +19,9 @@ __all__ = ["DEFAULT_MODEL", "Settings", "read_settings"]
 DEFAULT_MODEL = "repmlpnet-b224"
 
 _LARGEST_SUITE_BYTES = 1 << 20
+
+_OPTIONS = {"limit_seconds": "limit", "idle_ms": "idle", "end_to_end": "end-to-end", "p99_ms": "p99"}
+"""Setting to its option, where the names differ."""
 
 _LARGEST_COUNT = 65_536
 _LARGEST_AMOUNT = 1e6
@@ -46,6 +50,8 @@ class Settings(BaseModel):
         model: `timm:NAME[,…]`, the network of timm that `ckpt` is for.
         card: of `ckpt`; None for the one that its keys and shapes tell.
         bundle: bundle to use instead of `models`.
+        scenario: load scenarios that are run, too.
+        p99_ms: milliseconds that the 99th percentile of latency must keep in the server scenario.
         calibration: folder of images or `.npz` that int8 is calibrated with; None for seeded inputs.
     """
 
@@ -63,6 +69,8 @@ class Settings(BaseModel):
     idle_ms: Positive | None = None
     end_to_end: bool = False
     profile: bool = False
+    scenario: tuple[Scenario, ...] = ()
+    p99_ms: Positive = 100.0
     ckpt: Path | None = None
     model: str | None = None
     card: str | None = None
@@ -92,8 +100,14 @@ def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        where = f"--{name}" if name in named else f"{suite}: {name}"
+        where = f"--{_OPTIONS.get(name, name)}" if name in named else f"{suite}: {name}"
         raise InputError(f"{where}: {first['msg']}; got {first['input']!r}") from None
+    _require_consistent(settings, named)
+    return settings
+
+
+def _require_consistent(settings: Settings, named: Mapping[str, Any]) -> None:
+    """Raise InputError if a setting contradicts another; `named` are those of the command line."""
     if settings.ckpt is not None and settings.bundle is not None:
         raise InputError("--ckpt and --bundle were both given; one of them says what is measured")
     if settings.calibration is not None and not settings.calibration.exists():
@@ -101,13 +115,14 @@ def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
     calibrated = any(name in PRECISIONS and PRECISIONS[name].needs_calibration for name in settings.precision)
     if settings.calibration is not None and not calibrated:
         raise InputError("--calibration is for int8 and fp8: add one of them to --precision, or drop --calibration")
+    if "p99_ms" in named and "server" not in settings.scenario:
+        raise InputError("--p99 is the limit of the server scenario: add it to --scenario, or drop --p99")
     if settings.model is not None and settings.ckpt is None:
         raise InputError("--model says what the checkpoint of --ckpt is for, and there is none")
     if settings.card is not None and settings.ckpt is None:
         raise InputError("--card describes the checkpoint of --ckpt, and there is none")
     if (settings.ckpt or settings.bundle) and "models" in named:
         raise InputError("--models is for seeded networks; with --ckpt or --bundle leave it out")
-    return settings
 
 
 def _with_defaults(chosen: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +132,7 @@ def _with_defaults(chosen: dict[str, Any]) -> dict[str, Any]:
 
 def _parsed(name: str, value: Any) -> Any:
     """Read a setting of the command line, and its list if it is one."""
-    if not isinstance(value, str) or name not in ("models", "formats", "precision", "batch"):
+    if not isinstance(value, str) or name not in ("models", "formats", "precision", "batch", "scenario"):
         return value
     words = tuple(dict.fromkeys(word.strip() for word in value.split(",") if word.strip()))
     if name != "batch":

@@ -10,33 +10,34 @@ libraries print goes to stderr.
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from repmlp_deploy.bench.load.answers import error_allowed
+from repmlp_deploy.bench.load.pictures import image_like, synthetic_jpeg
+from repmlp_deploy.bench.load.ways import Plan, Source
 from repmlp_deploy.bench.measure import machine
 from repmlp_deploy.bench.measure.results import ColdStart, Error
 from repmlp_deploy.bench.measure.timing import time_calls, warm_up
 from repmlp_deploy.bench.subjects.table import SUBJECTS, Job, OpenedSubject, open_subject
 from repmlp_deploy.bundle import Probe
 from repmlp_deploy.errors import InputError, RepMLPError
-from repmlp_deploy.numerics import TOLERANCES, allowed_error, compare, noise_floor
+from repmlp_deploy.numerics import compare
 from repmlp_deploy.runtime.images import levels_of, network_input
 from repmlp_deploy.runtime.predictor import predictions_from_logits
 
-__all__ = ["Worker", "image_like", "main", "synthetic_jpeg"]
+if TYPE_CHECKING:
+    from repmlp_deploy.bench.load.driver import Driver
 
-PICTURE = (375, 500)
-"""(H, W) of the JPEG of end-to-end rows: the usual size of an ImageNet photograph."""
+__all__ = ["Worker", "main"]
 
 _PROFILED_CALLS = 10
 _DEVICE_CALLS = 30
@@ -49,6 +50,7 @@ class Worker:
         self._job: Job | None = None
         self._subject: OpenedSubject | None = None
         self._inputs: dict[int, NDArray[Any]] = {}
+        self._driver: Driver | None = None
 
     def load(self, job: dict[str, Any], shape: list[int], batch: int) -> dict[str, Any]:
         """Import the runtime, open the subject, run it once: the cold start."""
@@ -76,10 +78,7 @@ class Worker:
         """Measure the distance from the trained network on the probe in this file."""
         recorded = Probe.from_bytes(Path(probe).read_bytes())
         result = compare(self._opened.run(recorded.inputs), recorded.reference)
-        precision = "fp32" if self._job is None else self._job.precision
-        floor = noise_floor(recorded.float32, recorded.reference)
-        precision = "fp16" if precision == "tf32" else precision  # both keep 10 bits of mantissa
-        allowed = allowed_error(precision, floor) if precision in TOLERANCES else None
+        allowed = error_allowed("fp32" if self._job is None else self._job.precision, recorded)
         return Error(max_abs=result.max_abs, max_rel=result.max_rel, top1=result.top1, allowed=allowed).model_dump()
 
     def warm(self, batch: int, mode: str, seconds: float, gap_ms: float) -> dict[str, Any]:
@@ -114,6 +113,18 @@ class Worker:
         from repmlp_deploy.bench.measure.peaks import measure_peaks  # noqa: PLC0415 - torch is not for every worker
 
         return measure_peaks(threads).model_dump()
+
+    def scenario(  # noqa: PLR0913 - what the parent knows
+        self, way: str, source: Source, plan: dict[str, Any], probe: str, smallest: int, largest: int
+    ) -> dict[str, Any]:
+        """Run a scenario in one way: see `Driver.run`."""
+        if self._driver is None:
+            from repmlp_deploy.bench.load.driver import Driver  # noqa: PLC0415 - needs the load generator
+
+            if self._job is None:
+                raise InputError("no subject is loaded")
+            self._driver = Driver(self._job, self._opened, smallest, largest, Path(probe))
+        return self._driver.run(way, source, Plan(**plan)).model_dump()
 
     @property
     def _opened(self) -> OpenedSubject:
@@ -151,28 +162,7 @@ class Worker:
         return predict
 
 
-def image_like(shape: tuple[int, ...], samples: int, seed: int = 0) -> NDArray[np.float32]:
-    """Return (samples, C, H, W) float32 with patches of colour and fine noise, of about unit variance."""
-    rng = np.random.default_rng(seed)
-    c, h, w = shape
-    coarse = rng.standard_normal((samples, c, -(-h // 16), -(-w // 16)), dtype=np.float32)
-    coarse = coarse.repeat(16, axis=2).repeat(16, axis=3)[:, :, :h, :w]
-    coarse += np.float32(0.3) * rng.standard_normal((samples, c, h, w), dtype=np.float32)
-    return np.ascontiguousarray(coarse)
-
-
-def synthetic_jpeg(seed: int) -> bytes:
-    """Return the bytes of a JPEG with the size and the detail of a photograph."""
-    height, width = PICTURE
-    levels = (
-        np.clip(128 + 40 * image_like((3, height, width), 1, seed)[0], 0, 255).astype(np.uint8).transpose(1, 2, 0)
-    )  # (3, H, W) -> (H, W, 3)
-    buffer = io.BytesIO()
-    Image.fromarray(levels).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-COMMANDS = ("load", "check", "warm", "time", "memory", "profile", "peaks", "device")
+COMMANDS = ("load", "check", "warm", "time", "memory", "profile", "peaks", "device", "scenario")
 
 
 def main() -> None:

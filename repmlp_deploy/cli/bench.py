@@ -58,6 +58,12 @@ def bench_command(  # noqa: PLR0913 - one per option
     idle: Annotated[float | None, typer.Option(metavar="MS", help="Also with a gap of MS before every call.")] = None,
     end_to_end: Annotated[bool | None, typer.Option("--end-to-end", help="Also from JPEG bytes to classes.")] = None,
     profile: Annotated[bool | None, typer.Option("--profile", help="Also time per stage and operation.")] = None,
+    scenario: Annotated[
+        str | None, typer.Option(help="Of single-stream,offline,server: also under MLPerf's load scenarios.")
+    ] = None,
+    p99: Annotated[
+        float | None, typer.Option(metavar="MS", help="Limit of server's 99th percentile; default 100.")
+    ] = None,
     ckpt: Annotated[Path | None, typer.Option(help="Trained checkpoint to measure.")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="timm:NAME[,KEY=VALUE…]", help="The network of timm that --ckpt is for.")
@@ -91,6 +97,8 @@ def bench_command(  # noqa: PLR0913 - one per option
         "idle_ms": idle,
         "end_to_end": end_to_end,
         "profile": profile,
+        "scenario": scenario,
+        "p99_ms": p99,
         "ckpt": ckpt,
         "model": model,
         "card": card,

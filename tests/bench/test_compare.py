@@ -5,7 +5,7 @@ import pytest
 from repmlp_deploy.bench.measure.results import Report, load_report
 from repmlp_deploy.bench.report.compare import compare_reports, comparison_table
 from repmlp_deploy.errors import InputError
-from support.bench_reports import MACHINE, make_report
+from support.bench_reports import MACHINE, make_report, make_scenarios
 
 
 def test_a_planted_slowdown_of_15_percent_in_one_format_is_reported():
@@ -95,3 +95,17 @@ def test_another_file_is_no_report(tmp_path, text):
         load_report(path)
     with pytest.raises(InputError, match="cannot be read"):
         load_report(tmp_path / "absent.json")
+
+
+def test_scenarios_are_notes_and_no_verdict():
+    """One run has no interval: a rate that halves is told, and does not fail the comparison."""
+    old = make_report(seed=1).model_copy(update={"scenarios": make_scenarios()})
+    new = make_report(seed=1).model_copy(update={"scenarios": make_scenarios(factor=0.5)})
+    found = compare_reports(old, new)
+    assert found.slower == []
+    notes = [note for note in found.notes if "not judged" in note]
+    assert len(notes) == 4, "offline and server, both ways that were measured"
+    assert "net onnx fp32, server from tensors, batched: was 100, is 50 samples/s" in notes[-1]
+    assert not any("not judged" in note for note in compare_reports(old, old).notes)
+    assert any("measured now, not before: net onnx" in note for note in compare_reports(make_report(), old).notes)
+    assert any("measured before, not now: net onnx" in note for note in compare_reports(old, make_report()).notes)

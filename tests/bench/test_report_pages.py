@@ -9,10 +9,11 @@ from html.parser import HTMLParser
 
 import pytest
 
+from repmlp_deploy.bench.measure.results import Report
 from repmlp_deploy.bench.report.page import headlines, to_html
 from repmlp_deploy.bench.report.plots import COLOURS, MARKERS, report_plots
 from repmlp_deploy.bench.report.tables import facts, tables, to_csv, to_markdown
-from support.bench_reports import MEDIANS, make_report
+from support.bench_reports import MEDIANS, make_report, make_scenarios
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -94,6 +95,42 @@ def test_what_a_reader_must_know_is_said():
     assert "something to know" in said
     assert "interrupted" in said
     assert "governor not readable" in said
+
+
+def test_scenarios_have_a_table_per_source_with_the_first_way_as_base():
+    report = make_report().model_copy(update={"scenarios": make_scenarios(sources=("tensors", "jpeg"))})
+    found = [table for table in tables(report) if "load scenarios" in table.title]
+    assert [table.title for table in found] == [
+        "net, load scenarios from tensors; server: 99 % within 100 ms",
+        "net, load scenarios from JPEG bytes to classes; server: 99 % within 100 ms",
+    ]
+    assert found[0].rows == (
+        ("onnx fp32", "one at a time", "7.5", "50", "base", "50", "base", "88", "1.0e-06"),
+        ("onnx fp32", "batched", "3.75", "100", "2.00×", "100", "2.00×", "88", "1.0e-06"),
+    )
+    assert all(len(row) == len(table.columns) for table in tables(report) for row in table.rows)
+    (missing,) = [table for table in tables(report) if table.title == "not measured"]
+    assert ("net", "onnx fp32, batched, streams", "one thread cannot be shared") in missing.rows
+    for text in (to_html(report), to_markdown(report)):
+        assert "2.00×" in text
+        assert "load generator" in text
+    assert "load generator" not in to_markdown(make_report())
+
+
+def test_a_single_scenario_has_its_columns_alone():
+    report = make_report().model_copy(update={"scenarios": make_scenarios(scenarios=("offline",))})
+    (table,) = [table for table in tables(report) if "load scenarios" in table.title]
+    assert table.columns == ("format", "way", "offline samples/s", "vs one at a time", "error")
+
+
+def test_scenarios_are_lines_of_the_csv_and_come_back_from_json():
+    report = make_report().model_copy(update={"scenarios": make_scenarios()})
+    lines = list(csv.DictReader(io.StringIO(to_csv(report))))[len(report.rows) :]
+    assert [line["mode"] for line in lines[-3:]] == [f"server, tensors, {way}" for way in ("single", "batched", "streams")]
+    assert float(lines[-2]["images_per_s"]) == 100.0
+    assert lines[-1]["images_per_s"] == ""
+    assert lines[-1]["reason"] == "one thread cannot be shared"
+    assert Report.from_json(report.to_json()) == report
 
 
 def test_the_page_is_whole_and_needs_no_network():

@@ -170,6 +170,30 @@ def test_a_bundle_can_be_measured_without_its_checkpoint(digits_bundle):
 
 
 @pytest.mark.usefixtures("no_peaks")
+def test_a_bundle_runs_under_load_from_tensors_and_from_jpeg_bytes(digits_bundle):
+    pytest.importorskip("mlperf_loadgen", reason="mlcommons-loadgen is not installed")
+    settings = Settings(
+        bundle=digits_bundle.folder,
+        formats=("onnx", "torch-merged"),
+        seconds=0.1,
+        threads=2,
+        scenario=("single-stream", "offline", "server"),
+        p99_ms=10_000.0,
+        end_to_end=True,
+    )
+    rows = run_benchmark(settings, lambda _: None).scenarios
+    assert len(rows) == 2 * 3 * 2 * 3, "formats, scenarios, sources, ways"
+    for row in rows:
+        if row.format == "onnx":
+            assert row.status == "measured", row.reason
+            assert row.figure > 0
+            assert row.run.compared >= 32
+            assert row.run.max_abs_error < 1e-4
+        else:
+            assert (row.figure, row.reason) == (None, "a bundle holds no trained network: pass --ckpt")
+
+
+@pytest.mark.usefixtures("no_peaks")
 def test_a_wrong_answer_is_not_timed(digits_bundle, tmp_path, monkeypatch):
     """A row whose output is not the trained network's has a reason and no figures."""
     probe = digits_bundle.probe()

@@ -11,10 +11,11 @@ import pytest
 
 from repmlp_deploy.bench import worker
 from repmlp_deploy.bench.crew import Child, ChildFailed
+from repmlp_deploy.bench.load.pictures import image_like, synthetic_jpeg
 from repmlp_deploy.bench.settings import Settings, read_settings
 from repmlp_deploy.bench.subjects import table as subjects
 from repmlp_deploy.bench.subjects.table import SUBJECTS, chosen_rows, why_not
-from repmlp_deploy.bench.worker import Worker, image_like, synthetic_jpeg
+from repmlp_deploy.bench.worker import Worker
 from repmlp_deploy.card import load_card
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.images import open_image
@@ -77,6 +78,8 @@ def test_contradictory_settings_are_refused():
         read_settings(None, {"ckpt": "a.pth", "bundle": "b"})
     with pytest.raises(InputError, match="--models"):
         read_settings(None, {"ckpt": "a.pth", "models": "repmlp-digits"})
+    with pytest.raises(InputError, match="--p99 is the limit of the server scenario"):
+        read_settings(None, {"p99_ms": 10.0, "scenario": "offline"})
     with pytest.raises(InputError, match="--calibration is for int8"):
         read_settings(None, {"calibration": Path("/"), "precision": "fp32"})
     with pytest.raises(InputError, match="--calibration absent: no such folder or file"):
@@ -91,6 +94,19 @@ def test_the_suites_that_ship_are_valid(pytestconfig):
         chosen_rows(settings.formats, settings.precision)
     default = read_settings(pytestconfig.rootpath / "benchmarks" / "default.toml", {})
     assert default == Settings(batch=(64,))
+
+
+def test_scenarios_are_words_of_the_command_line():
+    settings = read_settings(None, {"scenario": "server, offline", "p99_ms": 25.0})
+    assert (settings.scenario, settings.p99_ms) == (("server", "offline"), 25.0)
+    with pytest.raises(InputError, match=r"--scenario: .*'single-stream', 'offline' or 'server'; got 'multi'"):
+        read_settings(None, {"scenario": "multi"})
+
+
+def test_a_wrong_setting_is_named_as_its_option():
+    for name, option in (("idle_ms", "--idle"), ("limit_seconds", "--limit"), ("p99_ms", "--p99")):
+        with pytest.raises(InputError, match=f"^{option}: "):
+            read_settings(None, {name: -1.0, "scenario": "server"})
 
 
 def test_numbers_are_sorted_and_unique():

@@ -30,6 +30,7 @@ DISTRIBUTIONS = {
     "onnxruntime_ep_nv_tensorrt_rtx": "onnxruntime-ep-nv-tensorrt-rtx-cu12",
     "tensorrt_rtx": "tensorrt-rtx-cu12",
     "markupsafe": "jinja2",  # jinja2 brings it
+    "mlperf_loadgen": "mlcommons-loadgen",
     "ml_dtypes": "onnx",  # onnx brings it
     "torchvision": "timm",  # timm brings it
 }
@@ -75,6 +76,7 @@ def places(bundle: Bundle, digits_checkpoint: Path, tmp_path: Path) -> dict[str,
         ("onnx", "export", "build {bundle} --out {out} --refit-from {ckpt}"),
         ("torch", "export", "bench --models repmlp-digits --seconds 0.1 --formats onnx"),
         ("psutil", "bench", "bench --models repmlp-digits --seconds 0.1"),
+        ("mlperf_loadgen", "bench", "bench --models repmlp-digits --scenario offline"),
         ("matplotlib", "bench", "bench --models repmlp-digits --html {out}.html"),
         ("jinja2", "bench", "bench --models repmlp-digits --html {out}.html"),
         ("torch", "export", "eval {bundle} --data {data} --ckpt {ckpt}"),

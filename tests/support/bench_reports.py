@@ -4,7 +4,17 @@ import numpy as np
 
 from repmlp_deploy.bench.counting.counts import Counts, OpCount
 from repmlp_deploy.bench.measure.peaks import roofline
-from repmlp_deploy.bench.measure.results import ColdStart, Error, Machine, Memory, ProfileLine, Report, Row
+from repmlp_deploy.bench.measure.results import (
+    ColdStart,
+    Error,
+    LoadRun,
+    Machine,
+    Memory,
+    ProfileLine,
+    Report,
+    Row,
+    ScenarioRow,
+)
 from repmlp_deploy.bench.measure.timing import compare_rounds, summarize
 
 MEDIANS = {
@@ -47,6 +57,42 @@ def _row(  # noqa: PLR0913 - one a property of the row
         proof={"runtime": "fake 1.0", "device": "cpu", "threads": 2, "dtype": precision, "sha256": "0" * 64},
     )
     return row, rounds
+
+
+def make_scenarios(*, factor=1.0, sources=("tensors",), scenarios=("single-stream", "offline", "server")):
+    """Rows of one format in three ways, each faster than the one before; the last cannot run."""
+    rows = []
+    for source in sources:
+        for scenario in scenarios:
+            for i, way in enumerate(("single", "batched", "streams")):
+                rate = 50.0 * factor * (1 + i)
+                run = LoadRun(
+                    samples_per_s=rate,
+                    p50_ms=5.0,
+                    p90_ms=7.5 / (1 + i),
+                    p99_ms=88.0,
+                    valid=True,
+                    asked_per_s=rate if scenario == "server" else None,
+                    samples=100,
+                    compared=100,
+                    max_abs_error=1e-6,
+                )
+                rows.append(
+                    ScenarioRow(
+                        model="net",
+                        format="onnx",
+                        precision="fp32",
+                        scenario=scenario,
+                        source=source,
+                        way=way,
+                        status="unavailable" if way == "streams" else "measured",
+                        reason="one thread cannot be shared" if way == "streams" else "",
+                        run=None if way == "streams" else run,
+                        limit_ms=100.0 if scenario == "server" else None,
+                        tried=(run,) if scenario == "server" and way != "streams" else (),
+                    )
+                )
+    return tuple(rows)
 
 
 def make_report(  # noqa: PLR0913 - one a property that tests vary

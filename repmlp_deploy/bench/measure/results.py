@@ -17,12 +17,14 @@ __all__ = [
     "SCHEMA",
     "ColdStart",
     "Error",
+    "LoadRun",
     "Machine",
     "Memory",
     "ProfileLine",
     "Report",
     "Roofline",
     "Row",
+    "ScenarioRow",
     "load_report",
 ]
 
@@ -163,6 +165,81 @@ class Machine(_Frozen):
     bandwidth_gb_s: float
 
 
+class LoadRun(_Frozen):
+    """One run of MLCommons' load generator.
+
+    Attributes:
+        samples_per_s: that were answered.
+        p50_ms, p90_ms, p99_ms: percentiles of latency, from a sample's arrival to its answer.
+        valid: whether the load generator calls the run valid, which needs more samples than the figures do.
+        asked_per_s: samples that arrived per second, in `server`.
+        samples: that were answered.
+        compared: answers that were compared with what must come back.
+        max_abs_error: the largest error among them.
+    """
+
+    samples_per_s: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    valid: bool
+    asked_per_s: float | None = None
+    samples: int = 0
+    compared: int = 0
+    max_abs_error: float = 0.0
+
+
+class ScenarioRow(_Frozen):
+    """One way to run one format under one scenario; what could not be run says why.
+
+    Attributes:
+        model: the card's name.
+        format: an entry of `SUBJECTS`.
+        precision: that it computes in.
+        scenario: `single-stream`, `offline` or `server`.
+        source: `tensors`, or `jpeg` for bytes of JPEG files.
+        way: an entry of `WAYS`.
+        status: whether there are figures.
+        reason: why there are none, or fewer than asked for.
+        run: the run that counts; in `server` that of the highest rate that kept the limit, None if no rate did.
+        limit_ms: of the 99th percentile of latency, in `server`.
+        tried: every run of the search for the highest rate.
+    """
+
+    model: str
+    format: str
+    precision: str
+    scenario: Literal["single-stream", "offline", "server"]
+    source: Literal["tensors", "jpeg"]
+    way: str
+    status: Literal["measured", "unavailable", "failed"]
+    reason: str = ""
+    run: LoadRun | None = None
+    limit_ms: float | None = None
+    tried: tuple[LoadRun, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, str, str, str, str]:
+        """What identifies a row across runs."""
+        return self.model, self.format, self.precision, self.scenario, self.source, self.way
+
+    @property
+    def name(self) -> str:
+        """Format and precision."""
+        return f"{self.format} {self.precision}"
+
+    @property
+    def figure(self) -> float | None:
+        """Milliseconds of the 90th percentile in `single-stream`, samples per second otherwise; None for no figure."""
+        if self.status != "measured":
+            return None
+        if self.run is None:
+            return 0.0
+        if self.scenario == "single-stream":
+            return self.run.p90_ms
+        return self.run.samples_per_s if self.run.asked_per_s is None else self.run.asked_per_s
+
+
 class ProfileLine(_Frozen):
     """Time of one stage and kind of operation, in milliseconds a call."""
 
@@ -189,6 +266,7 @@ class Report(_Frozen):
         baseline: the format that ratios are against.
         rows: one a thing that was to be measured.
         profile: time per stage and operation, where asked for.
+        scenarios: one per way to run a format under a scenario, where asked for.
         notes: what a reader must know.
         interrupted: whether the run was cut short.
     """
@@ -204,6 +282,7 @@ class Report(_Frozen):
     baseline: str
     rows: tuple[Row, ...]
     profile: tuple[ProfileLine, ...] = ()
+    scenarios: tuple[ScenarioRow, ...] = ()
     notes: tuple[str, ...] = ()
     interrupted: bool = False
 

@@ -7,6 +7,8 @@ rows at least are in both runs. A row has changed when its ratio, drift taken ou
 interval of the ratio, resampled over the rounds of each run, leaves out 1. Drift itself is a change when every group's
 is beyond twice the threshold and neither the machine's own matrix products nor its memory became slower by as much:
 several runtimes that slow down together point to the machine.
+
+Load scenarios have one run per figure, and so no interval: those that differ by more than the threshold are notes.
 """
 
 from __future__ import annotations
@@ -94,6 +96,7 @@ def compare_reports(old: Report, new: Report, threshold: float = THRESHOLD) -> C
     missing = [key for key in earlier if key not in later]
     notes += [f"measured before, not now: {_name(key)}: {_why(new, key)}" for key in missing]
     notes += [f"measured now, not before: {_name(key)}" for key in later if key not in earlier]
+    notes += _scenario_notes(old, new, threshold)
     drift = min(drifts.values(), default=1.0)
     unexplained = drift > (1 + 2 * threshold) * max(1.0, _machine_slowdown(old, new))
     return Comparison(changes, tuple(notes), drift, unexplained)
@@ -165,6 +168,23 @@ def _differences(old: Report, new: Report) -> list[str]:
     pairs += [(name, before.get(name), now.get(name)) for name in {**before, **now}]
     pairs += [(f"weights of {model}", text, new.weights.get(model, text)) for model, text in old.weights.items()]
     return [f"{what} was {was}, is {is_}" for what, was, is_ in pairs if was != is_]
+
+
+def _scenario_notes(old: Report, new: Report, threshold: float) -> list[str]:
+    """Return the scenarios whose figures differ, or that only one run has."""
+    before = {row.key: row for row in old.scenarios if row.figure is not None}
+    now = {row.key: row for row in new.scenarios if row.figure is not None}
+    notes = []
+    for key in {**before, **now}:
+        was, is_ = (found[key].figure if key in found else None for found in (before, now))
+        model, name, precision, scenario, source, way = key
+        what = f"{model} {name} {precision}, {scenario} from {source}, {way}"
+        unit = "ms" if scenario == "single-stream" else "samples/s"
+        if was is None or is_ is None:
+            notes.append(f"{'measured now, not before' if was is None else 'measured before, not now'}: {what}")
+        elif abs(is_ - was) > threshold * was:
+            notes.append(f"{what}: was {was:.4g}, is {is_:.4g} {unit}; not judged, as one run has no interval")
+    return notes
 
 
 def _name(key: tuple[str, str, str, int, str]) -> str:

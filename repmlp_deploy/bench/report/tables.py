@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from repmlp_deploy.bench.measure.results import Report, Row
+from repmlp_deploy.bench.load.ways import SCENARIOS, SOURCES, WAYS
+from repmlp_deploy.bench.measure.results import Report, Row, ScenarioRow
 
 __all__ = ["Table", "conventions", "facts", "groups", "tables", "times", "to_csv", "to_markdown"]
+
+
+_Key = tuple[str, str, str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,14 @@ class Table:
 
 
 def tables(report: Report) -> list[Table]:
-    """Return every table: latency by group, what did not run, cold start with memory and proof, counts, profile."""
+    """Return every table: latency by group, scenarios, what did not run, cold start with proof, counts, profile."""
     found = [
         _latency_table(report, title, rows)
         for title, rows in groups(report)
         if any(row.summary is not None for row in rows)
     ]
-    if any(row.summary is None for row in report.rows):
+    found += _scenario_tables(report)
+    if any(row.summary is None for row in report.rows) or any(row.figure is None for row in report.scenarios):
         found.append(_missing_table(report))
     found.append(_proof_table(report))
     if any(report.counts.values()):
@@ -79,6 +84,8 @@ def facts(report: Report) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in env.get("versions", {}).items())
     lines.append(f"versions: {versions}; commit {env.get('commit') or 'none, an installed package'}")
     lines += [f"note: {note}" for note in report.notes]
+    cut = [f"note: {row.model}, {row.scenario}: {row.reason}" for row in report.scenarios if row.run and row.reason]
+    lines += dict.fromkeys(cut)
     if report.interrupted:
         lines.append("note: the run was interrupted; the figures are of what had been measured")
     return lines
@@ -86,7 +93,7 @@ def facts(report: Report) -> list[str]:
 
 def conventions(report: Report) -> list[str]:
     """Return what the columns mean."""
-    return [
+    said = [
         (
             f"vs base: latency of the base row ({report.baseline}, or the first that ran) over the row's, median over "
             "rounds, with its 95 % interval (bootstrap over rounds); ≈ where the interval holds 1: not distinguishable."
@@ -97,6 +104,18 @@ def conventions(report: Report) -> list[str]:
         "Multiply-adds are what papers call FLOPs; GFLOP/s count two operations each.",
         "Cold start: in a new process, files in the page cache. Peak memory: resident, of the row's own process.",
     ]
+    if report.scenarios:
+        said += [
+            (
+                "Scenarios: MLCommons' load generator, in runs shorter than a submission to MLPerf needs. Server: the "
+                "highest Poisson rate that kept the limit, by bisection, one run per rate; ways take turns."
+            ),
+            (
+                "error of scenarios: largest difference of what came back under load: from the trained network for "
+                "tensors, from the answer to each picture alone for JPEG."
+            ),
+        ]
+    return said
 
 
 def _load(env: dict[str, Any]) -> str:
@@ -118,7 +137,46 @@ def _latency_table(report: Report, title: str, rows: Sequence[Row]) -> Table:
 def _missing_table(report: Report) -> Table:
     """Return one line per row that has no figures, with its reason: once, where several batches share it."""
     missing = [(row.model, row.name, row.reason) for row in report.rows if row.summary is None]
+    left_out = [
+        row for row in report.scenarios if row.figure is None and (row.model, row.name, row.reason) not in missing
+    ]
+    missing += [(row.model, f"{row.name}, {WAYS[row.way].title}", row.reason) for row in left_out]
     return Table("not measured", ("model", "format", "why"), tuple(dict.fromkeys(missing)), left=3)
+
+
+def _scenario_tables(report: Report) -> Iterator[Table]:
+    """Yield one table per model and source of samples; a line per format and way."""
+    seen = [scenario for scenario in SCENARIOS if any(row.scenario == scenario for row in report.scenarios)]
+    headings = {
+        "single-stream": ("single-stream p90 ms",),
+        "offline": ("offline samples/s", "vs one at a time"),
+        "server": ("server samples/s", "vs one at a time", "its p99 ms"),
+    }
+    columns = ("format", "way", *(word for scenario in seen for word in headings[scenario]), "error")
+    for model, source in dict.fromkeys((row.model, row.source) for row in report.scenarios):
+        rows = {row.key: row for row in report.scenarios if (row.model, row.source) == (model, source)}
+        lines = []
+        for key in dict.fromkeys((model, row.format, row.precision, source, row.way) for row in rows.values()):
+            found = [rows[(*key[:3], scenario, *key[3:])] for scenario in seen]
+            if any(row.figure is not None for row in found):
+                cells = [cell for row in found for cell in _scenario_cells(row, rows)]
+                errors = [run.max_abs_error for row in found for run in (row.run, *row.tried) if run is not None]
+                lines.append((found[0].name, WAYS[key[4]].title, *cells, f"{max(errors):.1e}" if errors else ""))
+        limits = {row.limit_ms for row in rows.values() if row.limit_ms is not None}
+        limit = "".join(f"; server: 99 % within {limit:g} ms" for limit in limits)
+        if lines:
+            yield Table(f"{model}, load scenarios {SOURCES[source]}{limit}", columns, tuple(lines), left=2)
+
+
+def _scenario_cells(row: ScenarioRow, rows: Mapping[_Key, ScenarioRow]) -> tuple[str, ...]:
+    """Return the figure of a row, its ratio to the first way of the same format, and what else its scenario has."""
+    first = rows[(*row.key[:5], next(iter(WAYS)))]
+    figure = "–" if row.figure is None else _ms(row.figure)
+    ratio = times(row.figure / first.figure) if row.figure is not None and first.figure else "–"
+    ratio = "base" if row is first and row.figure else ratio
+    if row.scenario == "single-stream":
+        return (figure,)
+    return (figure, ratio) if row.scenario == "offline" else (figure, ratio, _ms(row.run.p99_ms if row.run else None))
 
 
 def _latency_cells(row: Row, *, base: bool) -> tuple[str, ...]:
@@ -245,9 +303,14 @@ def _markdown_line(cells: Iterable[str]) -> str:
 
 
 def to_csv(report: Report) -> str:
-    """Return one line per row, with unrounded figures and units in the headings; empty if there is no figure."""
+    """Return one line per row, with unrounded figures and units in the headings; empty if there is no figure.
+
+    The mode of a scenario's row is the scenario, its source and way; its images per second are those of the figure.
+    """
     buffer = io.StringIO()
     lines = [_csv_cells(row) for row in report.rows]
+    blank = dict.fromkeys(lines[0]) if lines else {}
+    lines += [blank | _scenario_csv(row) for row in report.scenarios]
     writer = csv.DictWriter(buffer, fieldnames=list(lines[0]) if lines else ["model"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
@@ -272,4 +335,21 @@ def _csv_cells(row: Row) -> dict[str, Any]:
     }
     for prefix, part, names in parts:
         cells |= {f"{prefix}{name}": None if part is None else getattr(part, name) for name in names}
+    return cells
+
+
+def _scenario_csv(row: ScenarioRow) -> dict[str, Any]:
+    run = row.run
+    cells: dict[str, Any] = {
+        "model": row.model,
+        "format": row.format,
+        "precision": row.precision,
+        "mode": f"{row.scenario}, {row.source}, {row.way}",
+        "status": row.status,
+        "reason": row.reason,
+    }
+    if run is not None:
+        rate = run.samples_per_s if run.asked_per_s is None else run.asked_per_s
+        cells |= {"calls": run.samples, "images_per_s": rate, "error_max_abs": run.max_abs_error}
+        cells |= {name: getattr(run, name) for name in ("p50_ms", "p90_ms", "p99_ms")}
     return cells

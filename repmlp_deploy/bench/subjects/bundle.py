@@ -15,7 +15,6 @@ from repmlp_deploy.bench.subjects.table import SUBJECTS, Job
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.choice import open_runner
-from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.slices import slices_of
 
 __all__ = ["BundleSubject", "open_bundle"]
@@ -48,7 +47,7 @@ class BundleSubject:
         self._job = job
         self._bundle = bundle
         device = job.device if artifact in _ON_DEVICE else None
-        self._runner = open_runner(bundle, artifact, RunnerOptions(device, job.threads))
+        self._runner = open_runner(bundle, artifact, job.runner_options(device))
         self.proof: dict[str, Any] = {
             **self._runner.details,
             "device": self._runner.device,

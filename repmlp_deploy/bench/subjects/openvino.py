@@ -39,7 +39,7 @@ class IRSubject:
     def __init__(self, bundle: Bundle, job: Job) -> None:
         self._entry = bundle.artifact(OpenVinoRunner.format)
         self._bundle, self._job = bundle, job
-        self._runner = OpenVinoRunner(bundle, RunnerOptions("cpu", job.threads))
+        self._runner = OpenVinoRunner(bundle, job.runner_options("cpu"))
         self.proof: dict[str, Any] = {
             **self._runner.details,
             "device": self._runner.device,

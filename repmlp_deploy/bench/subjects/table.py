@@ -20,7 +20,7 @@ from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
 from repmlp_deploy.convert.options import require_choice
 from repmlp_deploy.errors import InputError, MissingDevice
 from repmlp_deploy.precision import PRECISIONS
-from repmlp_deploy.runtime.runner import RUNNERS
+from repmlp_deploy.runtime.runner import RUNNERS, RunnerOptions
 
 __all__ = [
     "BASELINE",
@@ -51,6 +51,7 @@ class Job(BaseModel):
         checkpoint: file with the trained weights, for subjects that run a PyTorch network.
         bundle: folder, for subjects that run an artifact.
         device: `cpu` or `cuda`.
+        streams: inferences that run at a time on a CPU.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,6 +64,11 @@ class Job(BaseModel):
     checkpoint: str | None = None
     bundle: str | None = None
     device: str = "cpu"
+    streams: int = 1
+
+    def runner_options(self, device: str | None) -> RunnerOptions:
+        """Return how a runner is opened on a device; the threads are one inference's, or those of all streams."""
+        return RunnerOptions(device, self.threads if self.streams == 1 else None, streams=self.streams)
 
 
 class OpenedSubject(Protocol):

@@ -76,6 +76,18 @@ EXTRAS_FOR = {
 """Every extra of pyproject.toml, and what it is for."""
 
 
+_MARKERS_THAT_FAIL = tuple(
+    f"{name} != {quote}{absent}{quote}"
+    for name, absent, here in (
+        ("sys_platform", "win32", sys.platform),
+        ("platform_machine", "aarch64", platform.machine()),
+    )
+    for quote in "'\""
+    if here == absent
+)
+"""Those markers of requirements, of all that there are, that leave a package out on this machine."""
+
+
 def find_extras() -> list[Extra]:
     """Return every extra of this package, with what is missing; nothing is imported."""
     required = _requirements()
@@ -94,7 +106,7 @@ def _packages_of(extra: str, required: dict[str, list[str]]) -> list[str]:
         if package == "repmlp-deploy":
             for other in others.split(","):
                 found.update(dict.fromkeys(_packages_of(other.strip(), required)))
-        elif "sys_platform != " not in one or sys.platform != "win32":  # the only marker of any requirement
+        elif not any(marker in one for marker in _MARKERS_THAT_FAIL):
             found[package] = None
     return list(found)
 

@@ -39,7 +39,10 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "device", "threads", "streams", "engine", "workers", "cache", "decode", "check", "fresh", "state",
             "skip-unreadable", "bisect",
         ),
-        "Measuring": ("seconds", "limit", "baseline", "idle", "end-to-end", "profile", "compare", "threshold"),
+        "Measuring": (
+            "seconds", "limit", "baseline", "idle", "end-to-end", "profile", "scenario", "p99", "compare",
+            "threshold",
+        ),
         "Serving": (
             "watch", "watch-seconds", "control", "host-engine", "replicas", "max-replicas", "replica-requests",
             "replica-cpus", "replica-gpus", "write-ray-config", "host", "port", "grpc-port", "max-delay-ms", "queue",
@@ -86,6 +89,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "bench": (
             "repmlp-bench --ckpt x.pth --batch 1,8 --html report.html",
             "repmlp-bench --bundle artifacts/x --json now.json",
+            "repmlp-bench --bundle artifacts/x --scenario offline,server --p99 50",
         ),
         "serve": (
             "repmlp-serve artifacts/x",

@@ -1,0 +1,1 @@
+"""Load scenarios: samples that arrive as MLPerf Inference lets them arrive."""
