@@ -50,16 +50,24 @@ def bench_command(  # noqa: PLR0913 - one per option
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda", help="Where rows run; default cpu. cuda needs an NVIDIA GPU.")
     ] = None,
-    batch: Annotated[str | None, typer.Option(help="Images a call, comma-separated; default 1.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Images per call, comma-separated; default 1.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference; default: all cores.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Of timing a row; default 8.")] = None,
-    limit: Annotated[float | None, typer.Option(help="Seconds after which no step begins; default 320.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="Format that ratios are against; default torch-merged.")] = None,
-    idle: Annotated[float | None, typer.Option(metavar="MS", help="Also with a gap of MS before every call.")] = None,
-    end_to_end: Annotated[bool | None, typer.Option("--end-to-end", help="Also from JPEG bytes to classes.")] = None,
-    profile: Annotated[bool | None, typer.Option("--profile", help="Also time per stage and operation.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Seconds of timing per row; default 8.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Begin no step after this many seconds; default 320.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Format that the others are compared with; default torch-merged.")
+    ] = None,
+    idle: Annotated[
+        float | None, typer.Option(metavar="MS", help="Also measure with a gap of MS before every call.")
+    ] = None,
+    end_to_end: Annotated[
+        bool | None, typer.Option("--end-to-end", help="Also measure from JPEG bytes to classes.")
+    ] = None,
+    profile: Annotated[
+        bool | None, typer.Option("--profile", help="Also measure the time per stage and operation.")
+    ] = None,
     scenario: Annotated[
-        str | None, typer.Option(help="Of single-stream,offline,server: also under MLPerf's load scenarios.")
+        str | None, typer.Option(help="Also measure under MLPerf's load: of single-stream, offline, server.")
     ] = None,
     p99: Annotated[
         float | None, typer.Option(metavar="MS", help="Limit of server's 99th percentile; default 100.")
@@ -71,15 +79,15 @@ def bench_command(  # noqa: PLR0913 - one per option
     card: Annotated[str | None, typer.Option(help="Card of --ckpt; default: inferred.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="Bundle to measure; no PyTorch rows.")] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Images or .npz that int8 is calibrated with; default: seeded inputs.")
+        Path | None, typer.Option(help="Images or .npz to calibrate int8 with; default: seeded inputs.")
     ] = None,
     suite: Annotated[Path | None, typer.Option(help="TOML file with these settings.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Report with every latency; - for stdout.")] = None,
-    csv: Annotated[Path | None, typer.Option("--csv", help="One line a row.")] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="The rows as CSV.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="The tables as Markdown.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="One self-contained page with figures.")] = None,
     compare: Annotated[Path | None, typer.Option(metavar="OLD.json", help="Earlier report to compare with.")] = None,
-    threshold: Annotated[float, typer.Option(help="Change of latency in percent that --compare tells.")] = 10.0,
+    threshold: Annotated[float, typer.Option(help="Change of latency in percent that --compare reports.")] = 10.0,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Measure latency, memory and multiply-adds of a RepMLP network in every format, against the machine's limit."""

@@ -26,7 +26,8 @@ def build_command(  # noqa: PLR0913 - one per option
     bundle: Annotated[Path, typer.Argument(help="The folder that repmlp-export wrote, with an ONNX graph.")],
     formats: Annotated[str | None, typer.Option("--format", help="Comma-separated: trt, trt-rtx (default).")] = None,
     batch: Annotated[
-        str | None, typer.Option(metavar="MIN:OPT:MAX[,…]", help="Profiles; default: what the bundle serves.")
+        str | None,
+        typer.Option(metavar="MIN:OPT:MAX[,…]", help="Batch sizes per profile; default: what the bundle serves."),
     ] = None,
     workspace_gb: words.WorkspaceGb = None,
     tf32: words.Tf32 = False,
@@ -40,10 +41,10 @@ def build_command(  # noqa: PLR0913 - one per option
     verbosity: words.Verbosity = "error",
     refit_from: Annotated[
         Path | None,
-        typer.Option(metavar="CKPT", help="Instead of building: weights of another checkpoint for graph and engines."),
+        typer.Option(metavar="CKPT", help="Do not build: give graph and engines the weights of this checkpoint."),
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="model or ema, where CKPT holds both.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Another folder for the result; default: in its place.")] = None,
+    weights: Annotated[str | None, typer.Option(help="model or ema, if CKPT has both.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the result; default: replace the bundle.")] = None,
     json: Annotated[bool, typer.Option("--json", help="The report as one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:

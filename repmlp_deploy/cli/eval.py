@@ -57,20 +57,22 @@ def eval_command(  # noqa: PLR0913 - one per option
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images a batch; default: the bundle's best.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per batch; default: the bundle's best.")] = None,
     engine: Annotated[str, typer.Option(help="local: this process; ray: actors, on RAY_ADDRESS or here.")] = "local",
     workers: Annotated[
-        int | None, typer.Option(help="Threads that decode images, default one a processor; or actors of Ray.")
+        int | None, typer.Option(help="Threads that decode images, default one per CPU; or actors of Ray.")
     ] = None,
-    state: Annotated[Path | None, typer.Option(help="State file, to go on after an interruption.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again, whatever an earlier run has done.")] = False,
+    state: Annotated[
+        Path | None, typer.Option(help="State file: the same command continues an interrupted run.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; discard what an earlier run has done.")] = False,
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Count unreadable images instead of stopping.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
-    """Score a bundle on labelled data: accuracy, intersection over union, or verification."""
+    """Score a bundle on labelled data: accuracy, intersection over union, or verification of faces."""
     for option, value in (("--batch", batch), ("--workers", workers)):
         if value is not None and value < 1:
             raise InputError(f"{option} is {value}; it must be at least 1")

@@ -44,7 +44,7 @@ def inspect_command(  # noqa: PLR0913 - one per option
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
-    """Say what a checkpoint or a bundle is: layout, architecture, parameters, hops."""
+    """Describe a checkpoint or a bundle: layout, architecture, parameters, hops."""
     if path.is_dir():
         bundle = Bundle.load(path)
         for entry in bundle.files():

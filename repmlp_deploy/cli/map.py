@@ -37,19 +37,19 @@ def map_command(  # noqa: PLR0913 - one per option
     format_: Annotated[str | None, typer.Option("--format", help="Artifact; default: the best here.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images a batch; default: the bundle's best.")] = None,
-    top: Annotated[int, typer.Option(help="Classes that a row names.")] = 5,
+    batch: Annotated[int | None, typer.Option(help="Images per batch; default: the bundle's best.")] = None,
+    top: Annotated[int, typer.Option(help="Number of classes in a row.")] = 5,
     engine: Annotated[
-        str, typer.Option(help="local: processes of this machine; ray: actors, on RAY_ADDRESS or here.")
+        str, typer.Option(help="local: processes on this machine; ray: actors, on RAY_ADDRESS or here.")
     ] = "local",
     workers: Annotated[
-        int | None, typer.Option(help="Processes or actors; default: one per CPU, or per GPU of Ray.")
+        int | None, typer.Option(help="Number of processes or actors; default: one per CPU, or per GPU of Ray.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again, whatever an earlier run has done.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; discard what an earlier run has done.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
-    """Write predictions for any number of images to a parquet file; a stopped run goes on."""
+    """Write predictions for any number of images to a parquet file; the same command continues a stopped run."""
     for option, value in (("--batch", batch), ("--top", top), ("--workers", workers)):
         if value is not None and value < 1:
             raise InputError(f"{option} is {value}; it must be at least 1")

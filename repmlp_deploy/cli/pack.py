@@ -23,15 +23,19 @@ def pack_command(  # noqa: PLR0913 - one per option
     layout: Annotated[str, typer.Option(help=f"The server: {', '.join(LAYOUTS)}.")],
     out: Annotated[Path, typer.Option(help="The repository; other models in it stay as they are.")],
     artifact: Annotated[str | None, typer.Option("--format", help="Artifact; default: the server's first.")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the model; default: the bundle's.")] = None,
-    model_version: Annotated[int, typer.Option(help="Of the model, a positive number.")] = 1,
+    name: Annotated[str | None, typer.Option(help="Name of the model; default: the bundle's.")] = None,
+    model_version: Annotated[int, typer.Option(help="Version of the model, a positive number.")] = 1,
     max_delay_ms: Annotated[float, typer.Option(help="Triton: how long a request may wait to fill a batch.")] = 2.0,
     storage: Annotated[
-        str | None, typer.Option(metavar="URI", help="KServe: where the cluster finds the repository, as pvc://models.")
+        str | None,
+        typer.Option(metavar="URI", help="KServe: where the cluster finds the repository, such as pvc://models."),
     ] = None,
     preprocess: Annotated[
         bool,
-        typer.Option("--preprocess", help="Triton, KServe: also an ensemble that takes decoded images; extra export."),
+        typer.Option(
+            "--preprocess",
+            help="Triton, KServe: also write an ensemble that takes decoded images; needs the extra export.",
+        ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console

@@ -31,14 +31,18 @@ def predict_command(  # noqa: PLR0913 - one per option
     device: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
     cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep what the runtime compiles there, for a quick next start.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for what the runtime compiles; the next start is quicker."),
     ] = None,
     decode: Annotated[
-        str, typer.Option(help="exact, or fast: large JPEG files at a fraction of their size; some levels differ.")
+        str,
+        typer.Option(help="exact, or fast: decode large JPEG files at a fraction of their size; some levels differ."),
     ] = "exact",
     streams: Annotated[
         str,
-        typer.Option(metavar="latency|throughput|N", help="Inferences at a time; throughput measures which number."),
+        typer.Option(
+            metavar="latency|throughput|N", help="Inferences at a time; throughput: measure which number is best."
+        ),
     ] = "latency",
     top: Annotated[int, typer.Option(help="Classes to show.")] = 1,
     out: Annotated[Path | None, typer.Option(help="segment: folder for NAME-mask.png and NAME-overlay.png.")] = None,
@@ -46,7 +50,7 @@ def predict_command(  # noqa: PLR0913 - one per option
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
-    """Say what an exported bundle makes of images: classes, masks or embeddings."""
+    """Run a bundle on images, and print classes, masks or embeddings."""
     if top < 1:
         raise InputError(f"--top is {top}; it must be at least 1")
     files = _files(images)

@@ -48,13 +48,16 @@ def serve_command(  # noqa: PLR0913 - one per option
     config: Annotated[  # noqa: ARG001 - read by its callback
         Path | None,
         typer.Option(
-            metavar="FILE.toml", is_eager=True, callback=read_config, help="Options, by their names; the line wins."
+            metavar="FILE.toml",
+            is_eager=True,
+            callback=read_config,
+            help="TOML file with options by their names; the command line wins.",
         ),
     ] = None,
     watch: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="Serve the bundles in it, and follow what changes there.")
+        list[Path] | None, typer.Option(metavar="DIR", help="Serve the bundles in this folder, and follow its changes.")
     ] = None,
-    watch_seconds: Annotated[float, typer.Option(help="Between two looks at the bundles.")] = 2.0,
+    watch_seconds: Annotated[float, typer.Option(help="Seconds between two looks at the bundles.")] = 2.0,
     control: Annotated[bool, typer.Option("--control", help="Let clients load and unload models.")] = False,
     host_engine: HostEngine = "local",
     replicas: Replicas = None,
@@ -64,32 +67,37 @@ def serve_command(  # noqa: PLR0913 - one per option
     replica_gpus: ReplicaGpus = None,
     write_ray_config: WriteRayConfig = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Of HTTP; 0 for any free one.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="Of gRPC; 0 for any free one, -1 for no gRPC.")] = 8001,
+    port: Annotated[int, typer.Option(help="HTTP port; 0 for any free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 for any free one, -1 for no gRPC.")] = 8001,
     artifact: Annotated[str | None, typer.Option("--format", help="Artifact; default: the best here.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
     streams: Annotated[
         str,
-        typer.Option(metavar="latency|throughput|N", help="Inferences at a time; throughput measures which number."),
+        typer.Option(
+            metavar="latency|throughput|N", help="Inferences at a time; throughput: measure which number is best."
+        ),
     ] = "latency",
     workers: Annotated[int | None, typer.Option(help="Batches that run at a time; default: as --streams.")] = None,
     cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep what the runtime compiles there, for a quick next start.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for what the runtime compiles; the next start is quicker."),
     ] = None,
-    max_delay_ms: Annotated[float, typer.Option(help="A crowd's batch may wait so long for more requests.")] = 0.0,
+    max_delay_ms: Annotated[float, typer.Option(help="How long a batch waits for more requests, under load.")] = 0.0,
     queue: Annotated[int, typer.Option(help="Samples that may wait; further requests get 503.")] = 1024,
     timeout: Annotated[float, typer.Option(help="Seconds after which a request gets 504.")] = 30.0,
     drain: Annotated[float, typer.Option(help="Seconds for requests under way when the server stops.")] = 30.0,
-    connections: Annotated[int, typer.Option(help="HTTP connections at most.")] = _MANY,
+    connections: Annotated[int, typer.Option(help="Largest number of HTTP connections.")] = _MANY,
     body_mb: Annotated[int, typer.Option(help="Largest body of a request.")] = 64,
-    tls_certificate: Annotated[Path | None, typer.Option(metavar="PEM", help="Serve TLS with this chain.")] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="Serve TLS with this certificate chain.")
+    ] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's private key.")] = None,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log every request.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
-    """Serve bundles over HTTP and gRPC; each is ready only after its self-check has passed on this machine."""
+    """Serve bundles over HTTP and gRPC; a bundle is ready only after its self-check passed on this machine."""
     if log_format not in ("text", "json"):
         raise InputError(f"--log-format is {log_format!r}; expected text or json")
     if (tls_certificate is None) != (tls_key is None):

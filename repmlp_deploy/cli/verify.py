@@ -30,13 +30,16 @@ def verify_command(  # noqa: PLR0913 - one per option
     device: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
     ckpt: Annotated[Path | None, typer.Option(help="The checkpoint that the bundle was made from.")] = None,
-    card: Annotated[str | None, typer.Option(help="Its card, where the bundle's name is none in models/.")] = None,
+    card: Annotated[str | None, typer.Option(help="Its card, if models/ has none of the bundle's name.")] = None,
     module: Annotated[
-        str | None, typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="What makes the network, if it is your own.")
+        str | None,
+        typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="Function that returns the network, if it is your own."),
     ] = None,
     bisect: Annotated[
         bool,
-        typer.Option("--bisect", help="Name where an artifact first differs from --ckpt; an engine with --format."),
+        typer.Option(
+            "--bisect", help="Name the first place where an artifact differs from --ckpt; for an engine, add --format."
+        ),
     ] = False,
     engine_report: Annotated[
         Path | None,

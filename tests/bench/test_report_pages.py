@@ -126,7 +126,9 @@ def test_a_single_scenario_has_its_columns_alone():
 def test_scenarios_are_lines_of_the_csv_and_come_back_from_json():
     report = make_report().model_copy(update={"scenarios": make_scenarios()})
     lines = list(csv.DictReader(io.StringIO(to_csv(report))))[len(report.rows) :]
-    assert [line["mode"] for line in lines[-3:]] == [f"server, tensors, {way}" for way in ("single", "batched", "streams")]
+    assert [line["mode"] for line in lines[-3:]] == [
+        f"server, tensors, {way}" for way in ("single", "batched", "streams")
+    ]
     assert float(lines[-2]["images_per_s"]) == 100.0
     assert lines[-1]["images_per_s"] == ""
     assert lines[-1]["reason"] == "one thread cannot be shared"

@@ -69,7 +69,10 @@ def test_the_highest_rate_of_every_way_is_found_in_turns():
 
 def test_jpeg_bytes_come_with_end_to_end():
     assert {source for *_, source, _ in measure()[1]} == {"tensors"}
-    assert {source for *_, source, _ in measure(SETTINGS.model_copy(update={"end_to_end": True}))[1]} == {"tensors", "jpeg"}
+    assert {source for *_, source, _ in measure(SETTINGS.model_copy(update={"end_to_end": True}))[1]} == {
+        "tensors",
+        "jpeg",
+    }
 
 
 def test_nothing_is_run_that_was_not_asked_for():

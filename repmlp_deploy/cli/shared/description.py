@@ -14,7 +14,7 @@ __all__ = ["Crop", "Labels", "Mean", "ResizeTo", "ScoresOf", "Std", "read_descri
 Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Mean of the training images, in levels 0 to 255.")]
 Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Their standard deviation, in levels 0 to 255.")]
 ResizeTo = Annotated[str | None, typer.Option("--resize", metavar="HxW|SHORT|none", help="How images are resized.")]
-Crop = Annotated[str | None, typer.Option(metavar="HxW|none", help="The centre that is cut out after it.")]
+Crop = Annotated[str | None, typer.Option(metavar="HxW|none", help="Centre that is cut out after resizing.")]
 Labels = Annotated[Path | None, typer.Option(metavar="FILE", help="Class names, one per line, in the logits' order.")]
 ScoresOf = Annotated[str | None, typer.Option("--scores", help=f"How logits become scores: {', '.join(SCORES)}.")]
 

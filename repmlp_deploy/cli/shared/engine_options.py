@@ -28,18 +28,22 @@ __all__ = [
 ]
 
 WorkspaceGb = Annotated[float | None, typer.Option("--workspace-gb", help="Most scratch memory, in GiB.")]
-Tf32 = Annotated[bool, typer.Option("--tf32/--no-tf32", help="Round factors of float32 products to TF32.")]
-OptimizationLevel = Annotated[int | None, typer.Option(metavar="0-5", help="Time spent building; default 3.")]
+Tf32 = Annotated[bool, typer.Option("--tf32/--no-tf32", help="Round the factors of float32 products to TF32.")]
+OptimizationLevel = Annotated[int | None, typer.Option(metavar="0-5", help="How long the builder searches; default 3.")]
 TimingCache = Annotated[str, typer.Option(metavar="FILE", help="auto, off or a file (trt).")]
-VersionCompatible = Annotated[bool, typer.Option("--version-compatible", help="Runs in later versions (trt).")]
-HardwareCompatible = Annotated[bool, typer.Option("--hardware-compatible", help="Runs from Ampere on (trt).")]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="The engine runs in later versions (trt).")
+]
+HardwareCompatible = Annotated[
+    bool, typer.Option("--hardware-compatible", help="The engine runs on Ampere and later GPUs (trt).")
+]
 Capabilities = Annotated[
     str | None,
     typer.Option(metavar="8.6,8.9,…", help="GPUs to build for (trt-rtx)."),
 ]
 Refittable = Annotated[bool, typer.Option("--refittable", help="Weights can be replaced; needs a GPU.")]
 StripWeights = Annotated[bool, typer.Option("--strip-weights", help="Leave weights out; needs a GPU.")]
-Verbosity = Annotated[str, typer.Option(help="Of the builder: error, warning, info or verbose.")]
+Verbosity = Annotated[str, typer.Option(help="Messages of the builder: error, warning, info or verbose.")]
 
 
 class Tuning(NamedTuple):

@@ -12,21 +12,22 @@ from repmlp_deploy.precision import PRECISIONS
 
 Checkpoint = Annotated[Path, typer.Option(help="Training-time checkpoint: .pth, .pt or .safetensors.")]
 Module = Annotated[
-    str | None, typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="What makes the network, if it is your own.")
+    str | None,
+    typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="Function that returns the network, if it is your own."),
 ]
 Model = Annotated[
     str | None,
     typer.Option(metavar="timm:NAME[,KEY=VALUE…]", help="The network of timm that the weights are for."),
 ]
 Card = Annotated[str | None, typer.Option(help="Card in models/ or path of one; default: inferred.")]
-InputSize = Annotated[str | None, typer.Option(metavar="HxW", help="Input size, if keys and shapes cannot tell it.")]
+InputSize = Annotated[str | None, typer.Option(metavar="HxW", help="Input size, if keys and shapes do not tell it.")]
 Formats = Annotated[str, typer.Option("--format", help=f"Comma-separated: {', '.join(FORMATS)}.")]
-Graph = Annotated[str, typer.Option(help="folded, or merged for what upstream's own merge leaves.")]
+Graph = Annotated[str, typer.Option(help="folded, or merged: the same as upstream's own merge.")]
 Merge = Annotated[
     str,
     typer.Option(
         metavar="auto|blocks|regions|hooks|PACKAGE:FUNCTION",
-        help="How it is merged: all structures, RepMLP's blocks or the rest alone, or by its own package.",
+        help="auto: all; blocks: RepMLP's alone; regions: the rest alone; hooks: as its package does.",
     ),
 ]
 Input = Annotated[
@@ -43,14 +44,18 @@ Calibration = Annotated[
 ]
 CalibrationMethod = Annotated[str, typer.Option(help=f"One of {', '.join(CALIBRATION_METHODS)}.")]
 KeepFp32 = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Modules that stay in fp32, as stages.0.*; repeatable.")
+    list[str] | None, typer.Option(metavar="PATTERN", help="Modules that stay in fp32, such as stages.0.*; repeatable.")
 ]
-Sensitivity = Annotated[bool, typer.Option("--sensitivity", help="Also the error of lowering each block alone; slow.")]
-Weights = Annotated[str | None, typer.Option(help="model or ema, if the file holds both.")]
+Sensitivity = Annotated[
+    bool, typer.Option("--sensitivity", help="Also measure the error of lowering each block alone; slow.")
+]
+Weights = Annotated[str | None, typer.Option(help="model or ema, if the file has both.")]
 StateKey = Annotated[
-    str | None, typer.Option(metavar="PATH", help="Where the weights lie in the file, as ema.state_dict.")
+    str | None, typer.Option(metavar="PATH", help="Where the weights are in the file, such as ema.state_dict.")
 ]
-Ignore = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Keys to leave out, as head.*; repeatable.")]
+Ignore = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Keys to leave out, such as head.*; repeatable.")
+]
 Out = Annotated[Path | None, typer.Option(help="The bundle; default artifacts/<name>-<precision>.")]
 AllowMerged = Annotated[bool, typer.Option("--allow-merged", help="Accept a merged checkpoint; proof starts there.")]
 Details = Annotated[bool, typer.Option("--details", help="Print every comparison, and all the notes.")]

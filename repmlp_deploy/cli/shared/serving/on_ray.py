@@ -24,10 +24,12 @@ __all__ = [
 ]
 
 HostEngine = Annotated[str, typer.Option(help="local: this process; ray: Ray Serve, on RAY_ADDRESS or here.")]
-Replicas = Annotated[int | None, typer.Option(help="Of Ray Serve, by default 1; the fewest with --max-replicas.")]
-MaxReplicas = Annotated[int | None, typer.Option(help="Let Ray start more replicas under load, up to this.")]
+Replicas = Annotated[
+    int | None, typer.Option(help="Replicas of Ray Serve, default 1; with --max-replicas, the fewest.")
+]
+MaxReplicas = Annotated[int | None, typer.Option(help="Ray starts more replicas under load, up to this number.")]
 ReplicaRequests = Annotated[
-    int | None, typer.Option(help="With --max-replicas: requests under way in a replica, above which Ray starts more.")
+    int | None, typer.Option(help="With --max-replicas: Ray starts more replicas if one has more requests under way.")
 ]
 ReplicaCpus = Annotated[float | None, typer.Option(help="CPUs that a replica asks Ray for; default: 1.")]
 ReplicaGpus = Annotated[float | None, typer.Option(help="GPUs that a replica asks for; default: 1, or 0 on a CPU.")]
