@@ -39,6 +39,7 @@ from repmlp_deploy.convert.capture import captured_output
 from repmlp_deploy.convert.graph.lowering.patterns import match_patterns, module_and_parents
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency
 from repmlp_deploy.precision import PRECISIONS, OpenVinoNames
+from repmlp_deploy.runtime.openvino.int8 import fit_weights, int8_kernels
 from repmlp_deploy.text import first_line
 
 try:
@@ -323,23 +324,31 @@ def _quantized(model: Any, calibration: Sequence[Mapping[str, NDArray[Any]]], ke
 
     Symmetric activations were no faster on a CPU and a fifth further from the trained network. NNCF's own choice of
     ranges, the mean over samples of each one's largest, cuts off what outliers say: up to six times further.
+
+    Where the CPU gets weights of 8 bits wrong, they have 7: see `runtime.openvino.int8`. NNCF then measures the
+    correction of biases for these, with which outputs are a third closer than if they are rounded afterwards.
     """
-    nncf = _import_nncf()
+    nncf, kernels = _import_nncf(), int8_kernels()
+    fix = None if kernels.full_range else nncf.OverflowFix.ENABLE
     ranges = import_module("nncf.quantization.range_estimator").RangeEstimatorParametersSet.MINMAX
     names = [op.get_friendly_name() for op in model.get_ordered_ops() if _name(op) in kept]
     with captured_output("nncf"):
         try:
-            return nncf.quantize(
+            quantized = nncf.quantize(
                 model,
                 nncf.Dataset([dict(feed) for feed in calibration]),
                 preset=nncf.QuantizationPreset.MIXED,
                 target_device=nncf.TargetDevice.CPU,
                 subset_size=len(calibration),
                 ignored_scope=nncf.IgnoredScope(names=names) if names else None,
-                advanced_parameters=nncf.AdvancedQuantizationParameters(activations_range_estimator_params=ranges),
+                advanced_parameters=nncf.AdvancedQuantizationParameters(
+                    activations_range_estimator_params=ranges, overflow_fix=fix
+                ),
             )
         except Exception as error:
             raise BuildError(f"NNCF cannot quantize the graph: {first_line(error)}; run again with --debug") from error
+    fit_weights(quantized, kernels)
+    return quantized
 
 
 def _import_nncf() -> Any:

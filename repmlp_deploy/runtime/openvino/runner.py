@@ -21,6 +21,7 @@ from repmlp_deploy.errors import BundleError, DeviceError, InputError, MissingDe
 from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.cache import Cache, cache_key
 from repmlp_deploy.runtime.cpus import thread_limit
+from repmlp_deploy.runtime.openvino.int8 import fit_weights, int8_kernels
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.slices import Streams
 
@@ -112,7 +113,17 @@ class CompiledIR:
         _check(core, precision, options)
         settings = {**_settings(precision, options), **more}
         cache = Cache(options.cache) if options.cache is not None and key else None
-        self.compiled, came = _compile(core, lambda: _read_model(core, read, further), settings, cache, key)
+        is_int8 = PRECISIONS[precision].lowering == "quantize"
+
+        def model() -> Any:
+            asked = _read_model(core, read, further)
+            if is_int8:
+                fit_weights(asked, int8_kernels())
+            return asked
+
+        # what the kernels get right may change what is compiled
+        key = f"{key} {int8_kernels()}" if key and is_int8 else key
+        self.compiled, came = _compile(core, model, settings, cache, key)
         hint = self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         if hint != settings["INFERENCE_PRECISION_HINT"]:
             raise MissingDevice(f"OpenVINO was asked for {settings['INFERENCE_PRECISION_HINT']} and answers {hint}")
@@ -128,6 +139,8 @@ class CompiledIR:
             "streams": self.compiled.get_property("NUM_STREAMS"),
             "compiled": came,
         }
+        if is_int8 and (said := int8_kernels().describe()):
+            self.details["int8"] = said
 
     def run_all(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         """Run every input and return every output, both in the model's order.

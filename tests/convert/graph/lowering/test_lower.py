@@ -16,6 +16,8 @@ from repmlp_deploy.convert.graph.nodes import module_of
 from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.errors import InputError, VerificationError
 from repmlp_deploy.numerics import compare, is_close, noise_floor
+from repmlp_deploy.runtime.onnx.runner import open_session
+from repmlp_deploy.runtime.runner import RunnerOptions
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def ranges(graph: onnx.ModelProto, bundle: Bundle) -> dict[str, float]:
 
 
 def session(model: onnx.ModelProto) -> ort.InferenceSession:
-    return ort.InferenceSession(serialize_model(model), providers=["CPUExecutionProvider"])
+    return open_session(serialize_model(model), RunnerOptions(device="cpu"))[0]
 
 
 def run(model: onnx.ModelProto, inputs: np.ndarray) -> np.ndarray:
