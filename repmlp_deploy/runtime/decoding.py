@@ -1,4 +1,4 @@
-"""Images into batches of network inputs, decoded in threads while the network runs.
+"""Images into batches of network inputs, decoded in threads while the network runs, each into its row of the batch.
 
 Pillow releases the interpreter while it decodes and resizes, so threads are enough. They work on the images of the
 next batch while the present one runs. What they do costs the network time only where no core is free.
@@ -50,9 +50,9 @@ class Decoder:
         self._lock = Lock()
         self._pool: ThreadPoolExecutor | None = None
 
-    def one(self, image: ImageLike, how: Preprocessing) -> tuple[NDArray[Any], Size]:
+    def one(self, image: ImageLike, how: Preprocessing, out: NDArray[Any] | None = None) -> tuple[NDArray[Any], Size]:
         """Return the network's input, without a batch axis, and the image's (height, width); see `network_input`."""
-        return network_input(image, how, array_order=self._order, decode=self._mode)
+        return network_input(image, how, array_order=self._order, decode=self._mode, out=out)
 
     def batches(
         self, images: Sequence[ImageLike], how: Preprocessing, size: int
@@ -65,27 +65,28 @@ class Decoder:
         Raises:
             ImageError: one of them is no image; the batches before it were yielded.
         """
-        ahead: deque[Sequence[_Begun]] = deque()
+        ahead: deque[_Batch] = deque()
         try:
             for start in range(0, len(images), size):
-                ahead.append([_Begun(self, image, how) for image in images[start : start + size]])
+                ahead.append(_Batch(self, images[start : start + size], how))
                 if len(ahead) > _AHEAD:
-                    yield _stacked(ahead[0])
+                    yield ahead[0].result()
                     ahead.popleft()
             while ahead:
-                yield _stacked(ahead[0])
+                yield ahead[0].result()
                 ahead.popleft()
         finally:
-            for begun in ahead:
-                for image in begun:
-                    image.cancel()
+            for batch in ahead:
+                batch.cancel()
 
-    def submit(self, image: ImageLike, how: Preprocessing) -> Future[tuple[NDArray[Any], Size]]:
+    def submit(
+        self, image: ImageLike, how: Preprocessing, out: NDArray[Any] | None = None
+    ) -> Future[tuple[NDArray[Any], Size]]:
         """Return the future of what `one` returns, made in a thread."""
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(min(usable_cpus(), _MOST_THREADS), thread_name_prefix="decode")
-            return self._pool.submit(self.one, image, how)
+            return self._pool.submit(self.one, image, how, out)
 
     def close(self) -> None:
         """Wait for the threads."""
@@ -95,22 +96,51 @@ class Decoder:
             pool.shutdown()
 
 
+class _Batch:
+    """The images of a batch, each of which a thread decodes into its row, or which is read when it is asked for."""
+
+    def __init__(self, decoder: Decoder, images: Sequence[ImageLike], how: Preprocessing) -> None:
+        shape = _input_shape(how)
+        dtype = np.uint8 if how.input == "uint8" else np.float32
+        self._whole = None if shape is None else np.empty((len(images), *shape), dtype)
+        self._begun = [
+            _Begun(decoder, image, how, None if self._whole is None else self._whole[i])
+            for i, image in enumerate(images)
+        ]
+
+    def result(self) -> tuple[NDArray[Any], list[Size]]:
+        ready = [image.result() for image in self._begun]
+        whole = np.stack([values for values, _ in ready]) if self._whole is None else self._whole
+        return whole, [size for _, size in ready]
+
+    def cancel(self) -> None:
+        for image in self._begun:
+            image.cancel()
+
+
 class _Begun:
     """An image that a thread decodes, or that is read when it is asked for."""
 
-    def __init__(self, decoder: Decoder, image: ImageLike, how: Preprocessing) -> None:
-        self._decoder, self._image, self._how = decoder, image, how
+    def __init__(self, decoder: Decoder, image: ImageLike, how: Preprocessing, out: NDArray[Any] | None) -> None:
+        self._decoder, self._image, self._how, self._out = decoder, image, how, out
         encoded = isinstance(image, str | os.PathLike | bytes | io.BytesIO)
-        self._future = decoder.submit(image, how) if encoded else None
+        self._future = decoder.submit(image, how, out) if encoded else None
 
     def result(self) -> tuple[NDArray[Any], Size]:
-        return self._decoder.one(self._image, self._how) if self._future is None else self._future.result()
+        if self._future is not None:
+            return self._future.result()
+        return self._decoder.one(self._image, self._how, self._out)
 
     def cancel(self) -> None:
         if self._future is not None:
             self._future.cancel()
 
 
-def _stacked(begun: Sequence[_Begun]) -> tuple[NDArray[Any], list[Size]]:
-    ready = [image.result() for image in begun]
-    return np.stack([values for values, _ in ready]), [size for _, size in ready]
+def _input_shape(how: Preprocessing) -> tuple[int, ...] | None:
+    """Return the shape of every image's input, without a batch axis; None where the image decides."""
+    size = how.crop
+    if size is None and how.resize is not None and how.resize.mode == "exact":
+        size = how.resize.size
+    if size is None:
+        return None
+    return (*size, how.channels) if how.input == "uint8" else (how.channels, *size)

@@ -19,8 +19,8 @@ class Child:
     def __init__(self, asked, capacities, fails=None):
         self.asked, self.capacities, self.fails = asked, capacities, fails
 
-    def ask(self, command, *, way, source, plan, probe, smallest, largest):
-        assert (command, probe, smallest, largest) == ("scenario", "probe.npz", 1, 8)
+    def ask(self, command, *, way, source, plan, **given):
+        assert (command, given) == ("scenario", {"probe": "probe.npz", "smallest": 1, "largest": 8})
         scenario, rate = plan["scenario"], plan["rate"]
         self.asked.append((scenario, way, source, rate))
         if self.fails == (way, scenario):

@@ -126,3 +126,81 @@ def test_predictions_of_a_list_are_those_of_its_files(bundle: Bundle) -> None:
         alone = [predictor(path).pred_label for path in files]
         assert [answer.pred_label for answer in predictor(files)] == alone
         assert [answer.pred_label for answer in predictor([path.read_bytes() for path in files])] == alone
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+@pytest.mark.parametrize("taken", ["float32", "uint8"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_rows_of_a_batch_are_to_the_bit_what_preprocessing_by_the_book_gives(
+    order: str, taken: str, channels: int, mode: str
+) -> None:
+    """Pillow's RGB, resized, cropped, less the mean over the std in float32, each a step and an array of its own."""
+    how = Preprocessing(
+        resize=Resize(mode="short-edge", size=(48, 48)),
+        crop=(40, 40),
+        mean=(123.675, 116.28, 103.53)[:channels],
+        std=(58.395, 57.12, 57.375)[:channels],
+        colour_order=order if channels == 3 else "RGB",
+        input=taken,
+    )
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(PHOTOGRAPHS[0]).resize((90, 70)).save(turned, "JPEG", exif=exif)
+    see_through = io.BytesIO()
+    Image.open(PHOTOGRAPHS[1]).resize((70, 90)).convert("RGBA").save(see_through, "PNG")
+    files = [path.read_bytes() for path in PHOTOGRAPHS] + [turned.getvalue(), see_through.getvalue()]
+    decoder = Decoder(mode=mode)
+    ((batch, _),) = decoder.batches(files, how, 8)
+    decoder.close()
+    assert batch.dtype == taken
+    assert batch.flags.c_contiguous
+    for values, file in zip(batch, files, strict=True):
+        np.testing.assert_array_equal(values, by_the_book(file, how, fast=mode == "fast"))
+
+
+def by_the_book(file: bytes, how: Preprocessing, *, fast: bool) -> np.ndarray:
+    image = Image.open(io.BytesIO(file))
+    whole = image.size
+    if fast:
+        scale = next((s for s in (8, 4, 2) if min(whole) >= s * 2 * 48), None)
+        if scale is not None:
+            image.draft(None, (whole[0] // scale, whole[1] // scale))
+    image.load()
+    sideways = image.getexif().get(0x0112, 1) == 6
+    image = image.convert("RGB")
+    if sideways:
+        image, whole = image.transpose(Image.Transpose.ROTATE_270), whole[::-1]
+    if how.channels == 1:
+        image = image.convert("L")
+    width, height = whole
+    size = (int(width * 48 / height), 48) if height <= width else (48, int(height * 48 / width))
+    image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0 if fast else None)
+    left, top = round((size[0] - 40) / 2), round((size[1] - 40) / 2)
+    levels = np.array(image.crop((left, top, left + 40, top + 40))).reshape(40, 40, how.channels)
+    if how.input == "uint8":
+        return levels
+    ordered = levels[:, :, ::-1] if how.colour_order == "BGR" else levels
+    planes = ordered.transpose(2, 0, 1).astype(np.float32)
+    mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (how.mean, how.std))
+    return (planes - mean) / std
+
+
+def test_a_batch_without_a_size_of_its_own_is_stacked() -> None:
+    """Nothing is resized or cropped: images of one size are a batch."""
+    plain = Preprocessing(**PLAIN)
+    decoder = Decoder()
+    ((batch, sizes),) = decoder.batches(DIGITS[:3], plain, 4)
+    decoder.close()
+    alone = [network_input(path, plain) for path in DIGITS[:3]]
+    np.testing.assert_array_equal(batch, [values for values, _ in alone])
+    assert sizes == [size for _, size in alone]
+
+
+def test_an_input_is_written_where_it_is_wanted() -> None:
+    how = short_edge(32)
+    wanted = np.full((3, 32, 32), np.nan, np.float32)
+    values, _ = network_input(PHOTOGRAPHS[0], how, out=wanted)
+    assert values is wanted
+    np.testing.assert_array_equal(wanted, network_input(PHOTOGRAPHS[0], how)[0])

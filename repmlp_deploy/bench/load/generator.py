@@ -22,7 +22,7 @@ __all__ = ["complete", "generate_load"]
 _MILLION = 1_000_000
 _LEAST_QUERIES = 32  # of SingleStream: its figure is the 90th percentile
 _LEAST_ARRIVALS = 100  # of Server: its figure is the 99th
-_LONGEST = 4  # times the planned duration: samples that arrived are answered, however late
+_LONGEST = 4  # times the planned duration, of Server: then no more arrive; what has arrived is answered, however late
 
 _KINDS = {
     "single-stream": loadgen.TestScenario.SingleStream,
@@ -67,7 +67,6 @@ def _settings(plan: Plan) -> Any:
     settings = loadgen.TestSettings()
     settings.scenario, settings.mode = _KINDS[plan.scenario], loadgen.TestMode.PerformanceOnly
     settings.min_duration_ms = max(1, int(1000 * plan.seconds))
-    settings.max_duration_ms = _LONGEST * settings.min_duration_ms
     expected = int(plan.rate * plan.seconds)
     if plan.scenario == "single-stream":
         settings.min_query_count = _LEAST_QUERIES
@@ -76,6 +75,7 @@ def _settings(plan: Plan) -> Any:
         settings.min_query_count = max(plan.samples, expected)
     else:
         settings.server_target_qps, settings.server_target_latency_percentile = plan.rate, 0.99
+        settings.max_duration_ms = _LONGEST * settings.min_duration_ms
         settings.server_target_latency_ns = int(_MILLION * plan.limit_ms)
         settings.min_query_count = max(_LEAST_ARRIVALS, expected)
     return settings

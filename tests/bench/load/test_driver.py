@@ -86,7 +86,7 @@ def test_small_batches_are_padded_to_what_is_served(job):
 
 def test_a_runtime_that_fails_is_told(job):
     class Failing(Wrong):
-        def run(self, batch):
+        def run(self, _batch):
             raise OSError("no memory")
 
     with pytest.raises(RepMLPError, match="64 samples failed, the first with OSError: no memory"):

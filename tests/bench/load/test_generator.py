@@ -58,5 +58,5 @@ def test_the_server_is_late_at_a_rate_that_it_cannot_keep():
 
 
 def test_a_summary_of_another_form_is_said():
-    with pytest.raises(RepMLPError, match="summary has no .*, but: nothing"):
+    with pytest.raises(RepMLPError, match=r"summary has no .*, but: nothing"):
         _read("nothing", Plan("offline", 1, 8))
