@@ -15,6 +15,7 @@ from repmlp_deploy.bench.subjects.table import SUBJECTS, Job
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.choice import open_runner
+from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.slices import slices_of
 
 __all__ = ["BundleSubject", "open_bundle"]
@@ -72,13 +73,12 @@ class BundleSubject:
             node_stages,
             profile_lines,
         )
+        from repmlp_deploy.runtime.onnx.runner import session_settings  # noqa: PLC0415 - onnxruntime may be missing
 
         if self._bundle.folder is None or self._runner.format != "onnx" or self._job.device != "cpu":
             return []
         model = self._bundle.folder / self._bundle.artifact("onnx").path
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads = self._job.threads
-        settings.log_severity_level = 3
+        settings = session_settings(RunnerOptions(threads=self._job.threads))
         settings.enable_profiling = True
         with tempfile.TemporaryDirectory(prefix="repmlp-profile-") as folder:
             settings.profile_file_prefix = str(Path(folder, "profile"))

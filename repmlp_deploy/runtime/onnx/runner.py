@@ -25,7 +25,7 @@ try:
 except ImportError:
     raise MissingDependency("onnxruntime", "cpu") from None
 
-__all__ = ["OnnxRunner", "open_cached", "open_session"]
+__all__ = ["OnnxRunner", "open_cached", "open_session", "session_settings"]
 
 
 def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSession, str]:
@@ -39,7 +39,7 @@ def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSes
         MissingDevice: the device is not there.
         BundleError: ONNX Runtime refuses the model.
     """
-    return _start(model, _settings(options), options)
+    return _start(model, session_settings(options), options)
 
 
 def open_cached(
@@ -53,15 +53,16 @@ def open_cached(
         cache: where optimised graphs are kept.
         digest: the model's SHA-256.
     """
-    settings = _settings(options)
-    key = cache_key("onnxruntime", ort.__version__, digest, _providers(options.device)[1], describe_processor())
+    settings = session_settings(options)
+    runtime = ("onnxruntime", ort.__version__, "precise")  # before the precision mode, graphs had other kernels
+    key = cache_key(*runtime, digest, _providers(options.device)[1], describe_processor())
     stored = cache.load(key)
     if stored is not None:
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             return *_start(stored, settings, options), "from the cache"
         except BundleError:  # whole, and yet not what this version reads: made again below
-            settings = _settings(options)
+            settings = session_settings(options)
     with tempfile.TemporaryDirectory(prefix="repmlp-optimised-") as folder:
         path = Path(folder, "model.onnx")
         settings.optimized_model_filepath = str(path)
@@ -70,7 +71,12 @@ def open_cached(
     return *started, "here, and cached"
 
 
-def _settings(options: RunnerOptions) -> ort.SessionOptions:
+def session_settings(options: RunnerOptions) -> ort.SessionOptions:
+    """Return the settings of every session that runs an artifact on a CPU.
+
+    Raises:
+        InputError: there are no threads.
+    """
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads is {options.threads}; it must be at least 1")
     settings = ort.SessionOptions()
