@@ -17,10 +17,13 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from pydantic import ValidationError
 
 from repmlp_deploy.bundle.manifest import MANIFEST, SCHEMA, ArtifactEntry, FileEntry, Manifest
@@ -40,6 +43,7 @@ from repmlp_deploy.files import (
 __all__ = ["Bundle", "check_output_folder", "describe_file", "hash_file"]
 
 _LARGEST_MANIFEST_BYTES = 16 << 20
+_PIECE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,13 @@ class Bundle:
         manifest: what `manifest.json` says.
         folder: where the files are; None before they are saved.
         contents: file name to content, for what is not saved yet.
+        ahead: file name to a content that a thread reads and checks, see `reading_ahead`.
     """
 
     manifest: Manifest
     folder: Path | None = None
     contents: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    ahead: Mapping[str, Future[memoryview]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def load(cls, folder: str | Path) -> Bundle:
@@ -103,8 +109,32 @@ class Bundle:
         except OSError as error:
             raise BundleError(f"{self.folder / entry.path}: {error.strerror}") from None
         if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise BundleError(f"{self.folder / entry.path} was changed: its sha256 is not the manifest's; export again")
+            raise _changed(self.folder / entry.path)
         return data
+
+    def view(self, entry: FileEntry) -> memoryview:
+        """Return a file's content as `read` does, in memory that a runtime may share with nobody else.
+
+        It is not a mapped file: a file that somebody overwrites later must not change the weights of a running service.
+        It can be written to, except where the bundle is in memory. A thread hashes it while the rest is read.
+
+        Raises:
+            BundleError: it is not the content that was verified.
+        """
+        if entry.path in self.ahead:
+            return self.ahead[entry.path].result()
+        if self.folder is None:
+            return memoryview(self.contents[entry.path])
+        return _read_checked(self.folder / entry.path, entry)
+
+    @contextmanager
+    def reading_ahead(self, entries: Sequence[FileEntry]) -> Iterator[Bundle]:
+        """Lend a bundle whose `view` of these files a thread reads and checks meanwhile; leaving waits for the thread.
+
+        Nothing is trusted sooner: `view` returns, or raises, when the file's SHA-256 is known.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+            yield replace(self, ahead={entry.path: pool.submit(self.view, entry) for entry in entries})
 
     def files(self) -> list[FileEntry]:
         """Return every file but the manifest."""
@@ -201,6 +231,28 @@ def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file, in hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_checked(path: Path, entry: FileEntry) -> memoryview:
+    """Return a file's content if it has the entry's length and SHA-256; pieces are hashed while others are read."""
+    content = np.empty(entry.bytes, np.uint8).data  # not zeroed, which would take as long as reading
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1, thread_name_prefix="sha256") as hashing:
+            filled = 0
+            while count := file.readinto(content[filled : filled + _PIECE_BYTES]):
+                hashing.submit(digest.update, content[filled : filled + count])
+                filled += count
+            more = file.read(1)
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}") from None
+    if filled != entry.bytes or more or digest.hexdigest() != entry.sha256:
+        raise _changed(path)
+    return content
+
+
+def _changed(path: Path) -> BundleError:
+    return BundleError(f"{path} was changed: its sha256 is not the manifest's; export again")
 
 
 def _files(manifest: Manifest) -> list[FileEntry]:

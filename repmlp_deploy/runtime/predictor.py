@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -242,6 +241,8 @@ class Predictor:
         with self._call() as served:
             _require_answers(served)
             _require_single(served.manifest)
+            import asyncio  # noqa: PLC0415 - 40 ms, and who calls this has it
+
             values, size = await asyncio.to_thread(self._decoder.one, image, served.manifest.preprocessing)
             outputs = await asyncio.wrap_future(served.batcher().submit([values[None]]))
             labels, scores = served.manifest.labels, served.manifest.scores
@@ -257,6 +258,8 @@ class Predictor:
         with self._call() as served:
             _require_single(served.manifest)
             served.require_fit([batch])
+            import asyncio  # noqa: PLC0415 - see `predict_async`
+
             output: F32 = (await asyncio.wrap_future(served.batcher().submit([batch])))[0]
             return output.copy()
 

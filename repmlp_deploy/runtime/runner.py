@@ -86,10 +86,12 @@ class Entry:
     Attributes:
         opens: `module:function` from (bundle, options) to a `Runner`; the module is imported when it is needed.
         devices: names of the devices it knows.
+        packages: that bring it, as they are installed; any one of them.
     """
 
     opens: str
     devices: tuple[str, ...]
+    packages: tuple[str, ...] = ()
 
     def open(self, bundle: Bundle, options: RunnerOptions) -> Runner:
         """Return the runner of a bundle's artifact."""
@@ -97,10 +99,26 @@ class Entry:
         make: Callable[[Bundle, RunnerOptions], Runner] = getattr(import_module(module), name)
         return make(bundle, options)
 
+    def versions(self) -> str:
+        """Return the packages that bring it here, with their versions, without importing them; empty if none does."""
+        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - 30 ms that only a cache needs
+
+        found = []
+        for package in self.packages:
+            try:
+                found.append(f"{package} {version(package)}")
+            except PackageNotFoundError:
+                continue
+        return ", ".join(found)
+
 
 RUNNERS = {
-    "openvino": Entry("repmlp_deploy.runtime.openvino.runner:OpenVinoRunner", ("cpu",)),
-    "onnx": Entry("repmlp_deploy.runtime.onnx.runner:OnnxRunner", ("cpu", "cuda", "tensorrt", "rtx")),
+    "openvino": Entry("repmlp_deploy.runtime.openvino.runner:OpenVinoRunner", ("cpu",), ("openvino",)),
+    "onnx": Entry(
+        "repmlp_deploy.runtime.onnx.runner:OnnxRunner",
+        ("cpu", "cuda", "tensorrt", "rtx"),
+        ("onnxruntime", "onnxruntime-gpu"),
+    ),
     # last: an engine has not run where it was built, so it is used only if it is named or nothing else runs
     "trt": Entry("repmlp_deploy.runtime.tensorrt.runner:open_trt_runner", ("cuda",)),
     "trt-rtx": Entry("repmlp_deploy.runtime.tensorrt.runner:open_rtx_runner", ("cuda",)),
@@ -126,7 +144,11 @@ def open_named(bundle: Bundle, artifact_format: str, options: RunnerOptions) -> 
             f"streams are for CPUs; how many inferences run at a time on {options.device or artifact_format}"
             " is EngineSettings(workers=…)"
         )
-    return RUNNERS[artifact_format].open(bundle, options)
+    if not runs_on_cpu or options.cache is not None:  # an engine's runtime, or a cache, may not need the files
+        return RUNNERS[artifact_format].open(bundle, options)
+    entry = bundle.artifact(artifact_format)
+    with bundle.reading_ahead((entry, *entry.companions)) as ahead:  # while the runtime is imported
+        return RUNNERS[artifact_format].open(ahead, options)
 
 
 def stream_count(given: object) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.cache import Cache, cache_key, describe_processor
 from repmlp_deploy.runtime.cpus import thread_limit, usable_cpus
 from repmlp_deploy.runtime.onnx.providers import COMPILING, PROVIDERS, open_provider_session
+from repmlp_deploy.runtime.onnx.weights import split_weights
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.slices import Streams
 
@@ -27,8 +30,12 @@ except ImportError:
 
 __all__ = ["OnnxRunner", "open_cached", "open_session", "session_settings"]
 
+_COPY = (1, 32)  # up to this release, a session was seen to copy the weights that it is given; see the tests
+_kept: WeakKeyDictionary[ort.InferenceSession, object] = WeakKeyDictionary()
+"""The weights that a session may read as long as it lives."""
 
-def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSession, str]:
+
+def open_session(model: bytes | memoryview, options: RunnerOptions) -> tuple[ort.InferenceSession, str]:
     """Open a session on a serialized model; return it and the device it really runs on.
 
     If you name a device, the session runs on it or this raises: ONNX Runtime itself falls back and only logs it.
@@ -43,7 +50,7 @@ def open_session(model: bytes, options: RunnerOptions) -> tuple[ort.InferenceSes
 
 
 def open_cached(
-    read: Callable[[], bytes], options: RunnerOptions, cache: Cache, digest: str
+    read: Callable[[], bytes | memoryview], options: RunnerOptions, cache: Cache, digest: str
 ) -> tuple[ort.InferenceSession, str, str]:
     """Open a session as `open_session` does; also return where its optimised graph came from.
 
@@ -113,10 +120,17 @@ def _providers(device: str | None) -> tuple[str, list[str]]:
     return wanted, [PROVIDERS[wanted].name, *PROVIDERS[wanted].behind]
 
 
-def _start(model: bytes, settings: ort.SessionOptions, options: RunnerOptions) -> tuple[ort.InferenceSession, str]:
+def _start(
+    model: bytes | memoryview, settings: ort.SessionOptions, options: RunnerOptions
+) -> tuple[ort.InferenceSession, str]:
     wanted, (name, *_) = _providers(options.device)
+    whole = wanted != "cpu" or settings.optimized_model_filepath  # a graph that is written needs its weights
+    split = None if whole else split_weights(model)
+    if split is not None:
+        values = [ort.OrtValue.ortvalue_from_numpy(weight) for weight in split.weights.values()]
+        settings.add_external_initializers(list(split.weights), values)
     try:
-        session = open_provider_session(model, settings, wanted, options.cache)
+        session = open_provider_session(bytes(model) if split is None else split.graph, settings, wanted, options.cache)
     except (MissingDevice, MissingDependency):
         raise
     except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base
@@ -126,6 +140,8 @@ def _start(model: bytes, settings: ort.SessionOptions, options: RunnerOptions) -
                 "run it on a GPU, or export --format openvino or another --precision"
             ) from None
         raise BundleError(f"ONNX Runtime refuses the model: {str(error).splitlines()[0]}") from None
+    if split is not None and _release(ort.__version__) > _COPY:
+        _kept[session] = split.weights
     device = wanted if session.get_providers()[0] == name else "cpu"
     if options.device is not None and device != options.device:
         raise MissingDevice(
@@ -134,6 +150,12 @@ def _start(model: bytes, settings: ort.SessionOptions, options: RunnerOptions) -
         )
     session.disable_fallback()  # or a failure on the device would end on the CPU, unseen
     return session, device
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version; a later one than any, where it has none."""
+    words = version.split(".")[:2]
+    return tuple(int(word) for word in words) if all(word.isdecimal() for word in words) else (sys.maxsize,)
 
 
 def _require_edges(session: ort.InferenceSession, bundle: Bundle) -> None:
@@ -158,9 +180,9 @@ class OnnxRunner:
         keeps = entry.precision in PRECISIONS and PRECISIONS[entry.precision].keeps_graph
         if options.cache is not None and keeps and options.device not in COMPILING:
             cache = Cache(options.cache)
-            self._session, self.device, came = open_cached(lambda: bundle.read(entry), options, cache, entry.sha256)
+            self._session, self.device, came = open_cached(lambda: bundle.view(entry), options, cache, entry.sha256)
         else:
-            self._session, self.device = open_session(bundle.read(entry), options)
+            self._session, self.device = open_session(bundle.view(entry), options)
             came = "here"
         self._inputs = [value.name for value in self._session.get_inputs()]
         _require_edges(self._session, bundle)

@@ -36,6 +36,8 @@ _NAMES = {name: entry.openvino for name, entry in PRECISIONS.items() if entry.op
 COMPUTES_IN = MappingProxyType({name: names.computes for name, names in _NAMES.items()})
 """An artifact's precision to the inference precision that the runner requests."""
 
+Constants = bytes | memoryview
+
 _PRODUCTS = ("Convolution", "FullyConnected", "FullyConnectedQuantizedLegacy", "MatMul")
 _REQUESTS = 8  # per stream; more callers wait: a stream runs one inference at a time, the others only hold memory
 
@@ -51,7 +53,7 @@ class OpenVinoRunner:
             raise BundleError(f"{entry.path} comes with {len(entry.companions)} files; expected one, of weights")
         files = (entry, entry.companions[0])
         self._model = CompiledIR(
-            lambda: (bundle.read(files[0]), bundle.read(files[1])),
+            lambda: (bytes(bundle.view(files[0])), bundle.view(files[1])),
             entry.precision,
             options,
             key=" ".join(file.sha256 for file in files),
@@ -84,7 +86,8 @@ class CompiledIR:
     """A model compiled from memory; `run_all` may be called from any number of threads.
 
     Args:
-        read: gives the IR's topology and its constants; not called where the cache has the compiled model.
+        read: gives the IR's topology and its constants; not called where the cache has the compiled model. Constants in
+            memory that can be written to are shared with OpenVINO, and then belong to the model.
         precision: a key of `COMPUTES_IN`.
         options: device, threads and cache.
         key: what tells this model from others in the cache; without one nothing is cached.
@@ -101,7 +104,7 @@ class CompiledIR:
 
     def __init__(  # noqa: PLR0913 - the model, and all that decides how it is compiled
         self,
-        read: Callable[[], tuple[bytes, bytes]],
+        read: Callable[[], tuple[bytes, Constants]],
         precision: str,
         options: RunnerOptions,
         *,
@@ -114,9 +117,11 @@ class CompiledIR:
         settings = {**_settings(precision, options), **more}
         cache = Cache(options.cache) if options.cache is not None and key else None
         is_int8 = PRECISIONS[precision].lowering == "quantize"
+        self._shared: Constants | None = None  # what the compiled model reads as long as it lives
 
         def model() -> Any:
-            asked = _read_model(core, read, further)
+            topology, self._shared = read()
+            asked = _read_model(core, topology, self._shared, further)
             if is_int8:
                 fit_weights(asked, int8_kernels())
             return asked
@@ -222,9 +227,12 @@ def _settings(precision: str, options: RunnerOptions) -> dict[str, Any]:
     return settings
 
 
-def _read_model(core: Any, read: Callable[[], tuple[bytes, bytes]], further: Sequence[str]) -> Any:
+def _read_model(core: Any, topology: bytes, constants: Constants, further: Sequence[str]) -> Any:
     """Read the model; make the values of nodes of the names `further` its outputs too."""
-    model = core.read_model(*read())
+    if isinstance(constants, memoryview) and not constants.readonly and len(constants):
+        model = core.read_model(topology, ov.Tensor(np.frombuffer(constants, np.uint8), shared_memory=True))
+    else:
+        model = core.read_model(topology, bytes(constants))
     if further:
         nodes = {node.get_friendly_name(): node for node in model.get_ops()}
         model.add_outputs([nodes[name].output(0) for name in further])
