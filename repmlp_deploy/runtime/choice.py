@@ -160,7 +160,8 @@ def _recorded(bundle: Bundle, names: Sequence[str]) -> dict[str, Speed]:
 def _kept(bundle: Bundle, names: Sequence[str], options: RunnerOptions, cache: Cache) -> Mapping[str, Milliseconds]:
     """Return the formats' speed as the cache has it, or measured now."""
     digests = [bundle.artifact(name).sha256 for name in names]
-    key = cache_key("speed", _machine(), options.threads, options.streams, *names, *digests)
+    versions = [RUNNERS[name].versions() for name in names]  # another release, or one more runtime, is measured anew
+    key = cache_key("speed", _machine(), options.threads, options.streams, *names, *digests, *versions)
     stored = cache.load(key)
     if stored is not None:
         told: dict[str, dict[str, float]] = json.loads(stored)

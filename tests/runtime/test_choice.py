@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from repmlp_deploy.errors import BundleError, InputError
 from repmlp_deploy.runtime import choice
 from repmlp_deploy.runtime.choice import measure_artifacts, with_speeds
 from repmlp_deploy.runtime.cpus import usable_cpus
+from repmlp_deploy.runtime.runner import RUNNERS, Entry
 from support.openvino_bundle import with_openvino
 
 INPUTS = np.random.default_rng(0).standard_normal((19, 3, 32, 32)).astype(np.float32)
@@ -101,6 +103,36 @@ def test_with_a_cache_the_first_start_measures_and_later_ones_read_it(
             assert predictor.logits(INPUTS).shape == (19, 10)
     assert len(runs) == len(said) == 1
     assert "measured here (batch 1: " in said.pop()
+
+
+def test_another_release_of_a_runtime_is_measured_anew(
+    both: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update may make the other artifact the fastest, and so may a runtime that was not there."""
+    runs = []
+
+    def measured(*given: object) -> Mapping[str, Times]:
+        runs.append(given)
+        return {"onnx": {1: 1.0, 4: 2.0}, "openvino": {1: 2.0, 4: 4.0}}
+
+    def opened() -> int:
+        with Predictor(both, cache=tmp_path / "cache", threads=1) as predictor:
+            assert predictor.format == "onnx"
+        return len(runs)
+
+    monkeypatch.setattr(choice, "_measure", measured)
+    assert [opened(), opened()] == [1, 1]
+    real = importlib.metadata.version
+    for name, version in (("openvino", "2099.0"), ("onnxruntime", "9.0")):
+        monkeypatch.setattr(importlib.metadata, "version", lambda p, n=name, v=version: v if p == n else real(p))
+        before = len(runs)
+        assert [opened(), opened()] == [before + 1, before + 1]
+
+
+def test_a_runtime_that_is_not_installed_has_no_version() -> None:
+    assert Entry("nowhere:nothing", ("cpu",), ("repmlp-no-such-package",)).versions() == ""
+    assert RUNNERS["openvino"].versions() == f"openvino {importlib.metadata.version('openvino')}"
+    assert RUNNERS["onnx"].versions().startswith("onnxruntime")
 
 
 def test_the_fastest_is_passed_over_where_it_cannot_run(
