@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from repmlp_deploy import Bundle, Predictor, export
+from repmlp_deploy.bundle import PROBE, ArtifactEntry, describe_file
 from repmlp_deploy.card import ModelCard, Preprocessing, Resize, data_root
 from repmlp_deploy.convert import graphs
-from repmlp_deploy.convert.graph.level_input import with_level_input
+from repmlp_deploy.convert.graph.level_input import level_weights, with_level_input
+from repmlp_deploy.convert.rework import refit
 from repmlp_deploy.convert.rework.derive import derive_again
 from repmlp_deploy.convert.rework.locate import blame_bundle
 from repmlp_deploy.convert.rework.refit import refit_bundle
@@ -71,10 +75,119 @@ def test_the_bundle_is_derived_from_its_checkpoint_again(uint8_folder: Path, dig
     hops, notes = derive_again(bundle, digits_checkpoint)
     assert all(hop.passed is not False for hop in hops)
     assert any("normalisation of uint8 images" in note for note in notes)
-    with pytest.raises(InputError, match="export without --input uint8"):
-        blame_bundle(bundle, digits_checkpoint)
-    with pytest.raises(InputError, match="takes uint8 images"):
-        refit_bundle(uint8_folder, digits_checkpoint)
+
+
+def _with(folder: Path, out: Path, *names: str) -> Path:
+    """A copy of the bundle with these artifacts alone."""
+    bundle = Bundle.load(folder)
+    kept = {name: bundle.artifact(name) for name in names}
+    manifest = bundle.manifest.model_copy(update={"artifacts": kept})
+    files = {entry.path: bundle.read(entry) for entry in Bundle(manifest).files()}
+    Bundle(manifest, contents=files).save(out)
+    return out
+
+
+def _with_graph(folder: Path, out: Path, change: Callable[[onnx.GraphProto], None]) -> Bundle:
+    """A copy of the bundle whose ONNX graph was changed, with a manifest that agrees."""
+    bundle = Bundle.load(_with(folder, out, "onnx"))
+    entry = bundle.artifact("onnx")
+    model = onnx.load_from_string(bundle.read(entry))
+    change(model.graph)
+    data = model.SerializeToString()
+    described = ArtifactEntry.model_validate(entry.model_dump() | describe_file(entry.path, data).model_dump())
+    manifest = bundle.manifest.model_copy(update={"artifacts": {"onnx": described}})
+    return Bundle(manifest, contents={entry.path: data, PROBE: bundle.read(bundle.manifest.probe)}).save(out)
+
+
+def _scaled(name: str, factor: float) -> Callable[[onnx.GraphProto], None]:
+    def change(graph: onnx.GraphProto) -> None:
+        tensor = next(t for t in graph.initializer if t.name == name)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(factor), name))
+
+    return change
+
+
+def test_bisecting_compares_every_value_and_finds_nothing_wrong(uint8_folder: Path, digits_checkpoint: Path) -> None:
+    """The folded convolution is what the trace's own weights fold into, and not a wrong weight."""
+    found = blame_bundle(Bundle.load(uint8_folder), digits_checkpoint)
+    assert found.blame is None
+    assert found.compared == ("onnx", "openvino")
+
+
+@pytest.mark.parametrize(
+    ("weight", "factor"),
+    [("conv_embedding.conv.weight", 1.001), ("conv_embedding.conv.bias", 1.01), ("stages.1.0.ffn.0.weight", 1.001)],
+)
+def test_bisecting_finds_a_wrong_weight(
+    uint8_folder: Path, digits_checkpoint: Path, tmp_path: Path, weight: str, factor: float
+) -> None:
+    model = onnx.load_from_string(Bundle.load(uint8_folder).read(Bundle.load(uint8_folder).artifact("onnx")))
+    assert weight in {t.name for t in model.graph.initializer}
+    changed = _with_graph(uint8_folder, tmp_path / "changed", _scaled(weight, factor))
+    blame = blame_bundle(changed, digits_checkpoint).blame
+    assert blame is not None
+    assert blame.element is not None
+    assert blame.element.name == weight
+
+
+def test_bisecting_finds_a_wrong_normalisation(uint8_folder: Path, digits_checkpoint: Path, tmp_path: Path) -> None:
+    """The constant at the input is no weight of the network, so its fault shows in the first value."""
+    changed = _with_graph(uint8_folder, tmp_path / "changed", _scaled("images_centre", 1.1))
+    blame = blame_bundle(changed, digits_checkpoint).blame
+    assert blame is not None
+    assert "conv_embedding" in f"{blame.block} {blame.part}"
+
+
+@pytest.fixture
+def later_checkpoint(digits_checkpoint: Path, tmp_path: Path) -> Path:
+    """The digits network after, say, another epoch."""
+    state = load_file(digits_checkpoint)
+    generator = torch.Generator().manual_seed(1)
+    for value in state.values():
+        if value.is_floating_point():
+            value.mul_(1 + 0.02 * torch.rand(value.shape, generator=generator))
+    torch.save(state, tmp_path / "later.pth")
+    return tmp_path / "later.pth"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_refit_is_what_an_export_of_the_new_weights_is(
+    uint8_folder: Path, digits_checkpoint: Path, later_checkpoint: Path, tmp_path: Path, precision: str
+) -> None:
+    if precision == "fp32":
+        source = _with(uint8_folder, tmp_path / "source", "onnx")
+    else:
+        source = tmp_path / "source"
+        export(digits_checkpoint, precision=precision, input="uint8", batch="1:4:16", out=source)
+    refitted = refit_bundle(source, later_checkpoint, out=tmp_path / "refitted")
+    again = export(later_checkpoint, precision=precision, input="uint8", batch="1:4:16", out=tmp_path / "again")
+    assert refitted.manifest.verdict.passed
+    assert refitted.manifest.preprocessing.input == "uint8"
+    assert refitted.probe().inputs.dtype == np.uint8
+    names = {hop.name for hop in refitted.manifest.certificate}
+    assert ("refitted ONNX weights" in names) == (precision == "fp32")
+    ours, theirs = (onnx.load_from_string(b.read(b.artifact("onnx"))).graph.initializer for b in (refitted, again))
+    expected = {t.name: onnx.numpy_helper.to_array(t) for t in theirs}
+    assert {t.name for t in ours} == expected.keys()
+    for tensor in ours:
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), expected[tensor.name], err_msg=tensor.name)
+    with Predictor(refitted.folder, check=True) as new, Predictor(source) as old:
+        error = np.abs(old.logits(refitted.probe().inputs) - refitted.probe().reference).max()
+        assert error > 10 * np.abs(new.logits(refitted.probe().inputs) - refitted.probe().reference).max()
+
+
+def test_a_refit_that_forgets_the_normalisation_is_caught(
+    uint8_folder: Path, later_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _with(uint8_folder, tmp_path / "source", "onnx")
+
+    def forgetful(state: dict[str, np.ndarray], graph: onnx.ModelProto, how: Preprocessing) -> dict[str, np.ndarray]:
+        return {**level_weights(state, graph, how), **state}
+
+    monkeypatch.setattr(refit, "level_weights", forgetful)
+    with pytest.raises(VerificationError, match="refitted ONNX"):
+        refit_bundle(source, later_checkpoint, out=tmp_path / "refitted")
+    assert not (tmp_path / "refitted").exists()
 
 
 def test_the_benchmark_measures_it(uint8_folder: Path, tmp_path: Path) -> None:

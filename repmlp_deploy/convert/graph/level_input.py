@@ -12,6 +12,7 @@ up for. There the graph computes (u - m) / s as preprocessing does, operation by
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ try:
 except ImportError:
     raise MissingDependency("onnx", "export") from None
 
-__all__ = ["with_level_input"]
+__all__ = ["level_kernel", "level_weights", "with_level_input"]
 
 _CENTRE = 128.0
 _CHANNELS_FIRST = (0, 3, 1, 2)
@@ -64,6 +65,55 @@ def with_level_input(graph: onnx.ModelProto, how: Preprocessing) -> tuple[onnx.M
     return made, f"uint8 images: the normalisation is {note}"
 
 
+def level_kernel(
+    weight: NDArray[Any], bias: NDArray[Any] | None, how: Preprocessing
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return a convolution's weight and bias for centred levels, for those it has for normalised inputs.
+
+    Args:
+        weight: (O, C, h, w).
+        bias: (O,), or None.
+        how: see `with_level_input`.
+    """
+    mean, std = (np.asarray(values, np.float64)[:, None, None] for values in (how.mean, how.std))
+    kernel = weight.astype(np.float64) / std  # (O, C, h, w), float64: rounded once
+    shift = (kernel * (_CENTRE - mean)).sum(axis=(1, 2, 3)) + (0 if bias is None else bias)
+    kernel = kernel[:, ::-1] if how.colour_order == "BGR" else kernel
+    return np.ascontiguousarray(kernel, np.float32), shift.astype(np.float32)
+
+
+def level_weights(
+    state: Mapping[str, NDArray[Any]], graph: onnx.ModelProto, how: Preprocessing
+) -> dict[str, NDArray[Any]]:
+    """Return the weights of a network as a graph of `with_level_input` holds them, and the constants at its input.
+
+    Args:
+        state: weights by name, for normalised inputs.
+        graph: of a network of the same architecture, in fp32, fp16 or bf16.
+        how: see `with_level_input`.
+    """
+    name = graph.graph.input[0].name
+    constants = {tensor.name: _parameter(tensor.name) for tensor in graph.graph.initializer}
+    given = {f"{name}_centre": np.asarray([_CENTRE], np.float32)}
+    for kind, values in (("mean", how.mean), ("std", how.std)):
+        given[f"{name}_{kind}"] = np.asarray(values, np.float32)[:, None, None]
+    found = {**state, **{key: value for key, value in given.items() if key in constants.values()}}
+    if f"{name}_centre" not in found:
+        return found
+    casts = {node.output[0]: node.input[0] for node in graph.graph.node if node.op_type == "Cast"}
+    reads = [(node, casts.get(node.input[0], node.input[0])) for node in graph.graph.node if node.op_type == "Conv"]
+    convolution = next(node for node, source in reads if source == f"{name}_normalised")
+    weight, bias = (constants[casts.get(read, read)] for read in convolution.input[1:])
+    if weight in state:  # otherwise the network is of another architecture, which the caller says
+        found[weight], found[bias] = level_kernel(state[weight], state.get(bias), how)
+    return found
+
+
+def _parameter(name: str) -> str:
+    """Return the name of a weight without the type that a lower precision adds."""
+    return name.removesuffix("_float16").removesuffix("_bfloat16")
+
+
 def _first_convolution(graph: onnx.GraphProto, name: str) -> NodeProto | None:
     """Return the unpadded convolution that alone reads the input, if its weights are its own."""
     reads = [read for node in graph.node for read in node.input]
@@ -84,13 +134,8 @@ def _fold(graph: onnx.GraphProto, convolution: NodeProto, how: Preprocessing) ->
     constants = {tensor.name: tensor for tensor in graph.initializer}
     weight = constants[convolution.input[1]]
     biased = len(convolution.input) == _BIASED and convolution.input[2]
-    mean, std = (np.asarray(values, np.float64)[:, None, None] for values in (how.mean, how.std))
-    kernel = numpy_helper.to_array(weight).astype(np.float64) / std  # (O, C, h, w), float64: rounded once
-    bias = (kernel * (_CENTRE - mean)).sum(axis=(1, 2, 3))
-    if biased:
-        bias += numpy_helper.to_array(constants[convolution.input[2]])
-    if how.colour_order == "BGR":
-        kernel = kernel[:, ::-1]
+    held = numpy_helper.to_array(constants[convolution.input[2]]) if biased else None
+    kernel, bias = level_kernel(numpy_helper.to_array(weight), held, how)
     weight.CopyFrom(_tensor(weight.name, kernel))
     if biased:
         constants[convolution.input[2]].CopyFrom(_tensor(convolution.input[2], bias))

@@ -19,6 +19,7 @@ from repmlp_deploy.bundle import Bundle, Probe
 from repmlp_deploy.card import ModelCard, list_cards
 from repmlp_deploy.convert.diagnosis.bisect import GraphValues
 from repmlp_deploy.convert.diagnosis.blame import Blame, blame_network
+from repmlp_deploy.convert.diagnosis.level_values import LevelValues
 from repmlp_deploy.convert.diagnosis.values import Values, first_difference
 from repmlp_deploy.convert.graph.emulate import emulate
 from repmlp_deploy.convert.graph.export import TRACED, trace_network
@@ -85,11 +86,8 @@ def blame_bundle(
         MissingDependency: the runtime of an artifact is not installed.
         MissingDevice: an engine is to be bisected, and there is no GPU.
     """
-    if bundle.manifest.preprocessing.input == "uint8":
-        said = f"{bundle.manifest.name} takes uint8 images, and bisecting compares float32 values"
-        raise InputError(f"{said}: export without --input uint8, and bisect that")
     opened, notes = _opened(bundle, artifacts)
-    probe = bundle.probe()
+    probe, how = float_probe(bundle), bundle.manifest.preprocessing
     trained = load_origin(bundle, checkpoint, card, module)
     inputs = [probe.inputs, *probe.further_inputs]
     form = transform_and_prove(trained, bundle.manifest.graph, merge=merge_of(bundle)).value
@@ -106,6 +104,7 @@ def blame_bundle(
     compared: tuple[str, ...] = ()
     for name, values in opened.items():
         compared += (name,)
+        values = LevelValues(values, how, traced.program) if how.input == "uint8" else values  # noqa: PLW2901 - the same values
         blame = first_difference(values, traced.program, batches)
         if blame is not None:
             known = None if trained.merged else _with_branch(blame, values, trained.network, form.network, inputs)

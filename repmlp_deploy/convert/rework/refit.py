@@ -3,30 +3,45 @@
     checkpoint → trained → probe → merged → folded → named weights → graph → engines → bundle
 
 The graph keeps its nodes and takes new initializers; like every step of an export it is compared with the network that
-was trained, here the new one. Engines take the same weights by the same names.
+was trained, here the new one. Engines take the same weights by the same names. A graph that takes uint8 images gets the
+normalisation folded into the new weights.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
-from repmlp_deploy.bundle import PROBE, ArtifactEntry, Bundle, EngineReport, Hop, check_output_folder, describe_file
+from repmlp_deploy.bundle import (
+    PROBE,
+    ArtifactEntry,
+    Bundle,
+    EngineReport,
+    Hop,
+    Probe,
+    check_output_folder,
+    describe_file,
+)
 from repmlp_deploy.bundle.records import CheckpointOrigin
 from repmlp_deploy.card import load_labels
 from repmlp_deploy.convert.formats.tensorrt.build import NOT_RUN
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
 from repmlp_deploy.convert.formats.tensorrt.refit import check_refit, refit_engine
 from repmlp_deploy.convert.graph.headroom import find_headroom, widened_graph
+from repmlp_deploy.convert.graph.level_input import level_weights
 from repmlp_deploy.convert.graph.run import onnx_run, ways_to_run
 from repmlp_deploy.convert.graphs import require_headroom
+from repmlp_deploy.convert.job import of_whole_levels
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
 from repmlp_deploy.convert.proof.probe import probe_like, record_probe
 from repmlp_deploy.convert.proof.weights import match_weights
@@ -39,6 +54,7 @@ from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.families import FAMILIES
 from repmlp_deploy.precision import PRECISIONS
+from repmlp_deploy.runtime.images import levels_of
 from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["refit_bundle"]
@@ -78,20 +94,25 @@ def refit_bundle(
     trained = _trained(bundle, checkpoint, weights)
     show("merge and fold")
     interface = find_interface(trained)
-    probe = record_probe(trained.network, *(probe_like(x.numpy()) for x in interface.examples))
-    certifier = Certifier(
-        probe,
-        batch_sizes(bundle.manifest.batch),
-        class_axes=find_task(trained.card.task).class_axes,
-        outputs=interface.outputs,
-    )
+    how = bundle.manifest.preprocessing
+    inputs = [probe_like(x.numpy()) for x in interface.examples]
+    if how.input == "uint8":
+        inputs = [of_whole_levels(values, how) for values in inputs]
+    probe = record_probe(trained.network, *inputs)
+    certifier = _certifier(bundle, trained, probe)
     transformed = transform_and_prove(trained, bundle.manifest.graph, certifier, merge=merge_of(bundle))
     show("refit the graph")
     network = transformed.value.network
     state = {key: x.detach().numpy() for key, x in network.state_dict().items() if x.is_floating_point()}
+    served = certifier  # of what the graph takes
+    if how.input == "uint8":
+        probe = replace(probe, inputs=levels_of(probe.inputs, how))
+        served = _certifier(bundle, trained, probe)
+        state = level_weights(state, graph, how)
+        network = _holding(network, state)
     data = with_named_weights(graph, named_weights(state, graph, name=Path(checkpoint).name))
-    about = _headroom(data, bundle.artifact("onnx").precision, certifier)
-    refitted = _compared(data, network, bundle.artifact("onnx").precision, certifier)
+    about = _headroom(data, bundle.artifact("onnx").precision, served)
+    refitted = _compared(data, network, bundle.artifact("onnx").precision, served)
     contents = {PROBE: probe.to_bytes(), bundle.artifact("onnx").path: data}
     named = {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer}
     for name in engines:
@@ -103,13 +124,30 @@ def refit_bundle(
     return _renewed(bundle, trained, hops, contents, seconds, about).save(target)
 
 
+def _certifier(bundle: Bundle, trained: Trained, probe: Probe) -> Certifier:
+    """Return what compares with the new network's outputs for the probe."""
+    return Certifier(
+        probe,
+        batch_sizes(bundle.manifest.batch),
+        class_axes=find_task(trained.card.task).class_axes,
+        outputs=[spec.name for spec in bundle.manifest.outputs],
+    )
+
+
+def _holding(network: nn.Module, state: Mapping[str, NDArray[Any]]) -> nn.Module:
+    """Return the network with the weights of these names; it then is what a graph's weights are compared with."""
+    held = copy.deepcopy(network)
+    for key, tensor in held.state_dict().items():
+        if key in state:
+            tensor.copy_(torch.from_numpy(state[key]))
+    return held
+
+
 def _check(bundle: Bundle) -> list[str]:
     """Return the engines to refit, if everything in the bundle can be refitted."""
     manifest = bundle.manifest
     if manifest.family not in FAMILIES:
         raise InputError(f"{manifest.name} is no family's network, whose checkpoints could be told apart: export it")
-    if manifest.preprocessing.input == "uint8":
-        raise InputError(f"{manifest.name} takes uint8 images, whose normalisation is in its weights: export anew")
     if manifest.graph != "folded":
         raise InputError(f"the graph is {manifest.graph}: only folded ones keep the names of all weights; export anew")
     other = [name for name in manifest.artifacts if name != "onnx" and name not in FLAVOURS]
@@ -129,7 +167,7 @@ def _check(bundle: Bundle) -> list[str]:
 def _trained(bundle: Bundle, checkpoint: str | Path, weights: str | None) -> Trained:
     """Load the new network, of the bundle's family and input size."""
     manifest = bundle.manifest
-    height, width = manifest.input.shape[-2:]
+    height, width = manifest.image_size
     if height is None or width is None:
         raise InputError(f"{manifest.name} has no fixed input size")
     try:
