@@ -212,7 +212,8 @@ def _lowered(job: Job, data: bytes, find: Find) -> Step[tuple[bytes, dict[str, A
     about: dict[str, Any] = {}
     if job.samples is not None and PRECISIONS[precision].needs_calibration:
         with job.clock("calibrate") as tell:
-            ranges = measure_ranges(data, job.samples, product_tensors(model), request.low.method, tell)
+            tensors, fixed = product_tensors(model), request.fixed_batch or 1
+            ranges = measure_ranges(data, job.samples, tensors, request.low.method, tell, batch=fixed)
         about = {"calibration": {"method": request.low.method, "samples": len(job.samples)}}
     with job.clock(precision):
         lowered = set_precision(model, precision, ranges=ranges, keep_fp32=request.low.keep_fp32)

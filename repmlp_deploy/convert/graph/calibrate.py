@@ -73,9 +73,9 @@ class Calibration:
     def __len__(self) -> int:
         return len(next(iter(self.samples.values())))
 
-    def feeds(self) -> list[dict[str, NDArray[Any]]]:
-        """Return one feed per sample, batch 1."""
-        return [{name: values[i : i + 1] for name, values in self.samples.items()} for i in range(len(self))]
+    def feeds(self, size: int = 1) -> list[dict[str, NDArray[Any]]]:
+        """Return all samples as feeds of a batch size; the last is filled with first ones."""
+        return [dict(zip(self.samples, batch, strict=True)) for batch in self.batches(size)]
 
     def batches(self, size: int) -> list[list[NDArray[Any]]]:
         """Return all samples in batches of a size, an array for every input; the last is filled with first ones."""
@@ -143,12 +143,14 @@ def take_calibration(
     return _checked(dict(arrays), inputs, "calibration", "arrays in memory", preprocessing)
 
 
-def measure_ranges(
+def measure_ranges(  # noqa: PLR0913 - how ranges are measured, and on what
     graph: bytes,
     calibration: Calibration,
     tensors: Sequence[str],
     method: str,
     tell: Tell = tell_nobody,
+    *,
+    batch: int = 1,
 ) -> dict[str, float]:
     """Measure the largest absolute value that int8 must hold, for every one of `tensors`.
 
@@ -158,6 +160,7 @@ def measure_ranges(
         tensors: names of activations.
         method: an entry of `METHODS`.
         tell: is told how many of how many samples ran.
+        batch: samples that the graph takes at once, where that is fixed.
 
     Raises:
         InputError: the calibrator cannot find a range.
@@ -172,10 +175,10 @@ def measure_ranges(
             calibrate_method=METHODS[method],
             extra_options={"symmetric": True},
         )
-        feeds = calibration.feeds()
-        for start in range(0, len(feeds), _CHUNK):
-            calibrator.collect_data(_Feeds(feeds[start : start + _CHUNK]))
-            tell(min(start + _CHUNK, len(feeds)), len(feeds))
+        feeds, chunk = calibration.feeds(batch), max(1, _CHUNK // batch)
+        for start in range(0, len(feeds), chunk):
+            calibrator.collect_data(_Feeds(feeds[start : start + chunk]))
+            tell(min((start + chunk) * batch, len(calibration)), len(calibration))
         measured = calibrator.compute_data()
     ranges = {}
     for name in tensors:
