@@ -20,6 +20,7 @@ _HOMES = {
     "Embedding": "repmlp_deploy.runtime.tasks",
     "EngineOptions": "repmlp_deploy.convert.engine_options",
     "EngineSettings": "repmlp_deploy.runtime.runner",
+    "LabelledFolder": "repmlp_deploy.evaluation.loop",
     "ModelCard": "repmlp_deploy.card",
     "Prediction": "repmlp_deploy.runtime.tasks",
     "Predictor": "repmlp_deploy.runtime.predictor",
@@ -40,6 +41,7 @@ __all__ = [
     "Embedding",
     "EngineOptions",
     "EngineSettings",
+    "LabelledFolder",
     "ModelCard",
     "Prediction",
     "Predictor",
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from repmlp_deploy.convert.reparam.merge import merge_branches
     from repmlp_deploy.convert.source.description import Description
     from repmlp_deploy.errors import RepMLPError, VerificationError
+    from repmlp_deploy.evaluation.loop import LabelledFolder
     from repmlp_deploy.runtime.predictor import Predictor
     from repmlp_deploy.runtime.runner import EngineSettings
     from repmlp_deploy.runtime.tasks import Embedding, Prediction, Segmentation

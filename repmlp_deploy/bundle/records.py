@@ -15,6 +15,7 @@ __all__ = [
     "EngineBuild",
     "EngineReport",
     "GraphRecord",
+    "KeptAccuracy",
     "KeptNode",
     "MeasuredArtifact",
     "Origin",
@@ -58,6 +59,44 @@ class Sensitivity(Record):
     max_abs: float
 
 
+class KeptAccuracy(Record):
+    """How an artifact keeps its accuracy on labelled images.
+
+    Attributes:
+        max_drop: percentage points of top-1 that it may lose.
+        drop: that it loses; negative where it is better.
+        images: how many there are.
+        source: where they are from.
+        trained_top1: share that the trained network gets right, in float32.
+        lowered_top1: that the artifact got right with nothing returned to float32.
+        top1: that it gets right.
+        kept: blocks with products that were returned to float32.
+        products: how many products that are.
+        builds: artifacts that were built and judged.
+    """
+
+    max_drop: float
+    drop: float
+    images: int
+    source: str
+    trained_top1: float
+    lowered_top1: float
+    top1: float
+    kept: tuple[str, ...] = ()
+    products: int = 0
+    builds: int
+
+    def summary(self) -> str:
+        """Return it as a line."""
+        before = f" ({100 * self.lowered_top1:.2f} % before)" if self.builds > 1 else ""
+        kept = f"{self.products} products in {', '.join(self.kept)} are in float32" if self.kept else "all lowered"
+        return (
+            f"top-1 is {100 * self.top1:.2f} %{before} on {self.images} images; the trained network's is "
+            f"{100 * self.trained_top1:.2f} %, so {self.drop:.3g} of {self.max_drop:g} points are lost; {kept}, after "
+            f"{self.builds} {'builds' if self.builds > 1 else 'build'}"
+        )
+
+
 class GraphRecord(Record):
     """What an ONNX artifact says of its precision.
 
@@ -65,11 +104,13 @@ class GraphRecord(Record):
         lowered: operator to the number of its nodes that compute in the precision.
         kept_fp32: what stays in float32.
         sensitivity: of every block, the worst first, if it was measured.
+        accuracy: on labelled images, if it had to keep one.
     """
 
     lowered: dict[str, int] = {}
     kept_fp32: tuple[KeptNode, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
+    accuracy: KeptAccuracy | None = None
 
     def kept_products(self) -> tuple[str, ...]:
         """Return the names of the products that stay in float32."""

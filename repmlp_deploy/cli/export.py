@@ -22,6 +22,7 @@ from repmlp_deploy.convert.options import (
     require_choice,
     whole_range,
 )
+from repmlp_deploy.evaluation.loop import LabelledFolder
 from repmlp_deploy.precision import PRECISIONS
 
 __all__ = ["main"]
@@ -59,6 +60,8 @@ def export_command(  # noqa: PLR0913 - one per option
     calibration_method: asked.CalibrationMethod = "minmax",
     keep_fp32: asked.KeepFp32 = None,
     sensitivity: asked.Sensitivity = False,
+    max_drop: asked.MaxDrop = None,
+    eval_: asked.Eval = None,
     weights: asked.Weights = None,
     state_key: asked.StateKey = None,
     ignore: asked.Ignore = None,
@@ -95,6 +98,8 @@ def export_command(  # noqa: PLR0913 - one per option
         "calibration_method": calibration_method,
         "keep_fp32": keep_fp32 or (),
         "sensitivity": sensitivity,
+        "max_drop": max_drop,
+        "labelled": None if eval_ is None else LabelledFolder(eval_),
         "weights": weights,
         "state_key": state_key,
         "ignore": ignore or (),

@@ -49,6 +49,10 @@ class Assembly:
         """Return this with another form of the probe's inputs."""
         return replace(self, probe=probe)
 
+    def warning(self, warnings: Sequence[str]) -> Assembly:
+        """Return this with further warnings."""
+        return replace(self, warnings=(*self.warnings, *warnings))
+
     def after(self, step: Step[Any]) -> Assembly:
         """Return this with the rows and notes of a step."""
         return replace(self, hops=(*self.hops, *step.hops), notes=(*self.notes, *step.notes))

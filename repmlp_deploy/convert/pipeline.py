@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
@@ -24,18 +25,22 @@ from repmlp_deploy.convert.engine_options import EngineOptions, with_profiles
 from repmlp_deploy.convert.formats import FORMATS, check_formats, formats_that_need, parse_formats
 from repmlp_deploy.convert.graph.calibrate import Calibration, read_calibration, take_calibration
 from repmlp_deploy.convert.graphs import may_trace_fixed, trace_for, verified_graphs
-from repmlp_deploy.convert.job import Job, of_whole_levels, require_images, taking_images
+from repmlp_deploy.convert.job import Graphs, Job, of_whole_levels, require_images, taking_images
 from repmlp_deploy.convert.memory import release_memory
 from repmlp_deploy.convert.options import DEFAULT_OPSET, parse_profiles, whole_range
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
-from repmlp_deploy.convert.proof.probe import probe_like, record_probe
+from repmlp_deploy.convert.proof.probe import probe_like, record_probe, run_network
 from repmlp_deploy.convert.request import LowPrecision, Request
 from repmlp_deploy.convert.source.description import Description
 from repmlp_deploy.convert.source.own_network import Interface
 from repmlp_deploy.convert.source.trained import SourceRequest, Trained, find_interface, load_own, take_trained
 from repmlp_deploy.convert.step import Tell
+from repmlp_deploy.convert.target.accuracy import OpenLabelled, require_one_class_per_image
+from repmlp_deploy.convert.target.meeting import Goal, artifact_within, set_goal
 from repmlp_deploy.convert.transform import transform_and_prove
+from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.choice import with_speeds
+from repmlp_deploy.runtime.images import find_images, normalised
 from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["export"]
@@ -65,6 +70,8 @@ def export(  # noqa: PLR0913 - one per command-line option
     calibration_method: str = "minmax",
     keep_fp32: Sequence[str] = (),
     sensitivity: bool = False,
+    max_drop: float | None = None,
+    labelled: OpenLabelled | None = None,
     weights: str | None = None,
     state_key: str | None = None,
     ignore: Sequence[str] = (),
@@ -96,6 +103,9 @@ def export(  # noqa: PLR0913 - one per command-line option
         calibration_method: of `CALIBRATION_METHODS`.
         keep_fp32: patterns of module or node names that stay in float32, such as `stages.0.*`.
         sensitivity: also measure the error of lowering each block alone.
+        max_drop: percentage points of top-1 on `labelled` that int8 may lose: blocks return to float32, the most
+            sensitive first, until every artifact holds that.
+        labelled: the images, as `LabelledFolder(path)`.
         weights: see `load_trained`.
         state_key: see `load_trained`.
         ignore: see `load_trained`.
@@ -111,7 +121,7 @@ def export(  # noqa: PLR0913 - one per command-line option
     """
     profiles = (batch,) if isinstance(batch, BatchRange) else parse_profiles(batch)
     options = with_profiles(engine or EngineOptions(), profiles if len(profiles) > 1 else ())
-    low = LowPrecision(precision, calibration, calibration_method, tuple(keep_fp32), sensitivity)
+    low = LowPrecision(precision, calibration, calibration_method, tuple(keep_fp32), sensitivity, max_drop)
     request = Request(parse_formats(formats), graph, whole_range(profiles), options, low, opset, merge, input)
     said = description or Description()
     own = SourceRequest(
@@ -119,16 +129,24 @@ def export(  # noqa: PLR0913 - one per command-line option
     )
     clock = _Clock(progress)
     request.check()
+    if (max_drop is None) != (labelled is None):
+        raise InputError("--max-drop POINTS and --eval FOLDER go together: give both, or neither")
     check_formats(request)
     if out is not None:
         check_output_folder(Path(out))
-    bundle, target = _made(model_or_checkpoint, own, request, None if out is None else Path(out), clock)
+    target = None if out is None else Path(out)
+    bundle, target = _made(model_or_checkpoint, own, request, target, labelled, clock)
     with clock.step("save"):
         return with_speeds(bundle).save(target)
 
 
-def _made(
-    source: nn.Module | str | Path, own: SourceRequest, request: Request, out: Path | None, clock: _Clock
+def _made(  # noqa: PLR0913 - what an export is of
+    source: nn.Module | str | Path,
+    own: SourceRequest,
+    request: Request,
+    out: Path | None,
+    labelled: OpenLabelled | None,
+    clock: _Clock,
 ) -> tuple[Bundle, Path]:
     """Return the bundle, in memory, and its folder: the steps, top to bottom."""
     trained = _loaded(source, own, clock)  # here and not in a caller, whose name for it would keep the weights
@@ -145,9 +163,11 @@ def _made(
         class_axes=find_task(trained.card.task).class_axes,
         outputs=interface.outputs,
     )
-    form = transform_and_prove(trained, request.graph, certifier, clock.step, request.merge)
-    made = Assembly.begun(probe, trained, samples, certifier.floor_rows()).after(form)
     job = Job(trained, interface, request, samples, certifier, clock.step)
+    made = Assembly.begun(probe, trained, samples, certifier.floor_rows())
+    goal = None if labelled is None else _goal(job, made, labelled)
+    form = transform_and_prove(trained, request.graph, certifier, clock.step, request.merge)
+    made = (made if goal is None else made.warning(goal.images.warnings)).after(form)
     for name in formats_that_need(request, "form"):
         made = made.having(name, FORMATS[name].build(name, job, form.value))
     network = form.value.network
@@ -164,16 +184,24 @@ def _made(
         made = made.having(name, FORMATS[name].build(name, job, traced))
     if not graphs:
         return made.bundle(job, clock.seconds), target
-    needs = {FORMATS[name].needs for name in graphs}
+    needs = {"fp32"} if goal is not None else {FORMATS[name].needs for name in graphs}
     served, shown = taking_images(job, probe) if request.input == "uint8" else (job, probe)
     proved = verified_graphs(job, network, traced, fixed=fixed, needs=needs, served=served)
     del network, traced
-    made = made.after_graphs(proved).with_probe(shown)
-    if any(FORMATS[name].copies_weights for name in graphs):
-        release_memory(cycles=True)
-    for name in graphs:
-        made = made.having(name, FORMATS[name].build(name, served, proved.value))
+    made = _with_artifacts(made.after_graphs(proved).with_probe(shown), served, graphs, proved.value, goal)
     return made.bundle(served, clock.seconds), target
+
+
+def _with_artifacts(made: Assembly, job: Job, names: Sequence[str], source: Graphs, goal: Goal | None) -> Assembly:
+    """Return what was made with the artifacts that come from a graph."""
+    if any(FORMATS[name].copies_weights for name in names):
+        release_memory(cycles=True)
+    for name in names:
+        if goal is None:
+            made = made.having(name, FORMATS[name].build(name, job, source))
+        else:
+            made = made.having(name, artifact_within(name, job, source, goal))
+    return made
 
 
 def _loaded(source: nn.Module | str | Path, own: SourceRequest, clock: _Clock) -> Trained:
@@ -182,6 +210,24 @@ def _loaded(source: nn.Module | str | Path, own: SourceRequest, clock: _Clock) -
         if own.module is not None or own.model is not None or own.example_input is not None:
             return load_own(source, own)
         return take_trained(source, own)
+
+
+def _goal(job: Job, made: Assembly, labelled: OpenLabelled) -> Goal:
+    """Return the accuracy that artifacts have to keep, measured on the trained network.
+
+    Raises:
+        InputError: the network does not classify, or the images are not of its classes.
+    """
+    manifest, given, how = made.bundle(job, {}).manifest, job.request.low.calibration, job.preprocessing
+    require_one_class_per_image(manifest)
+    files = find_images(Path(given)) if isinstance(given, str | Path) and Path(given).is_dir() else []
+
+    def trained(batch: NDArray[Any]) -> NDArray[Any]:
+        batch = normalised(batch, how) if how.input == "uint8" else batch
+        outputs = run_network(job.trained.network, batch)
+        return outputs if isinstance(outputs, np.ndarray) else outputs[0]
+
+    return set_goal(job.request.low.max_drop or 0.0, labelled(manifest, files), trained, job)
 
 
 def _samples(trained: Trained, request: Request, interface: Interface, clock: _Clock) -> Calibration | None:

@@ -25,6 +25,8 @@ from repmlp_deploy.precision import PRECISIONS
 
 __all__ = ["LowPrecision", "Request"]
 
+_ALL_POINTS = 100
+
 
 @dataclass(frozen=True)
 class LowPrecision:
@@ -36,6 +38,7 @@ class LowPrecision:
         method: of `CALIBRATION_METHODS`.
         keep_fp32: patterns of what stays in float32.
         sensitivity: whether to measure every block alone.
+        max_drop: percentage points of top-1 that it may lose on labelled images; None for any number.
     """
 
     precision: str = "fp32"
@@ -43,6 +46,7 @@ class LowPrecision:
     method: str = "minmax"
     keep_fp32: tuple[str, ...] = ()
     sensitivity: bool = False
+    max_drop: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,3 +106,14 @@ class Request:
         if self.precision == "fp32" and (self.low.keep_fp32 or self.low.sensitivity):
             option = "--keep-fp32" if self.low.keep_fp32 else "--sensitivity"
             raise InputError(f"{option} says nothing where everything is fp32: name a --precision")
+        if self.low.max_drop is not None:
+            _check_max_drop(self.low.max_drop, self.precision)
+
+
+def _check_max_drop(points: float, precision: str) -> None:
+    """Raise InputError unless an accuracy can be asked for."""
+    able = [name for name, entry in PRECISIONS.items() if entry.lowering == "quantize"]
+    if not 0 <= points <= _ALL_POINTS:  # which a NaN is not, either
+        raise InputError(f"--max-drop is {points:g}; expected percentage points from 0 to {_ALL_POINTS}, such as 0.5")
+    if precision not in able:
+        raise InputError(f"--max-drop is for {' and '.join(able)}; --precision is {precision}: drop one of them")

@@ -62,28 +62,34 @@ class Dataset:
         return digest.hexdigest()
 
 
-def read_dataset(path: Path, manifest: Manifest) -> Dataset:
+def read_dataset(path: Path, manifest: Manifest, option: str = "--data") -> Dataset:
     """Find the labelled data in `path`, for a network of this manifest.
+
+    Args:
+        path: see the module.
+        manifest: of the bundle.
+        option: that named the path, for messages.
 
     Raises:
         InputError: the task has no kind of data, or `path` is not of that kind; the first thing wrong is named.
     """
     if manifest.task not in DATASETS:
         raise InputError(f"{manifest.name} has task {manifest.task}; repmlp-eval knows {', '.join(DATASETS)}")
+    called = f"{option} {path}"
     if not path.exists():
-        raise InputError(f"--data {path}: no such file or folder")
+        raise InputError(f"{called}: no such file or folder")
     try:
-        dataset = DATASETS[manifest.task](path, manifest)
+        dataset = DATASETS[manifest.task](path, manifest, called)
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        raise InputError(f"--data {path} cannot be read: {error}") from None
+        raise InputError(f"{called} cannot be read: {error}") from None
     if not dataset.samples:
-        raise InputError(f"--data {path} holds no images; expected {', '.join(IMAGE_SUFFIXES)} files")
+        raise InputError(f"{called} holds no images; expected {', '.join(IMAGE_SUFFIXES)} files")
     return dataset
 
 
-def _read_classes(path: Path, manifest: Manifest) -> Dataset:
+def _read_classes(path: Path, manifest: Manifest, called: str) -> Dataset:
     if manifest.scores == "multi-label":
         raise InputError(f"{manifest.name} gives several labels per image; repmlp-eval scores one label per image")
     classes = manifest.classes
@@ -91,8 +97,8 @@ def _read_classes(path: Path, manifest: Manifest) -> Dataset:
         return _read_class_list(path, manifest.labels, classes)
     folders = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not folders:
-        raise InputError(f"--data {path} has no folders; expected one per class, or a list file of lines `path label`")
-    ids, remark = _match_folders([folder.name for folder in folders], manifest.labels, classes, path)
+        raise InputError(f"{called} has no folders; expected one per class, or a list file of lines `path label`")
+    ids, remark = _match_folders([folder.name for folder in folders], manifest.labels, classes, called)
     samples = tuple(
         Sample((image,), target) for folder, target in zip(folders, ids, strict=True) for image in _images(folder)
     )
@@ -100,18 +106,18 @@ def _read_classes(path: Path, manifest: Manifest) -> Dataset:
 
 
 def _match_folders(
-    names: Sequence[str], labels: Sequence[str] | None, classes: int, path: Path
+    names: Sequence[str], labels: Sequence[str] | None, classes: int, called: str
 ) -> tuple[list[int], str]:
     """Return the class id of every folder: by its name, by its number, or by its place in sorted order."""
     known = _ids_by_name(labels)
     if any(name in known for name in names):
-        return [_id_of(name, known, f"--data {path}: folder") for name in names], "folders matched by name"
+        return [_id_of(name, known, f"{called}: folder") for name in names], "folders matched by name"
     if all(_is_number(name) and int(name) < classes for name in names):
         return [int(name) for name in names], "folders matched by number"
     if len(names) == classes:
         return list(range(classes)), "folders matched by sorted order"
     raise InputError(
-        f"--data {path} has {len(names)} class folders, none with a label as its name; the network has {classes} "
+        f"{called} has {len(names)} class folders, none with a label as its name; the network has {classes} "
         "classes: rename the folders, or give a list file of lines `path label`"
     )
 
@@ -128,36 +134,34 @@ def _read_class_list(path: Path, labels: Sequence[str] | None, classes: int) -> 
     return Dataset(tuple(samples), "labels from a list")
 
 
-def _read_masks(path: Path, manifest: Manifest) -> Dataset:
+def _read_masks(path: Path, manifest: Manifest, called: str) -> Dataset:
     del manifest
     for part in ("images", "masks"):
         if not (path / part).is_dir():
-            raise InputError(f"--data {path} has no folder {part}; expected images/ and masks/")
+            raise InputError(f"{called} has no folder {part}; expected images/ and masks/")
     masks = {mask.stem: mask for mask in (path / "masks").iterdir() if mask.suffix.lower() == ".png"}
     images = _images(path / "images")
     lacking = [image.name for image in images if image.stem not in masks]
     if lacking:
-        raise InputError(
-            f"--data {path}: {len(lacking)} images have no PNG of their name in masks/, such as {lacking[0]}"
-        )
+        raise InputError(f"{called}: {len(lacking)} images have no PNG of their name in masks/, such as {lacking[0]}")
     return Dataset(tuple(Sample((image,), mask=masks[image.stem]) for image in images), "masks matched by name")
 
 
-def _read_pairs(path: Path, manifest: Manifest) -> Dataset:
+def _read_pairs(path: Path, manifest: Manifest, called: str) -> Dataset:
     del manifest
     if not path.is_file():
-        raise InputError(f"--data {path} is a folder; embed takes a list file of lines `path path same`")
+        raise InputError(f"{called} is a folder; embed takes a list file of lines `path path same`")
     samples = []
     for where, (first, second, same) in _lines(path, 3):
         if same not in ("0", "1"):
             raise InputError(f"{where}: the last field is {same!r}; expected 1 for one face or 0 for two")
         samples.append(Sample((path.parent / first, path.parent / second), int(same)))
     if len({sample.target for sample in samples}) == 1:
-        raise InputError(f"--data {path} has pairs of one kind only; verification needs both 1 and 0")
+        raise InputError(f"{called} has pairs of one kind only; verification needs both 1 and 0")
     return Dataset(tuple(samples), "pairs from a list")
 
 
-DATASETS: Mapping[str, Callable[[Path, Manifest], Dataset]] = {
+DATASETS: Mapping[str, Callable[[Path, Manifest, str], Dataset]] = {
     "classify": _read_classes,
     "segment": _read_masks,
     "embed": _read_pairs,

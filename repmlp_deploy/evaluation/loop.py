@@ -15,17 +15,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from repmlp_deploy.bundle import Manifest
+import numpy as np
+from numpy.typing import NDArray
+
+from repmlp_deploy.bundle import Manifest, hash_file
 from repmlp_deploy.errors import ImageError, InputError, OutputError
-from repmlp_deploy.evaluation.datasets import Dataset
+from repmlp_deploy.evaluation.datasets import Dataset, read_dataset
 from repmlp_deploy.evaluation.judging import TRAINED, Engine, Judged, Judging, Run, judge
 from repmlp_deploy.evaluation.metrics import TALLIES, Tally
 from repmlp_deploy.files import cache_folder, read_json, replace_file
+from repmlp_deploy.runtime.images import network_input
 
-__all__ = ["TRAINED", "Evaluation", "Progress", "Run", "discard_state", "evaluate", "state_folder", "state_key"]
+__all__ = [
+    "TRAINED",
+    "Evaluation",
+    "LabelledFolder",
+    "LabelledImages",
+    "Progress",
+    "Run",
+    "discard_state",
+    "evaluate",
+    "state_folder",
+    "state_key",
+]
 
 _SAVE_SECONDS = 2.0
 _LARGEST_STATE_BYTES = 1 << 28
+_ENOUGH = 100  # images below which one of them is more than a point
 
 Progress = Callable[[int, int, Mapping[str, Any]], None]
 """(samples done, samples in all, scores so far of the first artifact)."""
@@ -206,3 +222,97 @@ def _save(path: Path | None, key: str, state: _State, tallies: Mapping[str, Tall
         raise OutputError(
             f"could not keep the state in {path}: {error.strerror or error}; name another --state"
         ) from None
+
+
+class LabelledFolder:
+    """A folder with a folder of images per class, or a list file: opens its images for a network.
+
+    Args:
+        path: see `datasets`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+
+    def __call__(self, manifest: Manifest, calibration: Sequence[Path]) -> LabelledImages:
+        """Return the images.
+
+        Args:
+            manifest: of the network.
+            calibration: image files that ranges are measured on.
+
+        Raises:
+            InputError: there are none, or the labels are not the network's classes.
+        """
+        return LabelledImages(read_dataset(self._path, manifest, "--eval"), manifest, self._path, calibration)
+
+
+class LabelledImages:
+    """The labelled images of one network.
+
+    Attributes:
+        source: the folder's or the file's name, and how it was read.
+        count: images.
+        warnings: what makes an accuracy on them say less than it seems.
+    """
+
+    def __init__(self, dataset: Dataset, manifest: Manifest, path: Path, calibration: Sequence[Path]) -> None:
+        self._dataset, self._manifest = dataset, manifest
+        self.source = f"{path.name}: {dataset.remark}"
+        self.count = len(dataset.samples)
+        self.warnings = (*_few(self.count), *_overlap([sample.images[0] for sample in dataset.samples], calibration))
+
+    def right(self, run: Run, tell: Callable[[int, int], None]) -> int:
+        """Return for how many images the largest output is that of the label.
+
+        Raises:
+            ImageError: an image cannot be read.
+        """
+        found = evaluate(
+            {"it": run},
+            self._manifest,
+            self._dataset,
+            skip_unreadable=True,
+            progress=lambda done, total, _scores: tell(done, total),
+        )
+        if found.unreadable:
+            raise ImageError(f"--eval: {found.unreadable[0]}")
+        return int(found.scores["it"]["right"])
+
+    def inputs(self, count: int) -> NDArray[Any]:
+        """Return the network's input for at most so many images, evenly spaced.
+
+        Raises:
+            ImageError: an image cannot be read.
+        """
+        count = min(count, self.count)
+        chosen = [self._dataset.samples[i * self.count // count].images[0] for i in range(count)]
+        return np.stack([network_input(path, self._manifest.preprocessing)[0] for path in chosen])
+
+
+def _few(count: int) -> tuple[str, ...]:
+    if count >= _ENOUGH:
+        return ()
+    return (f"only {count} images in --eval: one of them is {100 / count:.2g} points of accuracy",)
+
+
+def _overlap(images: Sequence[Path], calibration: Sequence[Path]) -> tuple[str, ...]:
+    """Say how many images are calibration images, too; files are compared by their content, if their lengths agree."""
+    sizes = {size for path in calibration if (size := _size(path)) is not None}
+    same = [path for path in images if _size(path) in sizes]
+    if not same:
+        return ()
+    lengths = {_size(path) for path in same}
+    digests = {hash_file(path) for path in calibration if _size(path) in lengths}
+    count = sum(hash_file(path) in digests for path in same)
+    if not count:
+        return ()
+    return (f"{count} of {len(images)} images in --eval are calibration images, too: accuracy on others may be lower",)
+
+
+def _size(path: Path) -> int | None:
+    """Return the length of a file in bytes; None where there is none, which reading it says."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None

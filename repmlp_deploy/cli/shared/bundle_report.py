@@ -111,6 +111,9 @@ def print_summary(bundle: Bundle) -> None:
     for name, entry in manifest.artifacts.items():
         files, kind, size = _described(entry)
         print_line(f"{name}: {files}, {kind}, {size} MB")
+        accuracy = entry.record(GraphRecord).accuracy
+        if accuracy is not None:
+            print_line(f"{name}: {accuracy.summary()}")
     seconds = sum(manifest.origin.seconds.values())
     print_line(f"{bundle.folder}: complete after {seconds:.1f} s; --details shows every comparison")
     print_line(f"next: repmlp-predict {bundle.folder} IMAGE" if _takes_images(manifest) else f"next: {_verify(bundle)}")

@@ -30,7 +30,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "Images and classes": ("mean", "std", "resize", "crop", "labels", "scores"),
         "Artifacts": ("format", "formats", "graph", "merge", "input", "batch", "opset"),
-        "Precision": ("precision", "calibration", "calibration-method", "keep-fp32", "sensitivity"),
+        "Precision": ("precision", "calibration", "calibration-method", "keep-fp32", "sensitivity", "max-drop", "eval"),
         "TensorRT": (
             "workspace-gb", "tf32", "optimization-level", "timing-cache", "version-compatible", "hardware-compatible",
             "compute-capability", "refittable", "strip-weights", "verbosity",

@@ -49,6 +49,13 @@ KeepFp32 = Annotated[
 Sensitivity = Annotated[
     bool, typer.Option("--sensitivity", help="Also measure the error of lowering each block alone; slow.")
 ]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(metavar="POINTS", help="Points of top-1 on --eval that int8 may lose; blocks return to fp32 for it."),
+]
+Eval = Annotated[
+    Path | None, typer.Option("--eval", metavar="FOLDER", help="Labelled images for --max-drop, as repmlp-eval reads.")
+]
 Weights = Annotated[str | None, typer.Option(help="model or ema, if the file has both.")]
 StateKey = Annotated[
     str | None, typer.Option(metavar="PATH", help="Where the weights are in the file, such as ema.state_dict.")

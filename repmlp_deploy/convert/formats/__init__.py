@@ -19,6 +19,7 @@ from repmlp_deploy.convert.options import require_choice
 from repmlp_deploy.errors import InputError
 
 if TYPE_CHECKING:
+    from repmlp_deploy.convert.formats.candidate import Candidates
     from repmlp_deploy.convert.job import Artifact, Job
     from repmlp_deploy.convert.request import Request
     from repmlp_deploy.convert.step import Step
@@ -40,6 +41,8 @@ class Format:
         float32_only: whether it takes no other precision.
         engine: whether it is a TensorRT engine, built from the verified ONNX graph.
         copies_weights: whether its builder copies all weights, so that memory is freed before.
+        meets_accuracy: whether the module also has `candidates(job, source)`, so that accuracy can decide what stays in
+            float32; see `candidate`.
     """
 
     module: str
@@ -49,6 +52,7 @@ class Format:
     float32_only: bool = False
     engine: bool = False
     copies_weights: bool = False
+    meets_accuracy: bool = False
 
     def check(self, name: str, request: Request) -> None:
         """Raise if the format cannot be made here as requested."""
@@ -56,6 +60,9 @@ class Format:
             raise InputError(f"--format {name} is float32, not {request.precision}: drop one of them")
         if request.input != "float32" and self.needs in ("form", "trace"):
             raise InputError(f"--format {name} takes normalised float32: drop it, or --input {request.input}")
+        if request.low.max_drop is not None and not self.meets_accuracy:
+            able = " and ".join(other for other, entry in FORMATS.items() if entry.meets_accuracy)
+            raise InputError(f"--max-drop is for {able}, which run on a CPU: drop --format {name}")
         import_module(self.module).check(name, request)
 
     def build(self, name: str, job: Job, source: Any) -> Step[Artifact]:
@@ -63,12 +70,17 @@ class Format:
         made: Step[Artifact] = import_module(self.module).build(name, job, source)
         return made
 
+    def candidates(self, job: Job, source: Any) -> Candidates:
+        """Return what builds the artifact with any nodes in float32."""
+        found: Candidates = import_module(self.module).candidates(job, source)
+        return found
+
 
 _HERE = "repmlp_deploy.convert.formats"
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format(f"{_HERE}.onnx", "lowered", "ONNX graph"),
-    "openvino": Format(f"{_HERE}.openvino_artifact", "fp32", "OpenVINO IR", copies_weights=True),
+    "onnx": Format(f"{_HERE}.onnx", "lowered", "ONNX graph", meets_accuracy=True),
+    "openvino": Format(f"{_HERE}.openvino_artifact", "fp32", "OpenVINO IR", copies_weights=True, meets_accuracy=True),
     "trt": Format(
         f"{_HERE}.tensorrt.artifact",
         "lowered",

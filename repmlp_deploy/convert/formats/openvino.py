@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -36,6 +36,8 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert.capture import captured_output
+from repmlp_deploy.convert.formats.candidate import BY_ACCURACY
+from repmlp_deploy.convert.formats.openvino_float import with_float_nodes
 from repmlp_deploy.convert.graph.lowering.patterns import match_patterns, module_and_parents
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency
 from repmlp_deploy.precision import PRECISIONS, OpenVinoNames
@@ -48,7 +50,7 @@ try:
 except ImportError:
     raise MissingDependency("openvino", "openvino") from None
 
-__all__ = ["IR", "build_ir", "check_precision"]
+__all__ = ["IR", "build_ir", "check_precision", "quantize_ir"]
 
 _PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 _LARGE_MATRIX, _COLUMNS_OF_A_TILE = 5_000_000, 16  # bytes; bfloat16 numbers
@@ -117,7 +119,7 @@ def build_ir(  # noqa: PLR0913 - the graph, and all that decides what becomes of
         precision: of `PRECISIONS`.
         batch: sizes to serve; a range stays symbolic.
         inputs: name of every input to its shape without the batch, (C, H, W).
-        calibration: for int8, feeds of batch 1: name of every input to its array (1, C, H, W).
+        calibration: for int8, feeds of the fixed batch, else of 1: name of every input to its array (n, C, H, W).
         keep_fp32: patterns as in a shell, of node names or of module names such as `stages.0.*`, that stay in float32.
 
     Raises:
@@ -125,25 +127,54 @@ def build_ir(  # noqa: PLR0913 - the graph, and all that decides what becomes of
         BuildError: OpenVINO or NNCF refuses the graph.
         MissingDependency: int8 needs nncf.
     """
+    if precision in PRECISIONS and PRECISIONS[precision].lowering == "quantize":
+        feeds = calibration or ()
+        return quantize_ir(graph, precision, batch=batch, inputs=inputs, calibration=feeds, keep_fp32=keep_fp32)(())
     check_precision(precision, keep_fp32)
+    model = _prepared(graph, batch, inputs)
+    kept = _kept_nodes(model, keep_fp32)
+    names = _names_of(precision)
+    if names.stored is not None:
+        if names.computes == "bf16" and batch.opt >= _ROWS_ENOUGH:
+            _cut_large_products(model)
+        kept |= _store_weights(model, getattr(ov.Type, names.stored), kept)
+    return IR(*_serialized(model), {"version": ov.__version__} | _report(model, kept))
+
+
+def quantize_ir(  # noqa: PLR0913 - see `build_ir`
+    graph: bytes,
+    precision: str,
+    *,
+    batch: BatchRange,
+    inputs: Mapping[str, Sequence[int]],
+    calibration: Sequence[Mapping[str, NDArray[Any]]],
+    keep_fp32: Sequence[str] = (),
+) -> Callable[[Collection[str]], IR]:
+    """Quantize once; return a function from names of further ONNX nodes to the IR with these in float32, too."""
+    check_precision(precision, keep_fp32)
+    model = _prepared(graph, batch, inputs)
+    kept = _kept_nodes(model, keep_fp32)
+    if not calibration:
+        raise InputError(f"{precision} needs calibration inputs: pass --calibration DIR or FILE.npz")
+    quantized = _quantized(model, calibration, kept)
+    details = {"version": ov.__version__, "nncf": _import_nncf().__version__, "calibration_samples": len(calibration)}
+
+    def built(further: Collection[str]) -> IR:
+        names = set(further)
+        changed = with_float_nodes(quantized, model, lambda op: _name(op) in names) if names else quantized
+        return IR(*_serialized(changed), details | _report(changed, dict.fromkeys(names, BY_ACCURACY) | kept))
+
+    return built
+
+
+def _prepared(graph: bytes, batch: BatchRange, inputs: Mapping[str, Sequence[int]]) -> Any:
+    """Return the model of a graph, for the batch sizes that are served."""
     model = _read(graph)
     n = batch.min if batch.min == batch.max else -1
     model.reshape({name: [n, *shape] for name, shape in inputs.items()})
     if n < 0:
         _turn_point_convolutions(model)
-    kept = _kept_nodes(model, keep_fp32)
-    details: dict[str, Any] = {"version": ov.__version__}
-    names = _names_of(precision)
-    if PRECISIONS[precision].lowering == "quantize":
-        if not calibration:
-            raise InputError(f"{precision} needs calibration inputs: pass --calibration DIR or FILE.npz")
-        model = _quantized(model, calibration, kept)
-        details |= {"nncf": _import_nncf().__version__, "calibration_samples": len(calibration)}
-    elif names.stored is not None:
-        if names.computes == "bf16" and batch.opt >= _ROWS_ENOUGH:
-            _cut_large_products(model)
-        kept |= _store_weights(model, getattr(ov.Type, names.stored), kept)
-    return IR(*_serialized(model), details | _report(model, kept))
+    return model
 
 
 def _read(graph: bytes) -> Any:
