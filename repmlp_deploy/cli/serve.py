@@ -84,6 +84,9 @@ def serve_command(  # noqa: PLR0913 - one per option
         typer.Option(metavar="DIR", help="Folder for what the runtime compiles; the next start is quicker."),
     ] = None,
     max_delay_ms: Annotated[float, typer.Option(help="How long a batch waits for more requests, under load.")] = 0.0,
+    target_ms: Annotated[
+        float | None, typer.Option(help="Answer within so long where that is possible: late requests go last.")
+    ] = None,
     queue: Annotated[int, typer.Option(help="Samples that may wait; further requests get 503.")] = 1024,
     timeout: Annotated[float, typer.Option(help="Seconds after which a request gets 504.")] = 30.0,
     drain: Annotated[float, typer.Option(help="Seconds for requests under way when the server stops.")] = 30.0,
@@ -110,6 +113,7 @@ def serve_command(  # noqa: PLR0913 - one per option
             "--body-mb": (body_mb, 1, 4096),
         }
         | {"--max-delay-ms": (max_delay_ms, 0, 10_000), "--timeout": (timeout, 0.001, 86_400)}
+        | {"--target-ms": (1.0 if target_ms is None else target_ms, 0.1, 3_600_000)}
         | {"--drain": (drain, 1, 3600), "--connections": (connections, 1, 1 << 20)}
         | {"--watch-seconds": (watch_seconds, 0.05, 3600)}
     )
@@ -125,12 +129,14 @@ def serve_command(  # noqa: PLR0913 - one per option
     if on_ray:
         how: dict[str, Any] = {"format": artifact, "device": device, "threads": threads, "workers": workers or 0}
         how |= {"streams": stream_count(streams), "cache": str(cache) if cache else None, "queue": queue}
-        how |= {"max_delay_ms": max_delay_ms, "timeout": timeout}
+        how |= {"max_delay_ms": max_delay_ms, "target_ms": target_ms, "timeout": timeout}
         how |= {"drain": drain, "body_mb": body_mb, "log_format": log_format, "log_requests": log_requests}
         ray.serve(named, folders, watch_seconds, how, (host, port, grpc))
         return
     runner = RunnerOptions(device, threads, cache, streams=stream_count(streams))
-    models = Models(ModelOptions(artifact, runner, queue=queue, delay=max_delay_ms / 1000, workers=workers or 0))
+    target = None if target_ms is None else target_ms / 1000
+    delay, at_a_time = max_delay_ms / 1000, workers or 0
+    models = Models(ModelOptions(artifact, runner, queue=queue, delay=delay, workers=at_a_time, target=target))
     for name, folder in named.items():
         models.add(name, folder)
     http = HttpOptions(body_mb * _MEGABYTE, control=control, log_requests=log_requests)

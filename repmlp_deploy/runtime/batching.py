@@ -4,6 +4,10 @@ A free worker takes what waits at once, so a lone request is never delayed. Whil
 and the next batch is as large as they make it. A delay, where one is set, applies only after a batch of several
 requests: it is a sign that more are on their way.
 
+With a target, a batch is no larger than what lets its first request keep the target, by what batches took so far. A
+request that can no longer keep it goes behind those that still can. A burst then makes those late that it must, and
+not all that come after them.
+
 Callers get `Future` objects, so threads, event loops and servers of any kind can wait for them.
 """
 
@@ -22,7 +26,7 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.errors import RepMLPError
 
-__all__ = ["Batcher", "BatcherClosed", "DeadlineMissed", "Execution", "QueueFull", "Queueing"]
+__all__ = ["Batcher", "BatcherClosed", "DeadlineMissed", "Durations", "Execution", "QueueFull", "Queueing"]
 
 Arrays = Sequence[NDArray[Any]]
 Outputs = list[NDArray[Any]]
@@ -66,15 +70,19 @@ class Queueing:
         delay: seconds that the first request of a batch may wait for others, while several come at a time.
         workers: batches that run at a time.
         observe: told of every run, from the worker's thread.
+        target: seconds within which requests are to be answered where that is possible; None answers them in the
+            order of their arrival.
     """
 
     queue: int = 1024
     delay: float = 0.0
     workers: int = 1
     observe: Callable[[Execution], None] = lambda _: None
+    target: float | None = None
 
 
 _PLAIN = Queueing()
+_LATEST = 0.1  # share of the last run in the mean
 
 
 @dataclass(eq=False)
@@ -89,8 +97,30 @@ class _Request:
         return len(self.inputs[0])
 
 
+class Durations:
+    """What batches of each size took, as a running mean; sizes that did not run yet are estimated from others."""
+
+    def __init__(self) -> None:
+        self._means: dict[int, float] = {}
+
+    def note(self, samples: int, seconds: float) -> None:
+        """Note a run."""
+        before = self._means.get(samples, seconds)
+        self._means[samples] = before + _LATEST * (seconds - before)
+
+    def expected(self, samples: int) -> float:
+        """Return the seconds of a run: those of the size, or in proportion to the nearest size; 0 before any run."""
+        if not self._means:
+            return 0.0
+        known = self._means.get(samples)
+        if known is None:
+            nearest = min(self._means, key=lambda size: abs(size - samples))
+            known = self._means[nearest] * samples / nearest
+        return known
+
+
 class Batcher:
-    """Runs requests in batches, in the order of their arrival.
+    """Runs requests in batches: in the order of their arrival, or as a target needs it.
 
     Args:
         run: a batch (N, …) of every input to every output (N, …). Called from the workers' threads.
@@ -102,7 +132,9 @@ class Batcher:
         self._run, self._largest = run, largest
         self._limit, self._delay, self._observe = how.queue, how.delay, how.observe
         self._changed = threading.Condition()
+        self._target, self._durations = how.target, Durations()
         self._queue: deque[_Request] = deque()
+        self._late: deque[_Request] = deque()  # cannot keep the target any more
         self._waiting = 0  # samples in the queue
         self._crowded = False
         self._closed = False
@@ -132,7 +164,7 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise BatcherClosed("the batcher is closed")
-            if self._queue and self._waiting + request.samples > self._limit:
+            if (self._queue or self._late) and self._waiting + request.samples > self._limit:
                 raise QueueFull(f"{self._waiting} samples wait; the queue holds {self._limit}")
             self._queue.append(request)
             self._waiting += request.samples
@@ -155,10 +187,10 @@ class Batcher:
         """Wait for requests, and take a batch of them; None after the last one."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closed)
-                if not self._queue:
+                self._changed.wait_for(lambda: self._queue or self._late or self._closed)
+                if not self._queue and not self._late:
                     return None
-                if self._delay and self._crowded:
+                if self._delay and self._crowded and self._queue:
                     left = self._queue[0].arrived + self._delay - time.monotonic()
                     self._changed.wait_for(lambda: self._waiting >= self._largest or self._closed, timeout=left)
                 batch = self._taken()
@@ -169,8 +201,9 @@ class Batcher:
         """Take requests from the queue while they fit into a batch; leave out those that nobody waits for."""
         batch: list[_Request] = []
         total, now = 0, time.monotonic()
-        while self._queue and (not total or total + self._queue[0].samples <= self._largest):
-            request = self._queue.popleft()
+        line = self._next_in_line(now)
+        while line and (not total or self._fits(total + line[0].samples, batch[0], now)):
+            request = line.popleft()
             self._waiting -= request.samples
             if not request.future.set_running_or_notify_cancel():
                 continue
@@ -183,6 +216,26 @@ class Batcher:
         self._crowded = len(batch) > 1
         return batch
 
+    def _next_in_line(self, now: float) -> deque[_Request]:
+        """Return those that can keep the target; those that cannot, if there are no others or their deadline passed."""
+        while self._queue and self._is_late(self._queue[0], now):
+            self._late.append(self._queue.popleft())
+        expired = self._late and self._late[0].deadline is not None and now > self._late[0].deadline
+        return self._late if expired or not self._queue else self._queue
+
+    def _is_late(self, request: _Request, now: float) -> bool:
+        if self._target is None:
+            return False
+        return now + self._durations.expected(request.samples) > request.arrived + self._target
+
+    def _fits(self, samples: int, first: _Request, now: float) -> bool:
+        """Return whether a batch may have so many samples: its first request keeps the target, if it can at all."""
+        if samples > self._largest:
+            return False
+        if self._target is None or self._is_late(first, now):
+            return True
+        return now + self._durations.expected(samples) <= first.arrived + self._target
+
     def _execute(self, batch: list[_Request]) -> None:
         start = time.monotonic()
         waits = tuple(start - request.arrived for request in batch)
@@ -192,7 +245,11 @@ class Batcher:
             outputs = self._run(whole)
         except Exception as raised:  # noqa: BLE001 - whatever it is belongs to those who wait
             error = raised
-        self._observe(Execution(sum(r.samples for r in batch), waits, time.monotonic() - start, error))
+        samples, seconds = sum(request.samples for request in batch), time.monotonic() - start
+        if error is None:
+            with self._changed:
+                self._durations.note(samples, seconds)
+        self._observe(Execution(samples, waits, seconds, error))
         if error is None:
             offset = 0
             for request in batch:

@@ -47,6 +47,7 @@ class ModelOptions:
         queue: samples that may wait.
         delay: seconds that a batch may wait for more requests while several come at a time.
         workers: batches that run at a time; 0 for as many as the runner's streams.
+        target: seconds within which requests are to be answered where that is possible; see `Queueing`.
     """
 
     artifact_format: str | None = None
@@ -54,6 +55,7 @@ class ModelOptions:
     queue: int = 1024
     delay: float = 0.0
     workers: int = 0
+    target: float | None = None
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ class ServedModel:
         name = version_name(self.folder)
         bundle = _Noting(Bundle.load(self.folder).manifest, self.folder)
         options = self.options
-        queueing = Queueing(options.queue, options.delay, options.workers, self._observe)
+        queueing = Queueing(options.queue, options.delay, options.workers, self._observe, options.target)
         served = Served(bundle, options.artifact_format, options.runner, queueing)
         try:
             served.check()

@@ -35,7 +35,7 @@ def measure(settings=SETTINGS, *, capacities=None, fails=None, in_time=lambda: T
     asked = []
     batches = SimpleNamespace(min=1, max=8)
     target = SimpleNamespace(name="net", batches=batches, probe=lambda: "probe.npz")
-    capacities = capacities or {"single": 20.0, "batched": 70.0, "streams": 90.0}
+    capacities = capacities or {"single": 20.0, "batched": 70.0, "targeted": 80.0, "streams": 90.0}
     members = [
         SimpleNamespace(format=name, precision="fp32", failed="", child=Child(asked, capacities, fails))
         for name in formats
@@ -55,6 +55,7 @@ def test_the_highest_rate_of_every_way_is_found_in_turns():
     assert figures == {
         "single": pytest.approx(20, abs=step),
         "batched": pytest.approx(70, abs=step),
+        "targeted": pytest.approx(80, abs=step),
         "streams": pytest.approx(90, abs=step),
     }
     assert all(rows["onnx", "server", "tensors", way].run.p99_ms <= 50 for way in WAYS)
@@ -108,7 +109,7 @@ def test_a_rate_that_nothing_keeps_is_nought_with_its_reason():
 
 def test_the_time_limit_ends_the_search_and_says_so():
     calls = iter(range(1000))
-    _, rows = measure(in_time=lambda: next(calls) < 3 + 3 + 4)
+    _, rows = measure(in_time=lambda: next(calls) < 4 + 4 + 5)
     row = rows["onnx", "server", "tensors", "single"]
     assert (row.status, len(row.tried)) == ("measured", 2)
     assert "ended after 2 of 6 rates" in row.reason

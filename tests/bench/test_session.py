@@ -182,7 +182,7 @@ def test_a_bundle_runs_under_load_from_tensors_and_from_jpeg_bytes(digits_bundle
         end_to_end=True,
     )
     rows = run_benchmark(settings, lambda _: None).scenarios
-    assert len(rows) == 2 * 3 * 2 * 3, "formats, scenarios, sources, ways"
+    assert len(rows) == 2 * 3 * 2 * 4, "formats, scenarios, sources, ways"
     for row in rows:
         if row.format == "onnx":
             assert row.status == "measured", row.reason

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from repmlp_deploy.runtime.batching import Batcher, BatcherClosed, DeadlineMissed, Execution, QueueFull, Queueing
+from repmlp_deploy.runtime.batching import (
+    Batcher,
+    BatcherClosed,
+    DeadlineMissed,
+    Durations,
+    Execution,
+    QueueFull,
+    Queueing,
+)
 
 
 class Network:
@@ -179,3 +187,97 @@ def test_many_threads_get_their_own_rows(network: Network) -> None:
     batcher.close()
     assert not wrong
     assert sum(network.sizes) == 1600
+
+
+class Timed:
+    """Takes so long per batch and per sample, and notes the values of every batch."""
+
+    def __init__(self, batch: float, sample: float) -> None:
+        self.batch, self.sample = batch, sample
+        self.batches: list[list[float]] = []
+
+    def __call__(self, inputs: Any) -> list[np.ndarray]:
+        self.batches.append([float(row[0]) for row in inputs[0]])
+        time.sleep(self.batch + self.sample * len(inputs[0]))
+        return [inputs[0] * 2]
+
+
+class NoTime(Durations):
+    """Batches take no time: how long a test keeps its gate shut says nothing of a network."""
+
+    def note(self, samples: int, seconds: float) -> None:
+        """Learn nothing."""
+
+
+def test_expected_durations_follow_what_was_seen() -> None:
+    seen = Durations()
+    assert seen.expected(3) == 0.0
+    seen.note(4, 0.08)
+    assert seen.expected(4) == 0.08
+    assert seen.expected(2) == pytest.approx(0.04)
+    assert seen.expected(8) == pytest.approx(0.16)
+    for _ in range(100):
+        seen.note(4, 0.04)
+    assert seen.expected(4) == pytest.approx(0.04, rel=0.01)
+
+
+def test_a_batch_is_as_large_as_its_first_request_allows() -> None:
+    """A sample takes 0.2 s and the target is 1 s: eight that wait are not one batch, which would take 1.6 s."""
+    network = Timed(0.0, 0.2)
+    batcher = Batcher(network, 8, Queueing(target=1.0))
+    batcher.submit(_row(0)).result(10)
+    futures = [batcher.submit(_row(value)) for value in range(1, 9)]
+    assert [future.result(10)[0][0, 0] for future in futures] == [2.0 * value for value in range(1, 9)]
+    batcher.close()
+    assert max(len(batch) for batch in network.batches) < 5
+    without = Timed(0.0, 0.01)
+    plain = Batcher(without, 8)
+    first = [plain.submit(_row(value)) for value in range(9)]
+    assert all(future.result(10) for future in first)
+    plain.close()
+    assert max(len(batch) for batch in without.batches) == 8
+
+
+def test_who_is_late_already_goes_behind_those_that_can_be_in_time() -> None:
+    network = Network()
+    batcher = Batcher(network, 4, Queueing(target=0.3))
+    _busy(batcher, network)
+    late = [batcher.submit(_row(value)) for value in (1, 2)]
+    time.sleep(0.5)
+    fresh = [batcher.submit(_row(value)) for value in (3, 4)]
+    seen: list[float] = []
+    for future in (*late, *fresh):
+        future.add_done_callback(lambda done: seen.append(float(done.result()[0][0, 0])))
+    batcher._durations = NoTime()
+    network.gate.set()
+    batcher.close()
+    assert sorted(seen[:2]) == [6.0, 8.0]
+    assert sorted(seen[2:]) == [2.0, 4.0], "and they are answered all the same"
+    assert network.sizes == [1, 2, 2]
+
+
+def test_a_late_request_still_fails_at_its_deadline_while_others_come() -> None:
+    network = Network()
+    batcher = Batcher(network, 1, Queueing(target=0.05))
+    _busy(batcher, network)
+    late = batcher.submit(_row(1), deadline=time.monotonic() + 0.1)
+    time.sleep(0.2)
+    fresh = [batcher.submit(_row(value)) for value in (2, 3)]
+    batcher._durations = NoTime()
+    network.gate.set()
+    with pytest.raises(DeadlineMissed):
+        late.result(10)
+    assert [future.result(10)[0][0, 0] for future in fresh] == [4.0, 6.0]
+    batcher.close()
+
+
+def test_a_target_that_no_request_can_keep_changes_nothing() -> None:
+    """Everyone is late: they are batched in the order of their arrival, as without a target."""
+    network = Network()
+    batcher = Batcher(network, 4, Queueing(target=1e-9))
+    first = _busy(batcher, network)
+    others = [batcher.submit(_row(value)) for value in (1, 2, 3, 4, 5)]
+    network.gate.set()
+    assert [f.result(10)[0].tolist() for f in (first, *others)] == [[[2 * v, 2 * v]] for v in range(6)]
+    batcher.close()
+    assert network.sizes == [1, 4, 1]

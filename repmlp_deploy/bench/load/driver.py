@@ -69,6 +69,8 @@ class Driver:
             self._prove(service, samples.expected)
             self._proved.add((way, source))
         plan = replace(plan, samples=SAMPLES)
+        if WAYS[way].targets and plan.scenario == "server":
+            service = replace(service, target=plan.limit_ms / 1000)
         if plan.scenario == "offline":
             plan = replace(plan, rate=self._expected_rate(service))
         system = System(service, complete)

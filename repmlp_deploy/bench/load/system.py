@@ -44,6 +44,7 @@ class Service:
         largest: samples of a batch at most.
         workers: batches that run at a time.
         decoders: threads that prepare samples; 0 prepares them where they arrive.
+        target: see `Queueing`.
     """
 
     run: Callable[[NDArray[Any]], NDArray[np.float32]]
@@ -52,6 +53,7 @@ class Service:
     largest: int
     workers: int
     decoders: int
+    target: float | None = None
 
 
 class System:
@@ -73,7 +75,7 @@ class System:
         self.failures: list[BaseException] = []
         self._service, self._complete = service, complete
         self._bytes = 0
-        queueing = Queueing(_MOST_WAITING, workers=service.workers)
+        queueing = Queueing(_MOST_WAITING, workers=service.workers, target=service.target)
         self._batcher = Batcher(lambda inputs: [service.run(inputs[0])], service.largest, queueing)
         self._threads = ThreadPoolExecutor(service.decoders, "prepare") if service.decoders else None
 

@@ -38,17 +38,20 @@ class Way:
         title: for people.
         gathers: whether requests share batches, as in `repmlp-serve`.
         streams: whether several inferences run at a time, each on its share of the cores.
+        targets: whether the server's limit is the target of `Queueing`, as with `repmlp-serve --target-ms`.
     """
 
     title: str
     gathers: bool
     streams: bool
+    targets: bool = False
 
 
 WAYS: Mapping[str, Way] = MappingProxyType(
     {
         "single": Way("one at a time", gathers=False, streams=False),
         "batched": Way("batched", gathers=True, streams=False),
+        "targeted": Way("batched to the limit", gathers=True, streams=False, targets=True),
         "streams": Way("batched, streams", gathers=True, streams=True),
     }
 )

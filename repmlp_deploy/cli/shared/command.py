@@ -45,8 +45,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "Serving": (
             "watch", "watch-seconds", "control", "host-engine", "replicas", "max-replicas", "replica-requests",
-            "replica-cpus", "replica-gpus", "write-ray-config", "host", "port", "grpc-port", "max-delay-ms", "queue",
-            "timeout", "drain", "connections", "body-mb", "tls-certificate", "tls-key", "log-format", "log-requests",
+            "replica-cpus", "replica-gpus", "write-ray-config", "host", "port", "grpc-port", "max-delay-ms",
+            "target-ms", "queue", "timeout", "drain", "connections", "body-mb", "tls-certificate", "tls-key",
+            "log-format", "log-requests",
         ),
         "Output": ("out", "layout", "name", "model-version", "storage", "preprocess", "write-card", "engine-report"),
         "Report": ("top", "details", "json", "csv", "markdown", "html", "debug", "quiet", "version", "help"),

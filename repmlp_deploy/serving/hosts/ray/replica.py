@@ -142,7 +142,9 @@ def _loaded(settings: Settings) -> Models:
     cache = Path(settings.cache) if settings.cache else None
     runner = RunnerOptions(settings.device, settings.threads, cache, streams=settings.streams)
     queue, delay = settings.queue, settings.max_delay_ms / 1000
-    models = Models(ModelOptions(settings.format, runner, queue=queue, delay=delay, workers=settings.workers))
+    target = None if settings.target_ms is None else settings.target_ms / 1000
+    workers = settings.workers
+    models = Models(ModelOptions(settings.format, runner, queue=queue, delay=delay, workers=workers, target=target))
     for name, served in settings.bundles.items():
         models.add(name, Path(served.path))
     Library(models).look()

@@ -46,6 +46,7 @@ class Settings(_Strict):
         streams: inferences that the runtime runs at a time; 0 for as many as a measurement finds best.
         cache: folder for what the runtime compiles.
         max_delay_ms: that a crowd's batch may wait for more requests.
+        target_ms: within which requests are to be answered where that is possible.
         queue: samples that may wait in a replica.
         timeout: seconds after which a request gets no answer any more.
         drain: seconds that requests under way may take when a replica stops.
@@ -62,6 +63,7 @@ class Settings(_Strict):
     streams: int = 1
     cache: str | None = None
     max_delay_ms: float = Field(0.0, ge=0, le=10_000)
+    target_ms: float | None = Field(None, gt=0, le=3_600_000)
     queue: int = Field(1024, ge=1, le=1 << 24)
     timeout: float = Field(30.0, gt=0, le=86_400)
     drain: float = Field(30.0, ge=1, le=3600)
