@@ -69,6 +69,11 @@ class _Noting(Bundle):
         self.hashed.add(entry.path)
         return data
 
+    def view(self, entry: FileEntry) -> memoryview:
+        content = super().view(entry)
+        self.hashed.add(entry.path)
+        return content
+
 
 class Version:
     """A bundle that has passed its check, and its queue.
