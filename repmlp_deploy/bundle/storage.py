@@ -235,11 +235,12 @@ def hash_file(path: Path) -> str:
 
 def _read_checked(path: Path, entry: FileEntry) -> memoryview:
     """Return a file's content if it has the entry's length and SHA-256; pieces are hashed while others are read."""
-    content = np.empty(entry.bytes, np.uint8).data  # not zeroed, which would take as long as reading
     digest = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1, thread_name_prefix="sha256") as hashing:
-            filled = 0
+            if os.fstat(file.fileno()).st_size != entry.bytes:  # before memory is asked for
+                raise _changed(path)
+            content, filled = np.empty(entry.bytes, np.uint8).data, 0  # not zeroed, which takes as long as reading
             while count := file.readinto(content[filled : filled + _PIECE_BYTES]):
                 hashing.submit(digest.update, content[filled : filled + count])
                 filled += count

@@ -121,7 +121,10 @@ def parse_model(text: str) -> tuple[str, dict[str, Any]]:
     package, _, rest = text.partition(":")
     name, *words = rest.split(",")
     if package != "timm" or not _TIMM_NAME.fullmatch(name) or len(text) > _LONGEST_NAME:
-        raise InputError(f"--model is {text[:_LONGEST_NAME]!r}; expected timm:NAME[,key=value…], as timm:repvgg_a0")
+        raise InputError(
+            f"--model is {text[:_LONGEST_NAME]!r}; expected timm:NAME[,key=value…], as timm:repvgg_a0; "
+            "the name of a card goes to --card"
+        )
     arguments: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")

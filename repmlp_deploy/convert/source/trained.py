@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from repmlp_deploy.card import ModelCard, load_card
+from repmlp_deploy.convert.options import parse_model
 from repmlp_deploy.convert.source.checkpoint import Checkpoint, read_checkpoint
 from repmlp_deploy.convert.source.class_names import find_class_names
 from repmlp_deploy.convert.source.description import Description, complete_card
@@ -300,6 +301,7 @@ def _network_for(source: nn.Module | str | Path, said: SourceRequest) -> tuple[n
         return unwrapped(source), None
     if said.model is not None:
         # timm, for its networks alone
+        parse_model(said.model)  # before timm is asked for
         from repmlp_deploy.convert.source.timm_network import make_timm_network  # noqa: PLC0415
 
         made = make_timm_network(said.model, said.input_size)

@@ -73,6 +73,14 @@ def test_anything_else_is_refused(text: str, said: str) -> None:
         parse_model(text)
 
 
+def test_the_name_of_a_card_is_refused_before_timm_is_asked_for(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "repmlp_deploy.convert.source.timm_network", None)
+    with pytest.raises(InputError, match="the name of a card goes to --card"):
+        load_own(checkpoint, SourceRequest(model="repmlpnet-b224"))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
