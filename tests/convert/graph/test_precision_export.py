@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
-import onnxruntime as ort
 import pytest
 
 from repmlp_deploy import Bundle, Predictor, export
@@ -14,6 +13,8 @@ from repmlp_deploy.convert.graph.emulate import emulate
 from repmlp_deploy.convert.graph.lowering.lower import Lowered, set_precision
 from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.errors import InputError, MissingDevice, VerificationError
+from repmlp_deploy.runtime.onnx.runner import open_session
+from repmlp_deploy.runtime.runner import RunnerOptions
 from support.digit_cases import exported, scans
 
 pytestmark = pytest.mark.slow  # many exports, seconds each
@@ -31,7 +32,7 @@ def test_no_digit_is_lost_in_16_bits_and_at_most_half_a_point_in_8(card: str, tm
         model = onnx.load(tmp_path / precision / "model.onnx")
         if precision == "bf16":
             model = emulate(model, "bf16")
-        session = ort.InferenceSession(serialize_model(model), providers=["CPUExecutionProvider"])
+        session, _ = open_session(serialize_model(model), RunnerOptions(device="cpu"))
         answers = session.run(None, {"images": inputs})[0].argmax(axis=1)
         right[precision] = int((answers == labels).sum())
     assert right["fp32"] >= 446
