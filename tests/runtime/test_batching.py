@@ -68,15 +68,20 @@ def _busy(batcher: Batcher, network: Network) -> Future[list[np.ndarray]]:
     return first
 
 
-def test_a_lone_request_runs_at_once_and_those_that_wait_run_together(
-    batcher: Batcher, network: Network, seen: list[Execution]
-) -> None:
+def _answer_six_in_order(batcher: Batcher, network: Network) -> None:
+    """One request runs alone; five wait, and run in their order, four of them together."""
     first = _busy(batcher, network)
     others = [batcher.submit(_row(value)) for value in (1, 2, 3, 4, 5)]
     network.gate.set()
     assert [f.result(10)[0].tolist() for f in (first, *others)] == [[[2 * v, 2 * v]] for v in range(6)]
     batcher.close()
     assert network.sizes == [1, 4, 1]
+
+
+def test_a_lone_request_runs_at_once_and_those_that_wait_run_together(
+    batcher: Batcher, network: Network, seen: list[Execution]
+) -> None:
+    _answer_six_in_order(batcher, network)
     assert [len(run.waits) for run in seen] == [1, 4, 1]
     assert sum(run.samples for run in seen) == 6
 
@@ -275,9 +280,4 @@ def test_a_target_that_no_request_can_keep_changes_nothing() -> None:
     """Everyone is late: they are batched in the order of their arrival, as without a target."""
     network = Network()
     batcher = Batcher(network, 4, Queueing(target=1e-9))
-    first = _busy(batcher, network)
-    others = [batcher.submit(_row(value)) for value in (1, 2, 3, 4, 5)]
-    network.gate.set()
-    assert [f.result(10)[0].tolist() for f in (first, *others)] == [[[2 * v, 2 * v]] for v in range(6)]
-    batcher.close()
-    assert network.sizes == [1, 4, 1]
+    _answer_six_in_order(batcher, network)

@@ -20,6 +20,7 @@ from repmlp_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from repmlp_deploy.convert.formats.candidate import Candidates
+    from repmlp_deploy.convert.graph.calibrate import Calibration
     from repmlp_deploy.convert.job import Artifact, Job
     from repmlp_deploy.convert.request import Request
     from repmlp_deploy.convert.step import Step
@@ -41,8 +42,8 @@ class Format:
         float32_only: whether it takes no other precision.
         engine: whether it is a TensorRT engine, built from the verified ONNX graph.
         copies_weights: whether its builder copies all weights, so that memory is freed before.
-        meets_accuracy: whether the module also has `candidates(job, source)`, so that accuracy can decide what stays in
-            float32; see `candidate`.
+        meets_accuracy: whether the module also has `candidates(job, graph, samples)`, so that accuracy can decide what
+            stays in float32; see `candidate`.
     """
 
     module: str
@@ -70,9 +71,9 @@ class Format:
         made: Step[Artifact] = import_module(self.module).build(name, job, source)
         return made
 
-    def candidates(self, job: Job, source: Any) -> Candidates:
-        """Return what builds the artifact with any nodes in float32."""
-        found: Candidates = import_module(self.module).candidates(job, source)
+    def candidates(self, job: Job, graph: bytes, samples: Calibration) -> Candidates:
+        """Return what builds the artifact of a float32 graph with any nodes in float32."""
+        found: Candidates = import_module(self.module).candidates(job, graph, samples)
         return found
 
 

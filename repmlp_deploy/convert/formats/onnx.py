@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 
 from repmlp_deploy.convert.formats.candidate import BY_ACCURACY, Candidate
-from repmlp_deploy.convert.graph.calibrate import measure_ranges
+from repmlp_deploy.convert.graph.calibrate import Calibration, measure_ranges
 from repmlp_deploy.convert.graph.lowering.lower import PRODUCTS, product_tensors, set_precision
 from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.convert.graph.run import onnx_run
@@ -33,27 +33,23 @@ def build(name: str, job: Job, source: Graphs) -> Step[Artifact]:
     return Step(made)
 
 
-def candidates(job: Job, source: Graphs) -> _Candidates:
+def candidates(job: Job, graph: bytes, samples: Calibration) -> _Candidates:
     """Return what lowers the float32 graph with some nodes kept; the ranges are measured here, once."""
-    if source.fp32 is None:
-        raise AssertionError("candidates are made of the float32 graph")
-    return _Candidates(job, source.fp32)
+    return _Candidates(job, graph, samples)
 
 
 class _Candidates:
     """See `Candidates`."""
 
-    def __init__(self, job: Job, data: bytes) -> None:
-        if job.samples is None:
-            raise AssertionError("Request.check asks for calibration samples")
+    def __init__(self, job: Job, data: bytes, samples: Calibration) -> None:
         self._request, self._model = job.request, onnx.load_from_string(data)
         self.step = f"{job.request.precision} ONNX"
         self._products = {node.name for node in self._model.graph.node if node.op_type in PRODUCTS}
         method = job.request.low.method
         with job.clock("calibrate") as tell:
             tensors, fixed = product_tensors(self._model), job.request.fixed_batch or 1
-            self._ranges = measure_ranges(data, job.samples, tensors, method, tell, batch=fixed)
-        self._about = {"calibration": {"method": method, "samples": len(job.samples)}}
+            self._ranges = measure_ranges(data, samples, tensors, method, tell, batch=fixed)
+        self._about = {"calibration": {"method": method, "samples": len(samples)}}
 
     def relevant(self, nodes: Collection[str]) -> frozenset[str]:
         """Return the products among the nodes: everything else is in float32 in any case."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from repmlp_deploy.convert.formats.candidate import Candidate
-from repmlp_deploy.convert.formats.openvino import build_ir, check_precision, quantize_ir
+from repmlp_deploy.convert.formats.openvino import IR, build_ir, check_precision, quantize_ir
+from repmlp_deploy.convert.graph.calibrate import Calibration
 from repmlp_deploy.convert.job import Artifact, Graphs, Job
 from repmlp_deploy.convert.request import Request
 from repmlp_deploy.convert.step import Step
@@ -43,25 +45,20 @@ def build(name: str, job: Job, source: Graphs) -> Step[Artifact]:
     with job.clock(f"verify {name}"):
         model = CompiledIR(lambda: (ir.xml, ir.weights), request.precision, RunnerOptions())
         hops = job.certifier.require(f"OpenVINO {request.precision}", model.run_all, request.precision, name)
-    about = {**ir.details, "products": model.products()}
-    made = Artifact.of("model.xml", ir.xml, request.precision, about, companions={"model.bin": ir.weights})
+    made = _artifact(ir, model, request.precision)
     stored = "openvino stores fp16 and computes in float32, which is what CPUs have"
     return Step(made, tuple(hops), (stored,) if request.precision == "fp16" else ())
 
 
-def candidates(job: Job, source: Graphs) -> _Candidates:
+def candidates(job: Job, graph: bytes, samples: Calibration) -> _Candidates:
     """Return what gives the quantized model with some nodes in float32; it is quantized here, once."""
-    if source.fp32 is None:
-        raise AssertionError("candidates are made of the float32 graph")
-    return _Candidates(job, source.fp32)
+    return _Candidates(job, graph, samples)
 
 
 class _Candidates:
     """See `Candidates`."""
 
-    def __init__(self, job: Job, data: bytes) -> None:
-        if job.samples is None:
-            raise AssertionError("Request.check asks for calibration samples")
+    def __init__(self, job: Job, data: bytes, samples: Calibration) -> None:
         request = self._request = job.request
         self.step = f"OpenVINO {request.precision}"
         with job.clock("openvino"):
@@ -70,7 +67,7 @@ class _Candidates:
                 request.precision,
                 batch=request.batch,
                 inputs=job.interface.shapes(),
-                calibration=job.samples.feeds(request.fixed_batch or 1),
+                calibration=samples.feeds(request.fixed_batch or 1),
                 keep_fp32=request.low.keep_fp32,
             )
 
@@ -83,9 +80,10 @@ class _Candidates:
         ir, precision = self._built(kept), self._request.precision
         model = CompiledIR(lambda: (ir.xml, ir.weights), precision, RunnerOptions())
 
-        def artifact(more: Mapping[str, Any]) -> Artifact:
-            about = {**ir.details, "products": model.products(), **more}
-            return Artifact.of("model.xml", ir.xml, precision, about, companions={"model.bin": ir.weights})
-
         in_float32 = frozenset(line["node"] for line in ir.details.get("kept_fp32", ()))
-        return Candidate(model.run_all, in_float32, artifact)
+        return Candidate(model.run_all, in_float32, lambda more: _artifact(ir, model, precision, more))
+
+
+def _artifact(ir: IR, model: CompiledIR, precision: str, more: Mapping[str, Any] = MappingProxyType({})) -> Artifact:
+    about = {**ir.details, "products": model.products(), **more}
+    return Artifact.of("model.xml", ir.xml, precision, about, companions={"model.bin": ir.weights})

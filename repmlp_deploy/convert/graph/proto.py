@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import onnx
 
+from repmlp_deploy.runtime.onnx.weights import field_head
+
 __all__ = [
     "LARGE_BYTES",
     "SCOPES",
@@ -83,7 +85,7 @@ def serialize_model(model: onnx.ModelProto) -> bytes:
     small.ClearField("graph")
     heads = [_initializer_head(tensor) for tensor in weights]
     length = len(graph) + sum(len(head) + nbytes for head, nbytes in heads)
-    start = small.SerializeToString() + _head(_GRAPH, length) + graph
+    start = small.SerializeToString() + field_head(_GRAPH, length) + graph
     buffer = io.BytesIO()
     buffer.seek(len(start) - len(graph) + length - 1)
     buffer.write(b"\0")  # all the memory it takes, at once: a buffer that grows is copied each time
@@ -99,21 +101,8 @@ def _initializer_head(tensor: onnx.TensorProto) -> tuple[bytes, int]:
     """Return what precedes a weight's bytes in a graph's initializer field, and the number of these bytes."""
     about = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims).SerializeToString()
     nbytes = len(tensor.raw_data)
-    raw_head = _head(_RAW_DATA, nbytes)
-    return _head(_INITIALIZER, len(about) + len(raw_head) + nbytes) + about + raw_head, nbytes
-
-
-def _head(field: int, length: int) -> bytes:
-    """Return tag and length of a length-delimited field."""
-    return _varint(field << 3 | 2) + _varint(length)
-
-
-def _varint(value: int) -> bytes:
-    pieces = bytearray()
-    while value > 0x7F:  # noqa: PLR2004 - seven bits a byte
-        pieces.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*pieces, value])
+    raw_head = field_head(_RAW_DATA, nbytes)
+    return field_head(_INITIALIZER, len(about) + len(raw_head) + nbytes) + about + raw_head, nbytes
 
 
 def _set(message: object, name: str, value: object) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from repmlp_deploy.bundle import Hop
 from repmlp_deploy.bundle.records import KeptAccuracy
 from repmlp_deploy.convert.formats import FORMATS
-from repmlp_deploy.convert.formats.candidate import Candidate
+from repmlp_deploy.convert.formats.candidate import Candidate, Candidates
 from repmlp_deploy.convert.graph.lowering.lower import PRODUCTS, blocks_of
 from repmlp_deploy.convert.job import Artifact, Graphs, Job
 from repmlp_deploy.convert.step import Step
@@ -76,9 +76,10 @@ def artifact_within(name: str, job: Job, source: Graphs, goal: Goal) -> Step[Art
     Raises:
         VerificationError: it does not even with every block but one in float32.
     """
-    if source.fp32 is None:
-        raise AssertionError("the blocks are those of the float32 graph")
-    return _Meeting(name, job, source, goal, onnx.load_from_string(source.fp32)).step()
+    if source.fp32 is None or job.samples is None:
+        raise AssertionError("the blocks are those of the float32 graph, and Request.check asks for samples")
+    candidates = FORMATS[name].candidates(job, source.fp32, job.samples)
+    return _Meeting(name, job, candidates, goal, onnx.load_from_string(source.fp32)).step()
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ class _Trial:
 class _Meeting:
     """The search for one format."""
 
-    def __init__(self, name: str, job: Job, source: Graphs, goal: Goal, model: onnx.ModelProto) -> None:
+    def __init__(self, name: str, job: Job, candidates: Candidates, goal: Goal, model: onnx.ModelProto) -> None:
         self._name, self._job, self._goal = name, job, goal
-        self._candidates = FORMATS[name].candidates(job, source)
+        self._candidates = candidates
         self._products = [node.name for node in model.graph.node if node.op_type in PRODUCTS]
         self._blocks: Mapping[str, Sequence[str]] = blocks_of(model)
         self._holds: dict[frozenset[str], bool] = {}

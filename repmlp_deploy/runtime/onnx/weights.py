@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Split", "split_weights"]
+__all__ = ["Split", "field_head", "split_weights"]
 
 _LARGE_BYTES = 1 << 14  # smaller weights cost nothing, and graph optimizers read them
 _GRAPH, _INITIALIZER = 7, 5
@@ -66,7 +66,7 @@ def split_weights(model: bytes | memoryview) -> Split | None:
             if number == _GRAPH and content is not None:
                 graphs += 1
                 graph = _without_weights(content, weights)
-                parts += [_varint(_GRAPH << 3 | _BYTES), _varint(len(graph)), graph]
+                parts += [field_head(_GRAPH, len(graph)), graph]
             else:
                 parts.append(whole)
     except _OtherForm:
@@ -90,7 +90,7 @@ def _without_weights(graph: memoryview, weights: dict[str, NDArray[Any]]) -> byt
             parts.append(whole)
             continue
         weights[name] = values
-        parts += [_varint(_INITIALIZER << 3 | _BYTES), _varint(len(rest)), rest]
+        parts += [field_head(_INITIALIZER, len(rest)), rest]
     return b"".join(parts)
 
 
@@ -182,6 +182,11 @@ def _packed(content: memoryview) -> list[int]:
         number, position = _read_varint(content, position)
         numbers.append(number)
     return numbers
+
+
+def field_head(number: int, length: int) -> bytes:
+    """Return what precedes the bytes of a field that has a length: its tag, and the length."""
+    return _varint(number << 3 | _BYTES) + _varint(length)
 
 
 def _varint(value: int) -> bytes:

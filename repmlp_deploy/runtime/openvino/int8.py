@@ -83,6 +83,8 @@ def int8_kernels() -> Int8Kernels:
 def fit_weights(model: Any, kernels: Int8Kernels) -> int:
     """Round the int8 weights of `model` to what the kernels compute right; return how many tensors changed."""
     changed = 0
+    if kernels.full_range and kernels.scale_per_batch:
+        return changed
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Multiply":
             continue
