@@ -14,7 +14,7 @@ SETTINGS = Settings(scenario=("server", "single-stream"), p99_ms=50.0, seconds=1
 
 
 class Child:
-    """Keeps the limit up to a rate per way; notes what it is asked."""
+    """A process that keeps the limit up to some rate, another one for each way, and notes what it is asked."""
 
     def __init__(self, asked, capacities, fails=None):
         self.asked, self.capacities, self.fails = asked, capacities, fails
