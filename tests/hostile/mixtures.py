@@ -59,15 +59,6 @@ def cases() -> Iterator[Case]:
     yield from _names()
 
 
-def _of_timm() -> int:
-    """Return the code of a name that timm does not know: timm runs only with the torchvision of this PyTorch."""
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        return MISSING
-    return USAGE
-
-
 def _names() -> Iterator[Case]:
     yield Case(
         "name: a picture",
@@ -82,7 +73,7 @@ def _names() -> Iterator[Case]:
     yield Case("name: a bundle", f"predict {{x}}/{RAW_NAME} {{image}}", lambda f, _: (f / RAW_NAME).mkdir())
     yield Case("name: a card", f"export --ckpt {{ckpt}} --card {RAW_NAME}.toml --out {{earlier}}")
     yield Case("name: a module", f"export --ckpt {{ckpt}} --module {RAW_NAME}:make --out {{earlier}}")
-    yield Case("name: a model", f"export --ckpt {{ckpt}} --model timm:{RAW_NAME} --out {{earlier}}", code=_of_timm())
+    yield Case("name: a model", f"export --ckpt {{ckpt}} --model timm:{RAW_NAME} --out {{earlier}}")
     yield Case("name: an option", f"export --{RAW_NAME}")
     yield Case("name: a command", f"{RAW_NAME}")
     yield Case("name: a null in it", "predict {bundle} {x}/a\0b.png")
