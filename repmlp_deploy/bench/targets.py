@@ -16,7 +16,7 @@ from repmlp_deploy.bench.counting.count import count_graph, count_network
 from repmlp_deploy.bench.counting.counts import Counts
 from repmlp_deploy.bench.settings import Settings
 from repmlp_deploy.bench.subjects.pytorch import open_trained, upstream_merge
-from repmlp_deploy.bench.subjects.seeding import seeded_network
+from repmlp_deploy.bench.subjects.seeding import seeded_network, seeded_samples
 from repmlp_deploy.bench.subjects.table import SUBJECTS, Job, chosen_rows, why_not
 from repmlp_deploy.bundle import PROBE, ArtifactEntry, BatchRange, Bundle, describe_file
 from repmlp_deploy.card import ModelCard, data_root, load_card
@@ -33,7 +33,7 @@ __all__ = ["Target", "Unavailable", "counts_key", "find_targets"]
 
 Show = Callable[[str], None]
 
-CALIBRATION_SAMPLES, CALIBRATION_SEED = 32, 7
+CALIBRATION_SAMPLES = 32
 
 
 class Unavailable(Exception):  # noqa: N818 - an outcome that becomes a row's reason
@@ -198,7 +198,7 @@ class Target:
         if PRECISIONS[precision].needs_calibration and self.calibration is not None:
             calibration = self.calibration
         elif PRECISIONS[precision].needs_calibration:
-            calibration = {self.input_name: probe_inputs(self.shape, CALIBRATION_SAMPLES, CALIBRATION_SEED)}
+            calibration = {self.input_name: seeded_samples(self.shape, CALIBRATION_SAMPLES, self.card.preprocessing)}
             with_what = f"{CALIBRATION_SAMPLES} seeded inputs, not with images: see --calibration"
             note = f"{self.name}: {precision} is calibrated with {with_what}"
             self.notes += [] if note in self.notes else [note]

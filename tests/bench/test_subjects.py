@@ -14,11 +14,21 @@ from repmlp_deploy.bench.crew import Child, ChildFailed
 from repmlp_deploy.bench.load.pictures import image_like, synthetic_jpeg
 from repmlp_deploy.bench.settings import Settings, read_settings
 from repmlp_deploy.bench.subjects import table as subjects
+from repmlp_deploy.bench.subjects.seeding import seeded_samples
 from repmlp_deploy.bench.subjects.table import SUBJECTS, chosen_rows, why_not
 from repmlp_deploy.bench.worker import Worker
-from repmlp_deploy.card import load_card
+from repmlp_deploy.card import list_cards, load_card
+from repmlp_deploy.convert.graph.sample_checks import check_samples
 from repmlp_deploy.errors import InputError
+from repmlp_deploy.nets.families import card_spec
 from repmlp_deploy.runtime.images import open_image
+
+
+@pytest.mark.parametrize("name", list_cards())
+def test_seeded_samples_are_what_a_cards_preprocessing_can_make(name):
+    card = load_card(name)
+    samples = seeded_samples((card_spec(card).in_channels, *card.input_size), 8, card.preprocessing)
+    assert check_samples({"input": samples}, "seeded", card.preprocessing) == []
 
 
 def test_by_default_every_format_but_the_opt_in_one_has_a_row():

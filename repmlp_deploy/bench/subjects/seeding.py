@@ -1,4 +1,4 @@
-"""Seeded weights: the same network on every machine, for benchmarks that need no trained checkpoint.
+"""Seeded weights and inputs: the same on every machine, for benchmarks that need no trained checkpoint.
 
 Every tensor depends on its name and shape alone. BatchNorm statistics are far from (0, 1) and scales from 1, so that
 merging and folding change every weight and a transformation that forgets one shows in the output. Kernels are scaled by
@@ -17,10 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from repmlp_deploy.card import ModelCard
+from repmlp_deploy.card import ModelCard, Preprocessing
+from repmlp_deploy.convert.proof.probe import probe_inputs
 from repmlp_deploy.nets.families import build_network
 
-__all__ = ["seeded_network", "seeded_tensor"]
+__all__ = ["seeded_network", "seeded_samples", "seeded_tensor"]
+
+_SAMPLES_SEED = 7  # another than the probe's, so that no range is measured on what is compared
 
 
 def seeded_network(card: ModelCard) -> nn.Module:
@@ -49,3 +52,10 @@ def seeded_tensor(name: str, shape: Sequence[int]) -> NDArray[np.generic]:
     kernel = rng.standard_normal(shape, dtype=np.float32)
     kernel /= np.float32(math.sqrt(math.prod(shape[1:])))
     return kernel
+
+
+def seeded_samples(shape: Sequence[int], samples: int, how: Preprocessing) -> NDArray[np.float32]:
+    """Return (samples, C, H, W) float32 whose values images that are normalised as `how` says can have."""
+    mean, std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (how.mean, how.std))
+    clipped: NDArray[np.float32] = np.clip(probe_inputs(shape, samples, _SAMPLES_SEED), -mean / std, (255 - mean) / std)
+    return clipped
