@@ -178,14 +178,14 @@ def _made(  # noqa: PLR0913 - what an export is of
     programs, graphs = formats_that_need(request, "trace"), formats_that_need(request, "fp32", "lowered")
     if not programs and not graphs:
         return made.bundle(job, clock.seconds), target
+    served, shown = taking_images(job, probe) if request.input == "uint8" else (job, probe)
     fixed = may_trace_fixed(job, program_is_kept=bool(programs))
     traced = trace_for(job, network, fixed=fixed)
     for name in programs:
-        made = made.having(name, FORMATS[name].build(name, job, traced))
+        made = made.having(name, FORMATS[name].build(name, served, traced))
     if not graphs:
-        return made.bundle(job, clock.seconds), target
+        return made.with_probe(shown).bundle(served, clock.seconds), target
     needs = {"fp32"} if goal is not None else {FORMATS[name].needs for name in graphs}
-    served, shown = taking_images(job, probe) if request.input == "uint8" else (job, probe)
     proved = verified_graphs(job, network, traced, fixed=fixed, needs=needs, served=served)
     del network, traced
     made = _with_artifacts(made.after_graphs(proved).with_probe(shown), served, graphs, proved.value, goal)

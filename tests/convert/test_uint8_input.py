@@ -74,7 +74,17 @@ def test_the_bundle_is_derived_from_its_checkpoint_again(uint8_folder: Path, dig
     bundle = Bundle.load(uint8_folder)
     hops, notes = derive_again(bundle, digits_checkpoint)
     assert all(hop.passed is not False for hop in hops)
-    assert any("normalisation of uint8 images" in note for note in notes)
+    assert "onnx weights" in {hop.name for hop in hops}
+    assert not any("of onnx" in note for note in notes)
+
+
+@pytest.mark.parametrize("weight", ["conv_embedding.conv.weight", "stages.0.0.fc3", "images_centre"])
+def test_a_wrong_weight_is_found_when_it_is_derived_again(
+    uint8_folder: Path, digits_checkpoint: Path, tmp_path: Path, weight: str
+) -> None:
+    changed = _with_graph(uint8_folder, tmp_path / "changed", _scaled(weight, 1.001))
+    with pytest.raises(VerificationError, match=weight):
+        derive_again(changed, digits_checkpoint)
 
 
 def _with(folder: Path, out: Path, *names: str) -> Path:
@@ -201,6 +211,18 @@ def test_the_benchmark_measures_it(uint8_folder: Path, tmp_path: Path) -> None:
     assert [row["status"] for row in json.loads(report.read_text())["rows"]] == ["measured"]
 
 
+BGR = Preprocessing(
+    resize=Resize(mode="exact", size=(32, 32)),
+    mean=(103.53, 116.28, 123.675),
+    std=(57.375, 57.12, 58.395),
+    colour_order="BGR",
+)
+
+
+def stem_card() -> ModelCard:
+    return ModelCard(name="stem", family="custom", task="classify", input_size=(32, 32), network={}, preprocessing=BGR)
+
+
 class Stem(nn.Module):
     """A network of one's own whose first convolution is padded; its images are BGR."""
 
@@ -217,14 +239,7 @@ class Stem(nn.Module):
 
 
 def test_a_padded_first_convolution_gives_the_bits_of_float_inputs(tmp_path: Path) -> None:
-    how = Preprocessing(
-        resize=Resize(mode="exact", size=(32, 32)),
-        mean=(103.53, 116.28, 123.675),
-        std=(57.375, 57.12, 58.395),
-        colour_order="BGR",
-    )
-    card = ModelCard(name="stem", family="custom", task="classify", input_size=(32, 32), network={}, preprocessing=how)
-    answers = []
+    card, answers = stem_card(), []
     for kind in ("float32", "uint8"):
         network, example = Stem().eval(), torch.zeros(2, 3, 32, 32)
         made = export(network, example_input=example, card=card, input=kind, batch="1:2:4", out=tmp_path / kind)
@@ -232,6 +247,28 @@ def test_a_padded_first_convolution_gives_the_bits_of_float_inputs(tmp_path: Pat
             answers.append([answer.pred_scores for answer in predictor(SAMPLES)])
     assert any("is at the input" in note for note in made.manifest.notes)
     np.testing.assert_array_equal(answers[0], answers[1])
+
+
+@pytest.mark.parametrize("formats", ["torch", "torch,onnx"])
+def test_a_torch_program_gives_the_bits_of_float_inputs(formats: str, tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    answers = []
+    for kind, batch in (("float32", normalised(levels, BGR)), ("uint8", levels)):
+        network, example = Stem().eval(), torch.zeros(2, 3, 32, 32)
+        made = export(
+            network,
+            example_input=example,
+            card=stem_card(),
+            formats=formats,
+            input=kind,
+            batch="1:2:4",
+            out=tmp_path / kind,
+        )
+        assert made.manifest.input.dtype == kind
+        program = torch.export.load(tmp_path / kind / "model.pt2").module()
+        answers.append(program(torch.from_numpy(batch)).numpy())
+        assert "torch.export program" in {hop.name for hop in made.manifest.certificate}
+    np.testing.assert_array_equal(*answers)
 
 
 @pytest.mark.parametrize(
@@ -277,8 +314,8 @@ def test_a_wrong_normalisation_is_caught_and_nothing_is_written(
 
 def test_what_takes_no_images_is_refused(digits_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    with pytest.raises(InputError, match="--format torch takes normalised float32: drop it, or --input uint8"):
-        export(digits_checkpoint, formats="onnx,torch", input="uint8", out=out)
+    with pytest.raises(InputError, match="--format checkpoint holds weights alone, for float32: drop it, or --input"):
+        export(digits_checkpoint, formats="onnx,checkpoint", input="uint8", out=out)
     with pytest.raises(InputError, match="int8"):
         export(digits_checkpoint, input="int8", out=out)
     own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)).eval()

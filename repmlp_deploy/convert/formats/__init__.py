@@ -59,8 +59,8 @@ class Format:
         """Raise if the format cannot be made here as requested."""
         if self.float32_only and request.precision != "fp32":
             raise InputError(f"--format {name} is float32, not {request.precision}: drop one of them")
-        if request.input != "float32" and self.needs in ("form", "trace"):
-            raise InputError(f"--format {name} takes normalised float32: drop it, or --input {request.input}")
+        if request.input != "float32" and self.needs == "form":
+            raise InputError(f"--format {name} holds weights alone, for float32: drop it, or --input {request.input}")
         if request.low.max_drop is not None and not self.meets_accuracy:
             able = " and ".join(other for other, entry in FORMATS.items() if entry.meets_accuracy)
             raise InputError(f"--max-drop is for {able}, which run on a CPU: drop --format {name}")

@@ -11,7 +11,7 @@ weights of such networks are matched if they are found and counted if they are n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,19 @@ except ImportError:
 
 __all__ = ["match_weights"]
 
+Weights = Mapping[str, NDArray[Any]]
+
 _ROUNDING = 2.0**-24  # relative error of one rounding to float32
 
 
-def match_weights(
-    name: str, graph: onnx.ModelProto, network: nn.Module, *, own: bool = False, exact: bool = True
+def match_weights(  # noqa: PLR0913 - what is compared, and how
+    name: str,
+    graph: onnx.ModelProto,
+    network: nn.Module,
+    *,
+    own: bool = False,
+    exact: bool = True,
+    as_stored: Callable[[Weights], Weights] | None = None,
 ) -> Hop:
     """Return the row of the weight of `network` that is farthest from the constant of `graph` that holds it.
 
@@ -47,6 +55,7 @@ def match_weights(
         network: float32.
         own: only the blocks in the network are ours; the rest is its owner's.
         exact: allow no difference; otherwise that of sums in another order, as another machine's may be.
+        as_stored: returns, for the network's weights by name, what the graph is to hold; by default the same.
 
     Raises:
         VerificationError: a weight is nowhere in the graph, or nothing reads it.
@@ -57,7 +66,8 @@ def match_weights(
     for constant in constants.values():
         by_size.setdefault(math.prod(constant.dims), []).append(constant)
     worst, equal, changed = (0.0, 0.0, ""), 0, 0
-    for key, weight in _weights(network).items():
+    weights = _weights(network)
+    for key, weight in (weights if as_stored is None else as_stored(weights)).items():
         same = _values(constants[key]) if key in constants else None
         alike = same is not None and (same.shape, same.dtype) == (weight.shape, weight.dtype)
         if alike and np.array_equal(same, weight):  # type: ignore[arg-type]
@@ -97,7 +107,7 @@ def match_weights(
     )
 
 
-def _weights(network: nn.Module) -> dict[str, NDArray[Any]]:
+def _weights(network: nn.Module) -> Weights:
     """Return the float parameters and buffers, by name."""
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     return {key: t.detach().numpy() for key, t in tensors.items() if t.is_floating_point() and t.numel()}

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from repmlp_deploy.bundle import Bundle, Hop
 from repmlp_deploy.card import ModelCard
+from repmlp_deploy.convert.graph.level_input import level_weights
 from repmlp_deploy.convert.proof.algebra import compare_weights
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
 from repmlp_deploy.convert.proof.probe import record_probe
@@ -72,13 +74,8 @@ def derive_again(
     transformed = transform_and_prove(trained, manifest.graph, certifier, step, merge_of(bundle))
     hops, notes = [*certifier.floor_rows(), *recorded, *transformed.hops], []
     for name, entry in manifest.artifacts.items():
-        if name == "onnx" and manifest.preprocessing.input == "uint8":
-            notes.append("the weights of onnx were not compared: the normalisation of uint8 images is in them")
-        elif name == "onnx" and entry.precision == "fp32":
-            graph = onnx.load_from_string(bundle.read(entry))
-            own = trained.interface is not None
-            rows = [match_weights("onnx weights", graph, transformed.value.network, own=own, exact=False)]
-            hops += certifier.require_passed(rows)
+        if name == "onnx" and entry.precision == "fp32":
+            hops += certifier.require_passed([_onnx_weights(bundle, trained, transformed.value.network)])
         elif name == "checkpoint" and bundle.folder is not None:
             bundle.read(entry)
             again = _read_again(bundle.folder / entry.path, trained, transformed.value.merged)
@@ -87,6 +84,14 @@ def derive_again(
         else:
             notes.append(f"the weights of {name} were not compared: they are not float32, or not readable here")
     return hops, notes
+
+
+def _onnx_weights(bundle: Bundle, trained: Trained, network: nn.Module) -> Hop:
+    """Return the row that compares the weights of the bundle's float32 graph with the network's."""
+    graph, how = onnx.load_from_string(bundle.read(bundle.artifact("onnx"))), bundle.manifest.preprocessing
+    of_levels = partial(level_weights, graph=graph, how=how) if how.input == "uint8" else None
+    own = trained.interface is not None
+    return match_weights("onnx weights", graph, network, own=own, exact=False, as_stored=of_levels)
 
 
 def _read_again(path: Path, trained: Trained, merged: nn.Module) -> nn.Module:
