@@ -1,8 +1,11 @@
 """Percentiles, warm-up and ratios say what the calls support, and no more."""
 
+import time
+
 import numpy as np
 import pytest
 
+from repmlp_deploy.bench.measure import peaks
 from repmlp_deploy.bench.measure.timing import _pooled_medians, compare_rounds, summarize, time_calls, warm_up
 
 
@@ -113,3 +116,16 @@ def test_what_drifts_from_round_to_round_cancels() -> None:
     own = ((50.0,) * 2, (100.0,) * 10)
     assert compare_rounds(baseline, own).value == 2
     assert compare_rounds(baseline, own, paired=False).value == 1
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.0, 4), (0.02, 1)])
+def test_a_product_without_instructions_of_its_own_is_measured_once(monkeypatch, seconds, calls):
+    monkeypatch.setattr(peaks, "SECONDS", 0.0)
+    monkeypatch.setattr(peaks, "SLOW_SECONDS", 0.01)
+    made = []
+
+    def product():
+        made.append(time.sleep(seconds))
+
+    assert peaks._fastest(product) >= seconds
+    assert len(made) == calls
