@@ -38,6 +38,7 @@ from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert.capture import captured_output
 from repmlp_deploy.convert.formats.candidate import BY_ACCURACY
 from repmlp_deploy.convert.formats.openvino_float import with_float_nodes
+from repmlp_deploy.convert.formats.openvino_levels import arrange_levels
 from repmlp_deploy.convert.graph.lowering.patterns import match_patterns, module_and_parents
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency
 from repmlp_deploy.precision import PRECISIONS, OpenVinoNames
@@ -181,8 +182,7 @@ def _read(graph: bytes) -> Any:
     try:
         return ov.Core().read_model(graph)
     except RuntimeError as error:
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise BuildError(f"OpenVINO cannot read the graph: {said[-1]}") from None
+        raise BuildError(f"OpenVINO cannot read the graph: {str(error).strip().splitlines()[-1].strip()}") from None
 
 
 def _products(model: Any) -> list[Any]:
@@ -268,10 +268,9 @@ def _cut_large_products(model: Any) -> None:
             continue
         tiles = -(-matrix.shape[1] // _COLUMNS_OF_A_TILE)
         edges = [min(matrix.shape[1], _COLUMNS_OF_A_TILE * (tiles * i // parts)) for i in range(parts)]
-        columns = [matrix[:, a:b] for a, b in zip(edges, [*edges[1:], matrix.shape[1]], strict=True)]
         products = []
-        for i, part in enumerate(columns):
-            constant = ops.constant(np.ascontiguousarray(part))
+        for i, (a, b) in enumerate(zip(edges, [*edges[1:], matrix.shape[1]], strict=True)):
+            constant = ops.constant(np.ascontiguousarray(matrix[:, a:b]))
             constant.set_friendly_name(f"{weights.get_friendly_name()}.columns{i}")
             product = ops.matmul(op.input_value(0), constant, transpose_a=False, transpose_b=False)
             product.set_friendly_name(f"{op.get_friendly_name()}.columns{i}")
@@ -347,7 +346,7 @@ def _report(model: Any, kept: Mapping[str, str]) -> dict[str, Any]:
         else:
             lowered[op.get_type_name()] += 1
     about: dict[str, Any] = {"product_weights": dict(stored)}
-    return about | {"lowered": dict(lowered), "kept_fp32": left} if lowered else about
+    return about | ({"lowered": dict(lowered), "kept_fp32": left} if lowered else {})
 
 
 def _quantized(model: Any, calibration: Sequence[Mapping[str, NDArray[Any]]], kept: Collection[str]) -> Any:
@@ -379,6 +378,7 @@ def _quantized(model: Any, calibration: Sequence[Mapping[str, NDArray[Any]]], ke
         except Exception as error:
             raise BuildError(f"NNCF cannot quantize the graph: {first_line(error)}; run again with --debug") from error
     fit_weights(quantized, kernels)
+    arrange_levels(quantized)
     return quantized
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["with_float_nodes"]
+__all__ = ["constant_of", "readers", "with_float_nodes"]
 
 _MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "ShapeOf")
 _STORING = ("Convert", "Reshape")
@@ -30,7 +30,7 @@ def with_float_nodes(quantized: Any, floats: Any, is_float: Callable[[Any], bool
     for op in model.get_ordered_ops():
         if op.get_type_name() == "FakeQuantize":
             for port in op.output(0).get_target_inputs():
-                if all(is_float(reader) for reader in _readers(port.get_node())):
+                if all(is_float(reader) for reader in readers(port.get_node())):
                     port.replace_source_output(op.input_value(0))
         elif is_float(op) and op.get_friendly_name() in before:
             _restore_constants(op, before[op.get_friendly_name()])
@@ -38,13 +38,13 @@ def with_float_nodes(quantized: Any, floats: Any, is_float: Callable[[Any], bool
     return model
 
 
-def _readers(node: Any) -> Iterator[Any]:
+def readers(node: Any) -> Iterator[Any]:
     """Yield the nodes that compute with what a node gives: itself, or what follows if it only moves values."""
     if node.get_type_name() not in _MOVING:
         yield node
         return
     for port in node.output(0).get_target_inputs():
-        yield from _readers(port.get_node())
+        yield from readers(port.get_node())
 
 
 def _restore_constants(op: Any, before: Any) -> None:
@@ -52,7 +52,7 @@ def _restore_constants(op: Any, before: Any) -> None:
     for port, value in zip(op.inputs(), before.input_values(), strict=True):
         if port.get_source_output().get_node().get_type_name() == "FakeQuantize":
             continue  # an activation, or weights whose way to here is no chain of constants
-        original = _constant(value)
+        original = constant_of(value)
         if original is None:
             continue
         if _is_static(value):
@@ -68,7 +68,7 @@ def _is_static(value: Any) -> bool:
     return node.get_type_name() == "Constant" or (bool(sources) and all(map(_is_static, sources)))
 
 
-def _constant(value: Any) -> Any:
+def constant_of(value: Any) -> Any:
     """Return the Constant that a value is made of by storing and reshaping; None if there is another source."""
     node = value.get_node()
     while node.get_type_name() in _STORING:
