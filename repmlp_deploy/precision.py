@@ -64,7 +64,7 @@ class Precision:
             ONNX Runtime's CPU provider already does.
         runs_on_cpu: whether ONNX Runtime's CPU provider runs the graph unchanged.
         needs_calibration: whether lowering needs measured ranges.
-        keeps_graph: whether ONNX Runtime's optimized graph is worth caching.
+        keeps_graph: whether what a runtime compiles or optimises is worth caching.
         min_opset: the first ONNX opset whose operators accept the element type; 0 for any.
         sensitive: operators that stay in float32, each with the reason.
         wider: the precision to try if this one is too coarse; empty if there is none.

@@ -56,10 +56,9 @@ class Predictor:
             that you name is used or refused.
         threads: of one inference; by default the runtime's choice, or the CPUs that a container's quota, the affinity
             or OMP_NUM_THREADS leave to this process, if these are fewer.
-        cache: folder for what the runtime compiles or optimises, where that makes the next start quicker: OpenVINO's
-            compiled models, ONNX Runtime's int8 graphs, and which artifact is the fastest here. It must belong to
-            whoever runs the service, since what is in it runs without another check. By default only what
-            TensorRT-RTX compiles is kept, beside the bundle.
+        cache: folder for what the runtime compiles or optimises, where that makes the next start quicker: int8 models
+            and graphs, and which artifact is the fastest here. It must belong to whoever runs the service, since what
+            is in it runs without another check. By default only what TensorRT-RTX compiles is kept, beside the bundle.
         engine: how a TensorRT engine is run: device memory, GPU, workers, CUDA graphs.
         array_order: channel order of image arrays, `RGB` or `BGR`.
         decode: `exact` for preprocessing equal to the training's; `fast` decodes large JPEG files at a fraction of

@@ -90,7 +90,8 @@ class CompiledIR:
             memory that can be written to are shared with OpenVINO, and then belong to the model.
         precision: a key of `COMPUTES_IN`.
         options: device, threads and cache.
-        key: what tells this model from others in the cache; without one nothing is cached.
+        key: what tells this model from others in the cache; without one nothing is cached, nor in other precisions than
+            int8.
         more: further properties of the plugin.
         further: friendly names of nodes whose values are outputs too, after the model's own; none of them already is.
 
@@ -115,7 +116,9 @@ class CompiledIR:
         core = ov.Core()
         _check(core, precision, options)
         settings = {**_settings(precision, options), **more}
-        cache = Cache(options.cache) if options.cache is not None and key else None
+        # in other precisions a model is compiled as quickly as it would be read and checked
+        keeps = bool(key) and PRECISIONS[precision].keeps_graph
+        cache = Cache(options.cache) if options.cache is not None and keeps else None
         is_int8 = PRECISIONS[precision].lowering == "quantize"
         self._shared: Constants | None = None  # what the compiled model reads as long as it lives
 
