@@ -1,9 +1,9 @@
-"""What CPUs without VNNI make of int8 products in OpenVINO, and weights for which they make no mistake.
+"""What some CPUs make of int8 products in OpenVINO, and weights for which they make no mistake.
 
-Such a CPU multiplies pairs of uint8 and int8 numbers and adds the two products in 16 bits, where a sum beyond 32,767 is
-cut off. With weights of up to ±127 sums are cut off, 255 · 127 · 2 = 64,770, and with weights of up to ±63 none is:
-255 · 63 · 2 = 32,130. And a product that is batched over its weights, as FC3 of several sharesets, takes the scales of
-the first one for all (seen in OpenVINO 2026.4 on AVX2, not with VNNI).
+A CPU without VNNI multiplies pairs of uint8 and int8 numbers and adds the two products in 16 bits, where a sum beyond
+32,767 is cut off. With weights of up to ±127 sums are cut off, 255 · 127 · 2 = 64,770, and with weights of up to ±63
+none is: 255 · 63 · 2 = 32,130. And a product that is batched over its weights, as FC3 of several sharesets, takes the
+scales of the first one for all (seen in OpenVINO 2026.4 on AVX2 and on AVX-512 with VNNI, not with AMX).
 
 What a CPU does is found out by two products whose results are known: neither the system's list of instructions nor the
 plugin's says what its kernels use. Where one of them is wrong, weights are rounded to what is computed right.
