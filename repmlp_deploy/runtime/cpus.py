@@ -13,7 +13,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["thread_limit", "usable_cpus"]
+__all__ = ["INSTRUCTIONS", "thread_limit", "usable_cpus"]
+
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "sve")
+"""Flags in /proc/cpuinfo that tell how fast a CPU multiplies matrices."""
 
 _PROC = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")

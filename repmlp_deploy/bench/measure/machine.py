@@ -13,7 +13,7 @@ from typing import Any
 import repmlp_deploy
 from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.errors import MissingDependency
-from repmlp_deploy.runtime.cpus import usable_cpus
+from repmlp_deploy.runtime.cpus import INSTRUCTIONS, usable_cpus
 
 try:
     import psutil
@@ -34,7 +34,6 @@ _PACKAGES = (
     "numpy",
     "pillow",
 )
-_TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "sve")
 
 
 def usable_cores() -> int:
@@ -54,7 +53,7 @@ def describe_machine() -> dict[str, Any]:
     frequency = psutil.cpu_freq()
     return {
         "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
-        "cpu_flags": [flag for flag in _TELLING_FLAGS if flag in (cpu.get("flags") or cpu.get("Features", "")).split()],
+        "cpu_flags": [flag for flag in INSTRUCTIONS if flag in (cpu.get("flags") or cpu.get("Features", "")).split()],
         "cores_logical": psutil.cpu_count(),
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_usable": usable_cores(),

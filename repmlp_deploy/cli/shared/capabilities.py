@@ -16,11 +16,9 @@ from typing import Any
 
 from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.errors import RepMLPError, installation_of, optional_imports
-from repmlp_deploy.runtime.cpus import usable_cpus
+from repmlp_deploy.runtime.cpus import INSTRUCTIONS, usable_cpus
 
 __all__ = ["EXTRAS_FOR", "Capability", "Extra", "describe_cpu", "find_capabilities", "find_extras"]
-
-_INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "sve")
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ def describe_cpu() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "cores_allowed": allowed,
         "cpu_quota": _cpu_quota(),
-        "instructions": [name for name in _INSTRUCTIONS if name in flags],
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
     }
 
 
