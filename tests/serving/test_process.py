@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -48,6 +49,24 @@ def test_a_server_starts_answers_and_stops(bundle_folder: Path, predictor: Predi
         assert said[-3:] == ["stopping", "model unloaded", "stopped"]
         request = next(line for line in lines if line["message"] == "request" and line["status"] == 200)
         assert {"time", "level", "id", "method", "path", "seconds"} <= set(request)
+
+
+def test_requests_with_a_target_are_all_answered_rightly(bundle_folder: Path, predictor: Predictor) -> None:
+    batch = _batch(256)
+    with running_server(bundle_folder, "--format", "onnx", "--target-ms", "200") as server:
+        server.wait_until_ready()
+
+        def ask(row: np.ndarray) -> np.ndarray:
+            status, answer = server.get("/v2/models/repmlp-digits/infer", row.tobytes(), RAW)
+            assert status == 200
+            return np.array(answer["outputs"][0]["data"], np.float32)
+
+        with ThreadPoolExecutor(32) as pool:
+            answers = np.stack(list(pool.map(ask, batch)))
+        (stats,) = server.get("/v2/models/repmlp-digits/stats")[1]["model_stats"]
+        assert server.terminate() == 0
+    np.testing.assert_allclose(answers, predictor.logits(batch), rtol=0, atol=1e-4)
+    assert stats["inference_count"] == len(batch)
 
 
 def test_what_is_under_way_is_answered_after_sigterm(bundle_folder: Path) -> None:
