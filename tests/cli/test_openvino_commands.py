@@ -32,7 +32,7 @@ def test_an_export_shows_both_files_and_verifies_again(
 def test_predictions_keep_what_was_compiled_where_they_are_told(
     capsys: pytest.CaptureFixture[str], bundle: Bundle, tmp_path: Path
 ) -> None:
-    with_openvino(bundle, tmp_path / "bundle")
+    with_openvino(bundle, tmp_path / "bundle", "int8")
     named = ("--format", "openvino", "--cache", tmp_path / "c")
     for _ in range(2):
         assert ends_with(predict_cli.predict_command, tmp_path / "bundle", *SAMPLES, *named) == 0
