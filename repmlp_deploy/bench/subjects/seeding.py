@@ -54,8 +54,11 @@ def seeded_tensor(name: str, shape: Sequence[int]) -> NDArray[np.generic]:
     return kernel
 
 
-def seeded_samples(shape: Sequence[int], samples: int, how: Preprocessing) -> NDArray[np.float32]:
-    """Return (samples, C, H, W) float32 whose values images that are normalised as `how` says can have."""
-    mean, std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (how.mean, how.std))
-    clipped: NDArray[np.float32] = np.clip(probe_inputs(shape, samples, _SAMPLES_SEED), -mean / std, (255 - mean) / std)
+def seeded_samples(shape: Sequence[int], samples: int, how: Preprocessing | None) -> NDArray[np.float32]:
+    """Return (samples, C, H, W) float32; if `how` says how images are normalised, values that these can have."""
+    values = probe_inputs(shape, samples, _SAMPLES_SEED)
+    if how is None:
+        return values
+    mean, std = (np.asarray(given, np.float32).reshape(-1, 1, 1) for given in (how.mean, how.std))
+    clipped: NDArray[np.float32] = np.clip(values, -mean / std, (255 - mean) / std)
     return clipped
