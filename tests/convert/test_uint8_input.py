@@ -78,6 +78,13 @@ def test_the_bundle_is_derived_from_its_checkpoint_again(uint8_folder: Path, dig
     assert not any("of onnx" in note for note in notes)
 
 
+def test_a_graph_that_is_only_merged_is_derived_again(digits_checkpoint: Path, tmp_path: Path) -> None:
+    """There the exporter fuses a BatchNorm into the convolution that takes the levels."""
+    made = export(digits_checkpoint, graph="merged", input="uint8", batch="1:2:4", out=tmp_path / "bundle")
+    hops, _ = derive_again(made, digits_checkpoint)
+    assert all(hop.passed is not False for hop in hops)
+
+
 @pytest.mark.parametrize("weight", ["conv_embedding.conv.weight", "stages.0.0.fc3", "images_centre"])
 def test_a_wrong_weight_is_found_when_it_is_derived_again(
     uint8_folder: Path, digits_checkpoint: Path, tmp_path: Path, weight: str
