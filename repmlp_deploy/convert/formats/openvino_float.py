@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["constant_of", "readers", "with_float_nodes"]
+__all__ = ["constant_of", "is_static", "readers", "with_float_nodes"]
 
 _MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "ShapeOf")
 _STORING = ("Convert", "Reshape")
@@ -55,17 +55,17 @@ def _restore_constants(op: Any, before: Any) -> None:
         original = constant_of(value)
         if original is None:
             continue
-        if _is_static(value):
+        if is_static(value):
             port.replace_source_output(value)
         else:  # a bias that is brought to the rank of a map, which the graph asks for while it runs
             port.get_source_output().get_node().input(0).replace_source_output(original.output(0))
 
 
-def _is_static(value: Any) -> bool:
+def is_static(value: Any) -> bool:
     """Return whether nothing but constants makes a value."""
     node = value.get_node()
     sources = node.input_values()
-    return node.get_type_name() == "Constant" or (bool(sources) and all(map(_is_static, sources)))
+    return node.get_type_name() == "Constant" or (bool(sources) and all(map(is_static, sources)))
 
 
 def constant_of(value: Any) -> Any:

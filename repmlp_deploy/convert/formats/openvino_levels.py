@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from repmlp_deploy.convert.formats.openvino_float import constant_of, readers
+from repmlp_deploy.convert.formats.openvino_float import constant_of, is_static, readers
 from repmlp_deploy.errors import MissingDependency
 
 try:
@@ -74,9 +74,7 @@ def _is_batched_product(node: Any) -> bool:
     if node.get_type_name() != "MatMul":
         return False
     weights = node.input_value(1)
-    while weights.get_node().get_type_name() in ("Convert", "Multiply", "Subtract", "FakeQuantize"):
-        weights = weights.get_node().input_value(0)
-    return constant_of(weights) is not None and len(weights.get_partial_shape()) >= _BATCHED
+    return is_static(weights) and len(weights.get_partial_shape()) >= _BATCHED
 
 
 def _centre(op: Any) -> None:
