@@ -32,7 +32,7 @@ def predict_command(  # noqa: PLR0913 - one per option
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder for what the runtime compiles; the next start is quicker."),
+        typer.Option(metavar="DIR", help="Folder for compiled int8 models; the next start is quicker."),
     ] = None,
     decode: Annotated[
         str,

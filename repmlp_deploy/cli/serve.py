@@ -81,7 +81,7 @@ def serve_command(  # noqa: PLR0913 - one per option
     workers: Annotated[int | None, typer.Option(help="Batches that run at a time; default: as --streams.")] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder for what the runtime compiles; the next start is quicker."),
+        typer.Option(metavar="DIR", help="Folder for compiled int8 models; the next start is quicker."),
     ] = None,
     max_delay_ms: Annotated[float, typer.Option(help="How long a batch waits for more requests, under load.")] = 0.0,
     target_ms: Annotated[
