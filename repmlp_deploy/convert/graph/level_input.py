@@ -104,9 +104,17 @@ def level_weights(
     reads = [(node, casts.get(node.input[0], node.input[0])) for node in graph.graph.node if node.op_type == "Conv"]
     convolution = next(node for node, source in reads if source == f"{name}_normalised")
     weight, bias = (constants[casts.get(read, read)] for read in convolution.input[1:])
-    if weight in state:  # otherwise the network is of another architecture, which the caller says
-        found[weight], found[bias] = level_kernel(state[weight], state.get(bias), how)
+    if weight not in state:  # the network is of another architecture, which the caller says
+        return found
+    found[weight], shift = level_kernel(state[weight], state.get(bias), how)
+    if bias in state or bias == _bias_of(weight):  # another one was fused of a BatchNorm: not the convolution's
+        found[bias] = shift
     return found
+
+
+def _bias_of(weight: str) -> str:
+    """Return the name of the bias that a convolution without one gets."""
+    return f"{weight}_level_bias"
 
 
 def _parameter(name: str) -> str:
@@ -141,7 +149,7 @@ def _fold(graph: onnx.GraphProto, convolution: NodeProto, how: Preprocessing) ->
         constants[convolution.input[2]].CopyFrom(_tensor(convolution.input[2], bias))
         return
     del convolution.input[2:]
-    convolution.input.append(f"{weight.name}_level_bias")
+    convolution.input.append(_bias_of(weight.name))
     graph.initializer.append(_tensor(convolution.input[2], bias))
 
 

@@ -29,7 +29,7 @@ try:
 except ImportError:
     raise MissingDependency("onnx", "export") from None
 
-__all__ = ["Weights", "match_weights"]
+__all__ = ["match_weights"]
 
 Weights = Mapping[str, NDArray[Any]]
 

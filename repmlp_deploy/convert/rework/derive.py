@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -20,7 +21,7 @@ from repmlp_deploy.convert.graph.level_input import level_weights
 from repmlp_deploy.convert.proof.algebra import compare_weights
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
 from repmlp_deploy.convert.proof.probe import record_probe
-from repmlp_deploy.convert.proof.weights import Weights, match_weights
+from repmlp_deploy.convert.proof.weights import match_weights
 from repmlp_deploy.convert.rework.locate import float_probe, load_origin, merge_of
 from repmlp_deploy.convert.source.checkpoint import Checkpoint, read_checkpoint
 from repmlp_deploy.convert.source.own_network import fill_own_network
@@ -29,7 +30,6 @@ from repmlp_deploy.convert.source.trained import Trained, load_trained
 from repmlp_deploy.convert.step import Clock, Tell, tell_nobody
 from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.errors import InputError, MissingDependency, VerificationError
-from repmlp_deploy.nets.blocks.algebra import has_batch_norms
 from repmlp_deploy.runtime.tasks import find_task
 
 try:
@@ -90,16 +90,9 @@ def derive_again(
 def _onnx_weights(bundle: Bundle, trained: Trained, network: nn.Module) -> Hop:
     """Return the row that compares the weights of the bundle's float32 graph with the network's."""
     graph, how = onnx.load_from_string(bundle.read(bundle.artifact("onnx"))), bundle.manifest.preprocessing
-    own, name = trained.interface is not None, graph.graph.input[0].name
-
-    def of_levels(weights: Weights) -> Weights:
-        """Leave out a bias that the network has not where a BatchNorm is fused into it as well."""
-        found = level_weights(weights, graph, how)
-        fused = has_batch_norms(network)
-        return {key: v for key, v in found.items() if not fused or key in weights or key.startswith(f"{name}_")}
-
-    as_stored = of_levels if how.input == "uint8" else None
-    return match_weights("onnx weights", graph, network, own=own, exact=False, as_stored=as_stored)
+    of_levels = partial(level_weights, graph=graph, how=how) if how.input == "uint8" else None
+    own = trained.interface is not None
+    return match_weights("onnx weights", graph, network, own=own, exact=False, as_stored=of_levels)
 
 
 def _read_again(path: Path, trained: Trained, merged: nn.Module) -> nn.Module:
