@@ -6,7 +6,6 @@ import datetime as dt
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import repmlp_deploy
 from repmlp_deploy.convert.memory import peak_bytes
 from repmlp_deploy.convert.proof.probe import KINDS, SEED
 from repmlp_deploy.convert.source.trained import Trained
+from repmlp_deploy.runtime.cpus import cpu_name
 
 __all__ = ["describe_provenance"]
 
@@ -54,7 +54,7 @@ def describe_provenance(trained: Trained, seconds: Mapping[str, float]) -> dict[
         "versions": {"repmlp-deploy": repmlp_deploy.__version__, "python": platform.python_version()}
         | {name: version for name in PACKAGES if (version := _version(name))},
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "seconds": dict(seconds),
@@ -67,11 +67,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use.
+"""What the processor is, and how many CPUs this process may use.
 
 Runtimes start one thread per core of the machine. In a container with a quota they then wait for each other: with one
 of two CPUs allowed, an inference took 60 % longer than with a single thread. Three things limit a process, and
@@ -10,14 +10,14 @@ A quota of 1.5 CPUs counts as one: threads that wait spin, and what a second one
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["INSTRUCTIONS", "thread_limit", "usable_cpus"]
+__all__ = ["cpu_info", "cpu_instructions", "cpu_name", "thread_limit", "usable_cpus"]
 
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "sve")
-"""Flags in /proc/cpuinfo that tell how fast a CPU multiplies matrices."""
-
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "sve")
+_INFO = Path("/proc/cpuinfo")
 _PROC = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
 
@@ -28,6 +28,28 @@ _Reader = Callable[[Path], float | None]
 def usable_cpus() -> int:
     """Return how many CPUs this process may keep busy, at least 1."""
     return min((_affinity(), *_quotas(_PROC, _GROUPS), *_environment(os.environ)))
+
+
+def cpu_info() -> dict[str, str]:
+    """Return the first processor's lines of /proc/cpuinfo, by name; none where the system has no such file."""
+    try:
+        first = _INFO.read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0]
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def cpu_name() -> str:
+    """Return what the processor calls itself, or its architecture."""
+    return cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_instructions() -> list[str]:
+    """Return the instruction sets that tell how fast the processor multiplies matrices."""
+    info = cpu_info()
+    flags = (info.get("flags") or info.get("Features", "")).split()
+    return [name for name in _INSTRUCTIONS if name in flags]
 
 
 def thread_limit() -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,21 @@ def test_both_runtimes_follow_the_limit(both: Bundle, machine: Path, artifact: s
         assert predictor.details["threads"] == 1
     with Predictor(both, format=artifact, threads=2) as predictor:
         assert predictor.details["threads"] == 2, "what was asked for"
+
+
+@pytest.mark.parametrize(
+    ("lines", "name", "instructions"),
+    [
+        ("model name\t: A CPU\nflags\t\t: fpu amx_int8 avx2\n\nmodel name\t: Another\n", "A CPU", ["avx2", "amx_int8"]),
+        ("Features\t: fp asimd\nCPU part\t: 0xd0c\n", None, ["asimd"]),
+        (None, None, []),
+    ],
+)
+def test_the_processor_is_told_from_the_first_of_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str | None, name: str | None, instructions: list[str]
+) -> None:
+    if lines is not None:
+        (tmp_path / "cpuinfo").write_text(lines)
+    monkeypatch.setattr(cpus, "_INFO", tmp_path / "cpuinfo")
+    assert cpus.cpu_name() == (name or platform.processor() or platform.machine())
+    assert cpus.cpu_instructions() == instructions

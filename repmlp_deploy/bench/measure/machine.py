@@ -13,7 +13,7 @@ from typing import Any
 import repmlp_deploy
 from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.errors import MissingDependency
-from repmlp_deploy.runtime.cpus import INSTRUCTIONS, usable_cpus
+from repmlp_deploy.runtime.cpus import cpu_info, cpu_instructions, cpu_name, usable_cpus
 
 try:
     import psutil
@@ -49,17 +49,16 @@ def has_nvidia_gpu() -> bool:
 
 def describe_machine() -> dict[str, Any]:
     """Return processor, memory, accelerator, system, versions and commit; None for what the system does not say."""
-    cpu = _cpu()
     frequency = psutil.cpu_freq()
     return {
-        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
-        "cpu_flags": [flag for flag in INSTRUCTIONS if flag in (cpu.get("flags") or cpu.get("Features", "")).split()],
+        "cpu": cpu_name(),
+        "cpu_flags": cpu_instructions(),
         "cores_logical": psutil.cpu_count(),
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_usable": usable_cores(),
         "frequency_mhz": round(frequency.max or frequency.current) if frequency else None,
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "virtual_machine": "hypervisor" in cpu.get("flags", "").split(),
+        "virtual_machine": "hypervisor" in cpu_info().get("flags", "").split(),
         "load_average": [round(load, 2) for load in psutil.getloadavg()],
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": ", ".join(gpu.name for gpu in find_gpus()) or None,
@@ -98,13 +97,6 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
-
-
-def _cpu() -> dict[str, str]:
-    """Return the first processor's lines of /proc/cpuinfo."""
-    first = (_read("/proc/cpuinfo") or "").split("\n\n", 1)[0]
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
 
 
 def _read(path: str) -> str | None:

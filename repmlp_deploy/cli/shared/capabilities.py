@@ -16,7 +16,7 @@ from typing import Any
 
 from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.errors import RepMLPError, installation_of, optional_imports
-from repmlp_deploy.runtime.cpus import INSTRUCTIONS, usable_cpus
+from repmlp_deploy.runtime.cpus import cpu_instructions, cpu_name, usable_cpus
 
 __all__ = ["EXTRAS_FOR", "Capability", "Extra", "describe_cpu", "find_capabilities", "find_extras"]
 
@@ -136,17 +136,12 @@ def find_capabilities() -> list[Capability]:
 
 def describe_cpu() -> dict[str, Any]:
     """Return the processor, the cores this process may use, and the instruction sets that runtimes profit from."""
-    first = _read(Path("/proc/cpuinfo")).split("\n\n", 1)[0]
-    lines = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
-    known = {key.strip(): value.strip() for key, value in lines.items()}
-    flags = (known.get("flags") or known.get("Features", "")).split()
-    allowed = usable_cpus()
     return {
-        "cpu": known.get("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "cores_allowed": allowed,
+        "cores_allowed": usable_cpus(),
         "cpu_quota": _cpu_quota(),
-        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "instructions": cpu_instructions(),
     }
 
 
