@@ -19,8 +19,9 @@ from repmlp_deploy.bench.subjects.pytorch import open_trained, upstream_merge
 from repmlp_deploy.bench.subjects.seeding import seeded_network, seeded_samples
 from repmlp_deploy.bench.subjects.table import SUBJECTS, Job, chosen_rows, why_not
 from repmlp_deploy.bundle import PROBE, ArtifactEntry, BatchRange, Bundle, describe_file
-from repmlp_deploy.card import ModelCard, Preprocessing, data_root, load_card
+from repmlp_deploy.card import ModelCard, data_root, load_card
 from repmlp_deploy.convert.formats import FORMATS
+from repmlp_deploy.convert.job import image_preprocessing
 from repmlp_deploy.convert.pipeline import export
 from repmlp_deploy.convert.proof.probe import probe_inputs, record_probe
 from repmlp_deploy.convert.source.trained import find_interface
@@ -97,8 +98,9 @@ class Target:
 
     def probe(self) -> Path:
         """Return the file with inputs and the trained network's answers; inputs like those of a calibration, if any."""
-        made = sorted(self._made.items(), key=lambda item: not PRECISIONS[item[0][2]].needs_calibration)
-        bundle = next((bundle for _, bundle in made if isinstance(bundle, Bundle)), self.given)
+        made = [(precision, bundle) for (_, _, precision), bundle in self._made.items() if isinstance(bundle, Bundle)]
+        made.sort(key=lambda pair: not PRECISIONS[pair[0]].needs_calibration)
+        bundle = next((bundle for _, bundle in made), self.given)
         if bundle is not None and bundle.folder is not None:
             return bundle.folder / bundle.manifest.probe.path
         path = self.folder / PROBE
@@ -198,7 +200,9 @@ class Target:
         if PRECISIONS[precision].needs_calibration and self.calibration is not None:
             calibration = self.calibration
         elif PRECISIONS[precision].needs_calibration:
-            calibration = {self.input_name: seeded_samples(self.shape, CALIBRATION_SAMPLES, self._levels())}
+            calibration = {
+                self.input_name: seeded_samples(self.shape, CALIBRATION_SAMPLES, image_preprocessing(self.card))
+            }
             with_what = f"{CALIBRATION_SAMPLES} seeded inputs, not with images: see --calibration"
             note = f"{self.name}: {precision} is calibrated with {with_what}"
             self.notes += [] if note in self.notes else [note]
@@ -216,10 +220,6 @@ class Target:
             out=self.folder / f"{'-'.join(artifacts)}-{graph}-{precision}",
             progress=lambda step: show(f"{self.name}: exporting the {graph} graph: {step}"),
         )
-
-    def _levels(self) -> Preprocessing | None:
-        """Return how images are normalised; None if nobody said it, as for a network of one's own."""
-        return None if self.card.task == "custom" else self.card.preprocessing
 
     def _stored_in(self, precision: str, show: Show) -> Bundle:
         """Store OpenVINO's artifact in 16 bits, from the verified float32 graph; the row itself is compared later."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from repmlp_deploy.bundle import ArtifactEntry, FileEntry, Hop, Probe, describe_file
-from repmlp_deploy.card import Preprocessing
+from repmlp_deploy.card import ModelCard, Preprocessing
 from repmlp_deploy.convert.graph.calibrate import Calibration
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
 from repmlp_deploy.convert.proof.weights import match_weights
@@ -30,7 +30,7 @@ from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.images import levels_of, normalised
 from repmlp_deploy.runtime.tasks import find_task
 
-__all__ = ["Artifact", "Graphs", "Job", "of_whole_levels", "require_images", "taking_images"]
+__all__ = ["Artifact", "Graphs", "Job", "image_preprocessing", "of_whole_levels", "require_images", "taking_images"]
 
 _MAP_AXES = 4  # (N, C, H, W)
 
@@ -137,6 +137,11 @@ def require_images(trained: Trained, interface: Interface) -> None:
     if example.ndim != _MAP_AXES or example.shape[1] != how.channels or example.dtype != torch.float32:
         got = f"{str(example.dtype).removeprefix('torch.')} {tuple(example.shape)}"
         raise InputError(f"--input uint8 is for float32 (N, {how.channels}, H, W); {name} takes {got}")
+
+
+def image_preprocessing(card: ModelCard) -> Preprocessing | None:
+    """Return how a network's images are normalised; None if its inputs are no images that anybody described."""
+    return None if find_task(card.task).refusal else card.preprocessing
 
 
 def of_whole_levels(inputs: NDArray[Any], how: Preprocessing) -> NDArray[np.float32]:

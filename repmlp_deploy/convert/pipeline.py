@@ -25,7 +25,7 @@ from repmlp_deploy.convert.engine_options import EngineOptions, with_profiles
 from repmlp_deploy.convert.formats import FORMATS, check_formats, formats_that_need, parse_formats
 from repmlp_deploy.convert.graph.calibrate import Calibration, read_calibration, take_calibration
 from repmlp_deploy.convert.graphs import may_trace_fixed, trace_for, verified_graphs
-from repmlp_deploy.convert.job import Graphs, Job, of_whole_levels, require_images, taking_images
+from repmlp_deploy.convert.job import Graphs, Job, image_preprocessing, of_whole_levels, require_images, taking_images
 from repmlp_deploy.convert.memory import release_memory
 from repmlp_deploy.convert.options import DEFAULT_OPSET, parse_profiles, whole_range
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
@@ -236,7 +236,7 @@ def _samples(trained: Trained, request: Request, interface: Interface, clock: _C
     if given is None:
         return None
     with clock.step("read calibration"):
-        how = None if find_task(trained.card.task).refusal else trained.card.preprocessing
+        how = image_preprocessing(trained.card)
         if isinstance(given, Mapping):
             return take_calibration(given, shapes, how)
         return read_calibration(given, shapes, how)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from repmlp_deploy.card import ModelCard, Preprocessing
+from repmlp_deploy.convert.job import of_whole_levels
 from repmlp_deploy.convert.proof.probe import probe_inputs
 from repmlp_deploy.nets.families import build_network
 
@@ -55,10 +56,6 @@ def seeded_tensor(name: str, shape: Sequence[int]) -> NDArray[np.generic]:
 
 
 def seeded_samples(shape: Sequence[int], samples: int, how: Preprocessing | None) -> NDArray[np.float32]:
-    """Return (samples, C, H, W) float32; if `how` says how images are normalised, values that these can have."""
+    """Return (samples, C, H, W) float32: what images give if they are normalised as `how` says, or any values."""
     values = probe_inputs(shape, samples, _SAMPLES_SEED)
-    if how is None:
-        return values
-    mean, std = (np.asarray(given, np.float32).reshape(-1, 1, 1) for given in (how.mean, how.std))
-    clipped: NDArray[np.float32] = np.clip(values, -mean / std, (255 - mean) / std)
-    return clipped
+    return values if how is None else of_whole_levels(values, how)
