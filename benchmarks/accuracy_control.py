@@ -38,13 +38,13 @@ from repmlp_deploy import LabelledFolder, export
 from repmlp_deploy.bundle import GraphRecord
 from repmlp_deploy.card import data_root, load_card
 from repmlp_deploy.convert.capture import captured_output
+from repmlp_deploy.convert.formats.openvino_graph import products
 from repmlp_deploy.runtime.images import network_input
 from repmlp_deploy.runtime.openvino.int8 import int8_kernels
 from train_digits import digit_images, split_indices
 
 CARD = "repmlp-digits"
 CHECKPOINT = data_root() / "weights" / f"{CARD}.safetensors"
-PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 CALIBRATION, BATCH = 64, 50
 SETTINGS = ((0.3, 0.5), (0.6, 0.5), (1.0, 0.2))
 """Contrast of the calibration scans, and points that may be lost."""
@@ -98,7 +98,7 @@ def _inputs(files: Sequence[Path]) -> NDArray[np.float32]:
 
 def _products(xml: Path) -> tuple[int, int]:
     """Return how many products have float32 weights, and how many there are."""
-    kinds = [_stored(op) for op in ov.Core().read_model(xml).get_ordered_ops() if op.get_type_name() in PRODUCTS]
+    kinds = [_stored(op) for op in products(ov.Core().read_model(xml))]
     return kinds.count("f32"), len(kinds)
 
 

@@ -10,13 +10,7 @@ from repmlp_deploy.errors import OutputError
 from repmlp_deploy.runtime.cache import Cache, cache_key, describe_processor
 from repmlp_deploy.runtime.onnx.runner import OnnxRunner
 from repmlp_deploy.runtime.runner import RunnerOptions
-
-
-def as_int8(bundle: Bundle, **update: object) -> Bundle:
-    """`bundle`, its ONNX graph said to be int8: one whose optimised form is kept."""
-    entry = bundle.artifact("onnx").model_copy(update={"precision": "int8", **update})
-    return Bundle(bundle.manifest.model_copy(update={"artifacts": {"onnx": entry}}), bundle.folder)
-
+from support.bundles import as_int8
 
 INPUTS = probe_inputs((3, 32, 32), 4, seed=5)
 
@@ -58,13 +52,13 @@ def test_the_processor_is_told_apart() -> None:
 def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path, bundle: Bundle) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="name a folder that can be written"):
-        Predictor(as_int8(bundle), format="onnx", cache=tmp_path / "file" / "cache")
+        Predictor(as_int8(bundle, "onnx"), format="onnx", cache=tmp_path / "file" / "cache")
     with pytest.raises(OutputError, match="name a folder that can be written"):
-        Predictor(as_int8(bundle), format="onnx", cache=tmp_path / "file")
+        Predictor(as_int8(bundle, "onnx"), format="onnx", cache=tmp_path / "file")
 
 
 def test_the_optimised_graph_is_kept_and_changes_no_result(bundle: Bundle, tmp_path: Path) -> None:
-    bundle = as_int8(bundle)
+    bundle = as_int8(bundle, "onnx")
     expected = OnnxRunner(bundle, RunnerOptions()).run(INPUTS)
     options = RunnerOptions(cache=tmp_path)
     for said in ("here, and cached", "from the cache", "from the cache"):
@@ -85,9 +79,9 @@ def test_predictors_of_two_graphs_share_a_folder(bundle: Bundle, bundle_folder: 
     data = model.SerializeToString()
     copy = Bundle.load(bundle_folder)
     path.write_bytes(data)
-    other = as_int8(copy, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+    other = as_int8(copy, "onnx", sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
     cache = tmp_path / "cache"
-    one = Predictor(as_int8(bundle), format="onnx", cache=cache).logits(INPUTS)
+    one = Predictor(as_int8(bundle, "onnx"), format="onnx", cache=cache).logits(INPUTS)
     two = Predictor(other, format="onnx", cache=cache).logits(INPUTS)
     np.testing.assert_allclose(two, one + 1, rtol=0, atol=1e-4)
     assert len(list(cache.iterdir())) == 2
@@ -95,7 +89,7 @@ def test_predictors_of_two_graphs_share_a_folder(bundle: Bundle, bundle_folder: 
 
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "empty", "foreign", "ort format"])
 def test_a_damaged_graph_is_made_again(bundle: Bundle, tmp_path: Path, damage: str) -> None:
-    bundle, options = as_int8(bundle), RunnerOptions(cache=tmp_path)
+    bundle, options = as_int8(bundle, "onnx"), RunnerOptions(cache=tmp_path)
     expected = OnnxRunner(bundle, options).run(INPUTS)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()

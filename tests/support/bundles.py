@@ -16,7 +16,7 @@ from repmlp_deploy.bundle.storage import describe_file
 from repmlp_deploy.card import Preprocessing
 from repmlp_deploy.convert.graph.run import onnx_run
 
-__all__ = ["FACES", "PARTS", "bundle_of_graph", "certify_again"]
+__all__ = ["FACES", "PARTS", "as_int8", "bundle_of_graph", "certify_again"]
 
 PARTS = """<ir_version: 8, opset_import: ["" : 18]>
 parts (float[N, 3, 32, 32] images) => (float[N, 2, 32, 32] logits)
@@ -30,6 +30,12 @@ faces (uint8[N, 32, 32, 3] images) => (float[N, 6] embedding)
   means = ReduceMean <keepdims = 0> (picked, middle)
   embedding = Reshape (means, shape)
 }"""
+
+
+def as_int8(bundle: Bundle, name: str, **update: object) -> Bundle:
+    """`bundle` with one artifact alone, said to be int8: one whose compiled or optimised form is kept in a cache."""
+    entry = bundle.artifact(name).model_copy(update={"precision": "int8", **update})
+    return Bundle(bundle.manifest.model_copy(update={"artifacts": {name: entry}}), bundle.folder)
 
 
 def certify_again(folder: Path) -> Bundle:

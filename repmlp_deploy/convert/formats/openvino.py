@@ -38,6 +38,7 @@ from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert.capture import captured_output
 from repmlp_deploy.convert.formats.candidate import BY_ACCURACY
 from repmlp_deploy.convert.formats.openvino_float import with_float_nodes
+from repmlp_deploy.convert.formats.openvino_graph import PRODUCTS, products, weights_of
 from repmlp_deploy.convert.formats.openvino_levels import arrange_levels
 from repmlp_deploy.convert.graph.lowering.patterns import match_patterns, module_and_parents
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency
@@ -53,7 +54,6 @@ except ImportError:
 
 __all__ = ["IR", "build_ir", "check_precision", "quantize_ir"]
 
-_PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 _LARGE_MATRIX, _COLUMNS_OF_A_TILE = 5_000_000, 16  # bytes; bfloat16 numbers
 _ROWS_ENOUGH = 8  # images a call from which cutting large products pays
 _POINTWISE: Mapping[str, Any] = MappingProxyType({"Relu": ops.relu, "Sigmoid": ops.sigmoid})
@@ -182,24 +182,13 @@ def _read(graph: bytes) -> Any:
     try:
         return ov.Core().read_model(graph)
     except RuntimeError as error:
-        raise BuildError(f"OpenVINO cannot read the graph: {str(error).strip().splitlines()[-1].strip()}") from None
-
-
-def _products(model: Any) -> list[Any]:
-    return [op for op in model.get_ordered_ops() if op.get_type_name() in _PRODUCTS]
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise BuildError(f"OpenVINO cannot read the graph: {said[-1]}") from None
 
 
 def _name(product: Any) -> str:
     """Return a product's name in the ONNX graph."""
     return str(product.get_friendly_name()).removesuffix(_SUFFIX)
-
-
-def _weights(product: Any) -> Any:
-    """Return the Constant that a product multiplies by, through decompression or dequantization; None without one."""
-    node = product.input_value(1).get_node()
-    while node.get_type_name() in ("Convert", "Multiply", "Subtract", "Reshape", "FakeQuantize"):
-        node = node.input_value(0).get_node()
-    return node if node.get_type_name() == "Constant" else None
 
 
 def _turn_point_convolutions(model: Any) -> None:
@@ -228,7 +217,7 @@ def _in_two_axes(op: Any, flat: Mapping[str, Any]) -> Any:
     """Return the copy of a node on 1×1 maps, reading the copies of its inputs; None if the node stays."""
     kind, sources = op.get_type_name(), [value.get_node() for value in op.input_values()]
     twins = [flat.get(source.get_friendly_name()) for source in sources]
-    if kind == "Convolution" and (weights := _weights(op)) is not None and _is_on_points(op):
+    if kind == "Convolution" and (weights := weights_of(op)) is not None and _is_on_points(op):
         rows, columns = weights.get_output_shape(0)[:2]
         matrix = ops.constant(weights.data.reshape(rows, columns))
         matrix.set_friendly_name(weights.get_friendly_name())
@@ -258,8 +247,8 @@ def _is_on_points(convolution: Any) -> bool:
 
 def _cut_large_products(model: Any) -> None:
     """Cut every MatMul by a constant (K, O) that is large in bf16 into several by columns, concatenated."""
-    for op in _products(model):
-        weights = _weights(op)
+    for op in products(model):
+        weights = weights_of(op)
         if op.get_type_name() != "MatMul" or weights is None or weights is not op.input_value(1).get_node():
             continue
         matrix, flags = weights.data, op.get_attributes()
@@ -268,14 +257,14 @@ def _cut_large_products(model: Any) -> None:
             continue
         tiles = -(-matrix.shape[1] // _COLUMNS_OF_A_TILE)
         edges = [min(matrix.shape[1], _COLUMNS_OF_A_TILE * (tiles * i // parts)) for i in range(parts)]
-        products = []
+        cut = []
         for i, (a, b) in enumerate(zip(edges, [*edges[1:], matrix.shape[1]], strict=True)):
             constant = ops.constant(np.ascontiguousarray(matrix[:, a:b]))
             constant.set_friendly_name(f"{weights.get_friendly_name()}.columns{i}")
             product = ops.matmul(op.input_value(0), constant, transpose_a=False, transpose_b=False)
             product.set_friendly_name(f"{op.get_friendly_name()}.columns{i}")
-            products.append(product)
-        whole = ops.concat(products, axis=-1)
+            cut.append(product)
+        whole = ops.concat(cut, axis=-1)
         whole.set_friendly_name(op.get_friendly_name())
         for reader in list(op.output(0).get_target_inputs()):
             reader.replace_source_output(whole.output(0))
@@ -296,15 +285,15 @@ def _kept_nodes(model: Any, patterns: Sequence[str]) -> dict[str, str]:
 
 def _module(op: Any) -> str:
     """Return the module whose weights a product multiplies by, `stages.0.1.fc3`; empty if there is none."""
-    weights = _weights(op) if op.get_type_name() in _PRODUCTS else None
+    weights = weights_of(op) if op.get_type_name() in PRODUCTS else None
     return "" if weights is None else str(weights.get_friendly_name()).removesuffix(".weight")
 
 
 def _store_weights(model: Any, kind: Any, kept: Mapping[str, str]) -> dict[str, str]:
     """Store products' weights in a smaller type; names of those it cannot hold, with the reason."""
     beyond: dict[str, str] = {}
-    for op in _products(model):
-        weights = _weights(op)
+    for op in products(model):
+        weights = weights_of(op)
         if _name(op) in kept or weights is None or weights.get_element_type() != ov.Type.f32:
             continue
         if kind == ov.Type.f16 and np.abs(weights.data).max() > np.finfo(np.float16).max:
@@ -336,8 +325,8 @@ def _report(model: Any, kept: Mapping[str, str]) -> dict[str, Any]:
     lowered: Counter[str] = Counter()
     stored: Counter[str] = Counter()
     left = []
-    for op in _products(model):
-        weights = _weights(op)
+    for op in products(model):
+        weights = weights_of(op)
         kind = "none" if weights is None else weights.get_element_type().get_type_name()
         stored[kind] += 1
         if kind in ("f32", "none"):
@@ -346,7 +335,7 @@ def _report(model: Any, kept: Mapping[str, str]) -> dict[str, Any]:
         else:
             lowered[op.get_type_name()] += 1
     about: dict[str, Any] = {"product_weights": dict(stored)}
-    return about | ({"lowered": dict(lowered), "kept_fp32": left} if lowered else {})
+    return about | {"lowered": dict(lowered), "kept_fp32": left} if lowered else about
 
 
 def _quantized(model: Any, calibration: Sequence[Mapping[str, NDArray[Any]]], kept: Collection[str]) -> Any:

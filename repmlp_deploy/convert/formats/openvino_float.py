@@ -8,13 +8,12 @@ out of a FakeQuantize is connected past it if all that lies at its ends is to be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["constant_of", "is_static", "readers", "with_float_nodes"]
+from repmlp_deploy.convert.formats.openvino_graph import constant_of, is_static, readers
 
-_MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "ShapeOf")
-_STORING = ("Convert", "Reshape")
+__all__ = ["with_float_nodes"]
 
 
 def with_float_nodes(quantized: Any, floats: Any, is_float: Callable[[Any], bool]) -> Any:
@@ -38,15 +37,6 @@ def with_float_nodes(quantized: Any, floats: Any, is_float: Callable[[Any], bool
     return model
 
 
-def readers(node: Any) -> Iterator[Any]:
-    """Yield the nodes that compute with what a node gives: itself, or what follows if it only moves values."""
-    if node.get_type_name() not in _MOVING:
-        yield node
-        return
-    for port in node.output(0).get_target_inputs():
-        yield from readers(port.get_node())
-
-
 def _restore_constants(op: Any, before: Any) -> None:
     """Let a node read the constants that it read before: weights, and the bias, which quantization corrects."""
     for port, value in zip(op.inputs(), before.input_values(), strict=True):
@@ -59,18 +49,3 @@ def _restore_constants(op: Any, before: Any) -> None:
             port.replace_source_output(value)
         else:  # a bias that is brought to the rank of a map, which the graph asks for while it runs
             port.get_source_output().get_node().input(0).replace_source_output(original.output(0))
-
-
-def is_static(value: Any) -> bool:
-    """Return whether nothing but constants makes a value."""
-    node = value.get_node()
-    sources = node.input_values()
-    return node.get_type_name() == "Constant" or (bool(sources) and all(map(is_static, sources)))
-
-
-def constant_of(value: Any) -> Any:
-    """Return the Constant that a value is made of by storing and reshaping; None if there is another source."""
-    node = value.get_node()
-    while node.get_type_name() in _STORING:
-        node = node.input_value(0).get_node()
-    return node if node.get_type_name() == "Constant" else None

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from repmlp_deploy.convert.formats.openvino_float import constant_of, is_static, readers
+from repmlp_deploy.convert.formats.openvino_graph import PRODUCTS, constant_of, is_static, readers
 from repmlp_deploy.errors import MissingDependency
 
 try:
@@ -26,7 +26,6 @@ except ImportError:
 
 __all__ = ["arrange_levels"]
 
-_PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 _ELEMENTWISE = frozenset({"Add", "Multiply", "Subtract"})
 _ACTIVATIONS = ("Clamp", "Elu", "Gelu", "HSigmoid", "HSwish", "PRelu", "Relu", "Sigmoid", "Swish", "Tanh")
 _BATCHED = 3  # axes of weights that are batched
@@ -39,10 +38,10 @@ def arrange_levels(model: Any) -> None:
         if op.get_type_name() != "FakeQuantize":
             continue
         reading = [node for port in op.output(0).get_target_inputs() for node in readers(port.get_node())]
-        if reading and all(node.get_type_name() in _ELEMENTWISE for node in reading):
-            if _is_point(op) or not _ends_a_product(op.input_value(0).get_node()):
-                for port in op.output(0).get_target_inputs():
-                    port.replace_source_output(op.input_value(0))
+        is_elementwise = bool(reading) and all(node.get_type_name() in _ELEMENTWISE for node in reading)
+        if is_elementwise and (_is_point(op) or not _ends_a_product(op.input_value(0).get_node())):
+            for port in op.output(0).get_target_inputs():
+                port.replace_source_output(op.input_value(0))
         elif any(map(_is_batched_product, reading)):
             _centre(op)
     model.validate_nodes_and_infer_types()
@@ -55,7 +54,7 @@ def _is_point(op: Any) -> bool:
 
 def _ends_a_product(node: Any) -> bool:
     """Return whether a node is a product or what fuses into one: activations, biases and scales."""
-    while node.get_type_name() not in _PRODUCTS:
+    while node.get_type_name() not in PRODUCTS:
         sources = node.input_values()
         if node.get_type_name() in _ELEMENTWISE:
             computed = [value for value in sources if constant_of(value) is None]

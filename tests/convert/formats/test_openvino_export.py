@@ -59,7 +59,7 @@ def test_an_ir_that_strays_is_not_written(tmp_path: Path, monkeypatch: pytest.Mo
 
     def spoil(model: ov.Model) -> None:
         real(model)
-        weights = next(node for op in openvino_ir._products(model) if (node := openvino_ir._weights(op)) is not None)
+        weights = next(node for op in openvino_ir.products(model) if (node := openvino_ir.weights_of(op)) is not None)
         scaled = openvino_ir.ops.constant(weights.data * np.float32(1.01))
         for reader in list(weights.output(0).get_target_inputs()):
             reader.replace_source_output(scaled.output(0))

@@ -14,6 +14,7 @@ from repmlp_deploy.errors import BundleError, InputError, MissingDependency, Mis
 from repmlp_deploy.runtime.openvino import runner as openvino_runner
 from repmlp_deploy.runtime.openvino.runner import CompiledIR, OpenVinoRunner
 from repmlp_deploy.runtime.runner import RunnerOptions
+from support.bundles import as_int8
 from support.openvino_bundle import DIGIT, with_openvino
 
 INPUTS = probe_inputs(DIGIT, 16, seed=5)
@@ -232,19 +233,13 @@ def entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def as_int8(bundle: Bundle) -> Bundle:
-    """`bundle`, its IR said to be int8: one that is kept once it is compiled."""
-    entry = bundle.artifact("openvino").model_copy(update={"precision": "int8"})
-    return Bundle(bundle.manifest.model_copy(update={"artifacts": {"openvino": entry}}), bundle.folder)
-
-
 def test_a_float_model_is_not_kept_because_it_would_start_more_slowly(served: Bundle, tmp_path: Path) -> None:
     assert OpenVinoRunner(served, RunnerOptions(cache=tmp_path)).details["compiled"] == "here"
     assert entries(tmp_path) == []
 
 
 def test_the_cache_makes_the_next_start_quick_and_changes_no_result(served: Bundle, tmp_path: Path) -> None:
-    served = as_int8(served)
+    served = as_int8(served, "openvino")
     expected = OpenVinoRunner(served, RunnerOptions()).run(INPUTS)
     options = RunnerOptions(cache=tmp_path / "a" / "cache")
     first = OpenVinoRunner(served, options)
@@ -263,7 +258,7 @@ def test_the_cache_makes_the_next_start_quick_and_changes_no_result(served: Bund
 def test_a_damaged_cache_changes_nothing_and_is_written_anew(served: Bundle, tmp_path: Path, damage: str) -> None:
     import hashlib
 
-    served, options = as_int8(served), RunnerOptions(cache=tmp_path)
+    served, options = as_int8(served, "openvino"), RunnerOptions(cache=tmp_path)
     expected = OpenVinoRunner(served, options).run(INPUTS)
     (path,) = entries(tmp_path)
     whole = path.read_bytes()
