@@ -83,9 +83,14 @@ def match_weights(  # noqa: PLR0913 - what is compared, and how
         else:
             raise VerificationError(f"{name}: {key} is not among the constants that the graph reads")
     relative, size, key = worst
+    said = f"farthest: {key}" if key else f"{equal} are equal" + (f", {changed} changed on the way" if changed else "")
+    return _row(name, relative, size, said, exact=exact)
+
+
+def _row(name: str, relative: float, size: float, note: str, *, exact: bool) -> Hop:
+    """Return the row of a weight's error, relative to the largest number of the weight, `size`."""
     floor, error = _ROUNDING * size, relative * size
     allowed = 0.0 if exact else allowed_error("weights", floor)
-    said = f"farthest: {key}" if key else f"{equal} are equal" + (f", {changed} changed on the way" if changed else "")
     return Hop(
         name=name,
         kind="weights",
@@ -103,7 +108,7 @@ def match_weights(  # noqa: PLR0913 - what is compared, and how
         passed=error <= allowed,
         ratio=error / floor if floor else None,
         margin=allowed / error if error else None,
-        note=said,
+        note=note,
     )
 
 
