@@ -154,19 +154,8 @@ class ServedModel:
             self.metrics.ready.set(1)
             self.metrics.margin.set(fresh.margin or 0)
             self.metrics.loads["ok"].inc()
-            runner = fresh.served.runner
-            _log.info(
-                "model ready",
-                extra={
-                    "model": self.name,
-                    "version": fresh.name,
-                    "artifact": f"{runner.format} on {runner.device}",
-                    "margin": fresh.margin,
-                    "seconds": round(time.monotonic() - start, 3),
-                    **{key: runner.details[key] for key in _CHOICES if key in runner.details},
-                    **({"warnings": list(fresh.manifest.warnings)} if fresh.manifest.warnings else {}),
-                },
-            )
+            seconds = round(time.monotonic() - start, 3)
+            _log.info("model ready", extra={"model": self.name, "seconds": seconds} | self._described(fresh))
             self._changed()
         if stale is not None:
             stale.close()
@@ -190,6 +179,21 @@ class ServedModel:
         except OSError:
             return ()
         return (seen.st_ino, seen.st_size, seen.st_mtime_ns)
+
+    def _described(self, version: Version) -> dict[str, object]:
+        """Return what the log says of a version that answers."""
+        runner = version.served.runner
+        said: dict[str, object] = {
+            "version": version.name,
+            "artifact": f"{runner.format} on {runner.device}",
+            "margin": version.margin,
+        }
+        if self.options.target is not None:
+            said["target_ms"] = 1000 * self.options.target
+        said |= {key: runner.details[key] for key in _CHOICES if key in runner.details}
+        if version.manifest.warnings:
+            said["warnings"] = list(version.manifest.warnings)
+        return said
 
     def _refuse(self, error: Exception) -> None:
         """Keep the reason why a bundle was not taken."""

@@ -45,6 +45,18 @@ def test_a_model_is_ready_after_its_check(bundle_folder: Path) -> None:
         model.version()
 
 
+def test_the_log_says_within_how_long_requests_are_to_be_answered(
+    bundle_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options, metrics = ModelOptions("onnx", target=0.05), ModelMetrics(Metrics(), "digits")
+    model = ServedModel("digits", bundle_folder, options, metrics, lambda: None)
+    with caplog.at_level("INFO", logger="repmlp.serve"):
+        assert model.load()
+    model.unload()
+    ready = next(record for record in caplog.records if record.message == "model ready")
+    assert vars(ready)["target_ms"] == pytest.approx(50)
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "probe.npz", "model.pt2", "manifest.json"])
 def test_a_flipped_byte_in_any_file_is_never_ready(bundle_folder: Path, name: str) -> None:
     _flip(bundle_folder / name)
