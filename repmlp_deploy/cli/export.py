@@ -10,7 +10,7 @@ from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.cli.shared import description as said
 from repmlp_deploy.cli.shared import engine_options as words
 from repmlp_deploy.cli.shared import export_options as asked
-from repmlp_deploy.cli.shared.bundle_report import print_details, print_summary
+from repmlp_deploy.cli.shared.bundle_report import print_details, print_sensitivity, print_summary
 from repmlp_deploy.cli.shared.console import print_json, print_warnings, run_command
 from repmlp_deploy.cli.shared.progress import Phases, progress
 from repmlp_deploy.convert.formats import parse_formats
@@ -116,6 +116,8 @@ def export_command(  # noqa: PLR0913 - one per option
         return
     if details:
         print_details(bundle)
+    if sensitivity or details:
+        print_sensitivity(bundle)
     print_summary(bundle)
 
 

@@ -11,7 +11,7 @@ from repmlp_deploy.numerics import TOLERANCES
 from repmlp_deploy.runtime.runner import RUNNERS
 from repmlp_deploy.runtime.tasks import find_task
 
-__all__ = ["print_details", "print_hops", "print_summary", "print_verdict"]
+__all__ = ["print_details", "print_hops", "print_sensitivity", "print_summary", "print_verdict"]
 
 _ROUND = 100.0  # margins from here on are whole numbers
 _STYLES = {"equal": "green", "close": "yellow", "FAILED": "bold red"}
@@ -89,6 +89,18 @@ def print_details(bundle: Bundle) -> None:
         print_line(f"note: {note}")
 
 
+def print_sensitivity(bundle: Bundle) -> None:
+    """Print what each block costs, the worst first, if the export measured it."""
+    entry, graph = _lowered(bundle.manifest)
+    if entry is not None and graph.sensitivity:
+        print_table(
+            f"largest error if only this block is {entry.precision}",
+            ("block", "max error"),
+            [(line.block, f"{line.max_abs:.2e}") for line in graph.sensitivity],
+            left=1,
+        )
+
+
 def print_summary(bundle: Bundle) -> None:
     """Print the verdict, the tightest margin, the files and the next command: a line each."""
     manifest, verdict = bundle.manifest, bundle.manifest.verdict
@@ -137,19 +149,17 @@ def _margin(margin: float) -> str:
     return f"{margin:,.0f}×" if margin >= _ROUND else f"{margin:.3g}×"
 
 
+def _lowered(manifest: Manifest) -> tuple[ArtifactEntry | None, GraphRecord]:
+    """Return the first artifact that computes some of its operations in another type than float32, and its record."""
+    found = ((entry, entry.record(GraphRecord)) for entry in manifest.artifacts.values())
+    return next(((entry, graph) for entry, graph in found if graph.lowered), (None, GraphRecord()))
+
+
 def _precision_lines(manifest: Manifest) -> list[str]:
     """Return what computes in the precision and what stays in float32; nothing for a float32 graph."""
-    found = ((entry, entry.record(GraphRecord)) for entry in manifest.artifacts.values())
-    entry, graph = next(((entry, graph) for entry, graph in found if graph.lowered), (None, GraphRecord()))
+    entry, graph = _lowered(manifest)
     if entry is None:
         return []
-    if graph.sensitivity:
-        print_table(
-            f"largest error if only this block is {entry.precision}",
-            ("block", "max error"),
-            [(line.block, f"{line.max_abs:.2e}") for line in graph.sensitivity],
-            left=1,
-        )
     lines = [f"{entry.precision}: " + ", ".join(f"{count} {op}" for op, count in graph.lowered.items())]
     by_reason: dict[str, list[str]] = {}
     for kept in graph.kept_fp32:

@@ -8,6 +8,7 @@ import onnx
 import pytest
 
 from repmlp_deploy import Bundle, Predictor, export
+from repmlp_deploy.cli.shared.bundle_report import print_sensitivity
 from repmlp_deploy.convert import graphs, pipeline
 from repmlp_deploy.convert.graph.emulate import emulate
 from repmlp_deploy.convert.graph.lowering.lower import Lowered, set_precision
@@ -71,7 +72,9 @@ def test_an_int8_bundle_says_what_it_was_calibrated_with_and_what_stays(tmp_path
     assert whole.manifest.artifacts["onnx"].bytes < manifest.artifacts["onnx"].bytes
 
 
-def test_the_most_sensitive_block_is_told_and_keeping_it_helps(tmp_path: Path) -> None:
+def test_the_most_sensitive_block_is_told_and_keeping_it_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = exported("repmlp-digits", tmp_path / "whole", "int8", sensitivity=True)
     lines = whole.manifest.artifacts["onnx"].model_extra["sensitivity"]
     errors = [line["max_abs"] for line in lines]
@@ -80,6 +83,10 @@ def test_the_most_sensitive_block_is_told_and_keeping_it_helps(tmp_path: Path) -
     assert blocks == {"conv_embedding", "embeds.0", "embeds.1", "head"} | {
         f"stages.{i}.{j}" for i, depth in enumerate((1, 2, 1)) for j in range(depth)
     }
+    print_sensitivity(whole)
+    rows = [line.strip("│").split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    told = [[cell.strip() for cell in row] for row in rows]
+    assert told == [[line["block"], f"{line['max_abs']:.2e}"] for line in lines]
     worst = [line["block"] for line in lines[:3]]
     kept = exported("repmlp-digits", tmp_path / "kept", "int8", keep_fp32=worst)
 
