@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from repmlp_deploy.bench.measure.results import ProfileLine
 from repmlp_deploy.bench.subjects.table import SUBJECTS, Job
 from repmlp_deploy.bundle import Bundle
-from repmlp_deploy.errors import InputError
+from repmlp_deploy.errors import InputError, installation_of
 from repmlp_deploy.runtime.choice import open_runner
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.slices import slices_of
@@ -37,7 +37,7 @@ def why_no_cuda() -> str | None:
     name = "CUDAExecutionProvider"
     if name in ort.get_available_providers():
         return None
-    return f'ONNX Runtime here has no {name}: pip uninstall onnxruntime && pip install "repmlp-deploy[gpu]"'
+    return f"ONNX Runtime here has no {name}: pip uninstall onnxruntime && {installation_of('gpu')}"
 
 
 class BundleSubject:

@@ -18,7 +18,7 @@ from repmlp_deploy.card import ModelCard
 from repmlp_deploy.convert.formats.tensorrt.driver import LIBRARY
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
 from repmlp_deploy.convert.options import require_choice
-from repmlp_deploy.errors import InputError, MissingDevice
+from repmlp_deploy.errors import InputError, MissingDevice, installation_of
 from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.runner import RUNNERS, RunnerOptions
 
@@ -248,7 +248,7 @@ def why_not(name: str, precision: str, device: str = "cpu") -> str | None:
     if name in FLAVOURS and not has_nvidia_gpu():
         return "no NVIDIA GPU"
     if importlib.util.find_spec(subject.package) is None:
-        return f'{subject.package} is not installed: pip install "repmlp-deploy[{subject.extra}]"'
+        return f"{subject.package} is not installed: {installation_of(subject.extra)}"
     if device == "cuda":  # torch is loaded for these rows alone
         module = _ASKS_FOR_CUDA.get(subject.package)
         missing: str | None = None if module is None else import_module(module).why_no_cuda()

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from repmlp_deploy.errors import MissingDependency, MissingDevice
+from repmlp_deploy.errors import MissingDependency, MissingDevice, installation_of
 
 try:
     import onnxruntime as ort
@@ -108,7 +108,7 @@ def open_provider_session(
     if provider.name not in available:
         raise MissingDevice(
             f"ONNX Runtime here has no {provider.name}, only {', '.join(available)}: "
-            'pip uninstall onnxruntime && pip install "repmlp-deploy[gpu]"'
+            f"pip uninstall onnxruntime && {installation_of('gpu')}"
         )
     behind = [name for name in provider.behind if name in available]
     return ort.InferenceSession(model, settings, providers=[(provider.name, options), *behind])
