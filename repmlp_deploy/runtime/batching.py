@@ -96,6 +96,9 @@ class _Request:
     def samples(self) -> int:
         return len(self.inputs[0])
 
+    def has_expired(self, now: float) -> bool:
+        return self.deadline is not None and now > self.deadline
+
 
 class Durations:
     """What batches of each size took, as a running mean; sizes that did not run yet are estimated from others."""
@@ -169,6 +172,7 @@ class Batcher:
             self._queue.append(request)
             self._waiting += request.samples
             self._changed.notify_all()
+        request.future.add_done_callback(lambda future: self._forget(request) if future.cancelled() else None)
         return request.future
 
     def close(self) -> None:
@@ -178,6 +182,16 @@ class Batcher:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+
+    def _forget(self, request: _Request) -> None:
+        """Take a cancelled request out of the queue, unless a worker has it."""
+        with self._changed:
+            line = next((line for line in (self._queue, self._late) if request in line), None)
+            if line is None:
+                return
+            line.remove(request)
+            self._waiting -= request.samples
+        request.future.set_running_or_notify_cancel()
 
     def _work(self) -> None:
         while (batch := self._next()) is not None:
@@ -203,25 +217,32 @@ class Batcher:
         total, now = 0, time.monotonic()
         line = self._next_in_line(now)
         while line and (not total or self._fits(total + line[0].samples, batch[0], now)):
-            request = line.popleft()
-            self._waiting -= request.samples
-            if not request.future.set_running_or_notify_cancel():
-                continue
-            if request.deadline is not None and now > request.deadline:
-                late = now - request.arrived
-                request.future.set_exception(DeadlineMissed(f"the deadline passed after {late:.3f} s in the queue"))
-                continue
-            batch.append(request)
-            total += request.samples
+            request = self._begun(line, now)
+            if request is not None:
+                batch.append(request)
+                total += request.samples
         self._crowded = len(batch) > 1
         return batch
 
     def _next_in_line(self, now: float) -> deque[_Request]:
-        """Return those that can keep the target; those that cannot, if there are no others or their deadline passed."""
+        """Return those that can keep the target; those that cannot, if there are no others."""
         while self._queue and self._is_late(self._queue[0], now):
             self._late.append(self._queue.popleft())
-        expired = self._late and self._late[0].deadline is not None and now > self._late[0].deadline
-        return self._late if expired or not self._queue else self._queue
+        while self._late and self._late[0].has_expired(now):
+            self._begun(self._late, now)
+        return self._queue or self._late
+
+    def _begun(self, line: deque[_Request], now: float) -> _Request | None:
+        """Take the first request out of a line and return it; None if nobody waits for it or its deadline passed."""
+        request = line.popleft()
+        self._waiting -= request.samples
+        if not request.future.set_running_or_notify_cancel():
+            return None
+        if request.has_expired(now):
+            late = now - request.arrived
+            request.future.set_exception(DeadlineMissed(f"the deadline passed after {late:.3f} s in the queue"))
+            return None
+        return request
 
     def _is_late(self, request: _Request, now: float) -> bool:
         if self._target is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
@@ -112,6 +112,37 @@ def test_a_cancelled_request_is_never_run(batcher: Batcher, network: Network) ->
     assert kept.result(10)[0].tolist() == [[4, 4]]
     assert network.sizes == [1, 1]
     assert batcher.waiting == 0
+
+
+def test_a_cancelled_request_leaves_its_place_to_others(batcher: Batcher, network: Network) -> None:
+    _busy(batcher, network)
+    gone = [batcher.submit(_row(1, 3)), batcher.submit(_row(2, 3))]
+    assert batcher.waiting == 6
+    assert all(future.cancel() for future in gone)
+    assert batcher.waiting == 0
+    kept = [batcher.submit(_row(3, 3)), batcher.submit(_row(4, 3))]
+    assert [len(wait(part).done) for part in ([gone[0]], [gone[1]])] == [1, 1], "who waits for it is told"
+    network.gate.set()
+    assert [float(future.result(10)[0][0, 0]) for future in kept] == [6.0, 8.0]
+    assert not gone[0].cancel() or gone[0].cancelled()
+
+
+def test_a_late_request_that_is_cancelled_leaves_its_place_too(network: Network) -> None:
+    batcher = Batcher(network, 1, Queueing(queue=3, target=0.001))
+    _busy(batcher, network)
+    late = [batcher.submit(_row(value)) for value in (1, 2)]
+    network.gate.set()
+    assert late[1].result(10)
+    network.gate.clear()
+    network.begun.clear()
+    _busy(batcher, network)
+    again = [batcher.submit(_row(value)) for value in (3, 4, 5)]
+    time.sleep(0.01)
+    assert all(future.cancel() for future in again)
+    assert batcher.waiting == 0
+    network.gate.set()
+    batcher.close()
+    assert network.sizes == [1, 1, 1, 1]
 
 
 def test_a_missed_deadline_is_an_error_and_costs_no_run(batcher: Batcher, network: Network) -> None:
@@ -274,6 +305,25 @@ def test_a_late_request_still_fails_at_its_deadline_while_others_come() -> None:
         late.result(10)
     assert [future.result(10)[0][0, 0] for future in fresh] == [4.0, 6.0]
     batcher.close()
+
+
+def test_late_requests_stay_behind_when_one_of_them_misses_its_deadline() -> None:
+    network = Network()
+    batcher = Batcher(network, 4, Queueing(target=0.3))
+    _busy(batcher, network)
+    expires = batcher.submit(_row(1), deadline=time.monotonic() + 0.4)
+    late = [batcher.submit(_row(value)) for value in (2, 3)]
+    time.sleep(0.5)
+    fresh = [batcher.submit(_row(value)) for value in (5, 6)]
+    seen: list[float] = []
+    for future in (*late, *fresh):
+        future.add_done_callback(lambda done: seen.append(float(done.result()[0][0, 0])))
+    batcher._durations = NoTime()
+    network.gate.set()
+    batcher.close()
+    with pytest.raises(DeadlineMissed):
+        expires.result(10)
+    assert [sorted(seen[:2]), sorted(seen[2:])] == [[10.0, 12.0], [4.0, 6.0]]
 
 
 def test_a_target_that_no_request_can_keep_changes_nothing() -> None:
