@@ -95,6 +95,7 @@ class Predictor:
         self._format = format
         self._options = RunnerOptions(device, threads, folder, engine or EngineSettings(), stream_count(streams))
         self._closed = False
+        self._stale: list[Served] = []
         self._swapping = Lock()
         self._served = self._opened(bundle, check=check)
 
@@ -291,8 +292,9 @@ class Predictor:
     def reload(self, bundle: str | Path | Bundle) -> None:
         """Serve another bundle: open it, run its probe, and only then let it take the place of the present one.
 
-        Calls under way finish on the bundle that they began with, and no call waits. If anything fails, the present
-        bundle serves on.
+        Calls under way finish on the bundle that they began with, whose memory the last of them gives back. No call
+        waits. If anything fails, the present bundle serves on. In an event loop, reload in a thread, since opening a
+        bundle takes seconds: `await asyncio.to_thread(predictor.reload, folder)`.
 
         Raises:
             InputError: the predictor is closed.
@@ -304,7 +306,8 @@ class Predictor:
                 raise InputError(f"the predictor of {self.manifest.name} is closed; open another: Predictor(folder)")
             fresh = self._opened(bundle, check=True)
             stale, self._served = self._served, fresh
-        stale.close()
+            self._stale = [*(old for old in self._stale if not old.ended), stale]
+        stale.retire()
 
     def close(self) -> None:
         """Wait for the calls under way, then give back memory and devices.
@@ -314,7 +317,8 @@ class Predictor:
         """
         with self._swapping:
             self._closed = True
-        self._served.close()
+        for served in (self._served, *self._stale):
+            served.close()
         if self._served.own_process:
             self._decoder.close()
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from threading import Condition
+from threading import Condition, Thread
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class Served:
 
     Attributes:
         margin: how often the largest error of the last check fits into what is allowed; None before the first.
+        ended: whether memory and devices were given back.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Served:
         self._process = os.getpid()
         self._changed = Condition()
         self._running = 0
-        self._closed = False
+        self._closed = self._ending = self.ended = False
         how = queueing or Queueing(workers=0)
         self._queueing = how if how.workers else replace(how, workers=self.streams)
         self._batcher: Batcher | None = None
@@ -89,7 +90,8 @@ class Served:
         finally:
             with self._changed:
                 self._running -= 1
-                self._changed.notify_all()
+            if self._is_last():  # not in this thread, which may be an event loop's: batches may be running
+                Thread(target=self._end, name="end").start()
 
     @property
     def own_process(self) -> bool:
@@ -108,13 +110,33 @@ class Served:
         """
         if not self.own_process:
             return
+        self.retire()
         with self._changed:
-            first, self._closed = not self._closed, True
-            self._changed.wait_for(lambda: self._running == 0)
-        if first:
+            self._changed.wait_for(lambda: self.ended)
+
+    def retire(self) -> None:
+        """Refuse further calls, and wait for none: the last one under way has memory and devices given back."""
+        with self._changed:
+            self._closed = True
+        if self._is_last():
+            self._end()
+
+    def _is_last(self) -> bool:
+        """Return whether there will be no call any more; True once."""
+        with self._changed:
+            last = self._closed and not self._running and not self._ending
+            self._ending = self._ending or last
+        return last
+
+    def _end(self) -> None:
+        try:
             if self._batcher is not None:
                 self._batcher.close()
             self.runner.close()
+        finally:
+            with self._changed:
+                self.ended = True
+                self._changed.notify_all()
 
     def outputs(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """Run a batch of any size, and return every output, each an array that the caller owns.

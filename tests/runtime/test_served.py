@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import threading
@@ -158,3 +159,18 @@ def test_thirty_two_threads_get_their_own_answers(digits_checkpoint: Path, tmp_p
             np.testing.assert_allclose(np.stack([got[i] for i in range(len(inputs))]), expected, rtol=1e-4, atol=1e-5)
             sizes.append(process.memory_info().rss)
         assert sizes[-1] - sizes[0] < 64 << 20, sizes
+
+
+def test_a_reload_in_an_event_loop_waits_for_no_call(bundle: Bundle, twice: Path) -> None:
+    async def run() -> float:
+        with Predictor(bundle, format="onnx") as predictor:
+            call = asyncio.ensure_future(predictor.logits_async(batch_of(1)))
+            await asyncio.sleep(0)  # it is under way, and needs this loop to end
+            predictor.reload(twice)
+            old, new = await asyncio.wait_for(call, 10), await predictor.logits_async(batch_of(1))
+            stale = predictor._stale[0]
+            await asyncio.to_thread(stale.close)
+            assert stale.ended
+            return float(np.abs(new - 2 * old).max())
+
+    assert asyncio.run(run()) < 1e-4
