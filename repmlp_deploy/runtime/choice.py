@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -202,17 +202,26 @@ def _with_best_streams(bundle: Bundle, single: Runner, options: RunnerOptions) -
     if cpus == 1 or single.device != "cpu":
         single.details["streams_chosen"] = "1: there is one CPU" if cpus == 1 else f"1: it runs on {single.device}"
         return single
-    several = open_named(bundle, single.format, replace(options, streams=cpus))
-    samples = bundle.manifest.batch.opt * cpus
-    measured = _measure(bundle, {"1": single, str(cpus): several}, [samples])
-    rates = {name: 1000 * samples / times[samples] for name, times in measured.items()}
-    best, other = (single, several) if rates["1"] >= rates[str(cpus)] else (several, single)
+    runners, samples = {"1": single}, bundle.manifest.batch.opt * cpus
+    with ExitStack() as stack:
+        stack.callback(single.close)
+        with suppress(DeviceError):  # too little memory
+            runners[str(cpus)] = open_named(bundle, single.format, replace(options, streams=cpus))
+            stack.callback(runners[str(cpus)].close)
+        measured = _measure(bundle, runners, [samples])
+        rates = {name: 1000 * samples / times[samples] for name, times in measured.items()}
+        best = max(runners, key=lambda name: rates.get(name, 0.0))
+        stack.pop_all()
+    for name, runner in runners.items():
+        if name != best:
+            runner.close()
+    told = [f"{name} at a time {rates[name]:.3g} samples/s" for name in runners if name in rates]
+    told += [f"{name} at a time had too little memory" for name in ("1", str(cpus)) if name not in rates]
+    chosen = runners[best]
     if "chosen" in single.details:
-        best.details["chosen"] = single.details["chosen"]
-    told = ", ".join(f"{name} at a time {rate:.3g} samples/s" for name, rate in rates.items())
-    best.details["streams_chosen"] = f"{best.details['streams']}: the fastest, measured here ({told})"
-    other.close()
-    return best
+        chosen.details["chosen"] = single.details["chosen"]
+    chosen.details["streams_chosen"] = f"{chosen.details['streams']}: the fastest, measured here ({', '.join(told)})"
+    return chosen
 
 
 def _runners(bundle: Bundle, names: Sequence[str], options: RunnerOptions, stack: ExitStack) -> dict[str, Runner]:

@@ -16,10 +16,11 @@ from repmlp_deploy import Bundle, Predictor
 from repmlp_deploy.bundle import MANIFEST
 from repmlp_deploy.bundle.manifest import ArtifactEntry
 from repmlp_deploy.bundle.records import MeasuredArtifact, Speed
-from repmlp_deploy.errors import BundleError, InputError
+from repmlp_deploy.errors import BundleError, DeviceError, InputError
 from repmlp_deploy.runtime import choice
 from repmlp_deploy.runtime.choice import measure_artifacts, with_speeds
 from repmlp_deploy.runtime.cpus import usable_cpus
+from repmlp_deploy.runtime.onnx.runner import OnnxRunner
 from repmlp_deploy.runtime.runner import RUNNERS, Entry
 from support.openvino_bundle import with_openvino
 
@@ -199,6 +200,29 @@ def test_throughput_takes_what_is_measured_faster(both: Bundle, monkeypatch: pyt
     monkeypatch.setattr(choice, "usable_cpus", lambda: 1)
     with Predictor(both, format="onnx", streams="throughput") as predictor:
         assert predictor.details["streams_chosen"] == "1: there is one CPU"
+
+
+def test_throughput_goes_on_with_what_fits_into_memory(both: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "usable_cpus", lambda: 2)
+    closed: list[OnnxRunner] = []
+    run_all, close = OnnxRunner.run_all, OnnxRunner.close
+
+    def short_of_memory(self: OnnxRunner, *inputs: np.ndarray) -> list[np.ndarray]:
+        if self.details["streams"] == 2:
+            raise DeviceError("too little memory")
+        return run_all(self, *inputs)
+
+    def noted(self: OnnxRunner) -> None:
+        closed.append(self)
+        close(self)
+
+    monkeypatch.setattr(OnnxRunner, "run_all", short_of_memory)
+    monkeypatch.setattr(OnnxRunner, "close", noted)
+    with Predictor(both, format="onnx", streams="throughput") as predictor:
+        assert predictor.details["streams"] == 1
+        assert "2 at a time had too little memory" in predictor.details["streams_chosen"]
+        assert [runner.details["streams"] for runner in closed] == [2]
+        assert predictor.logits(INPUTS).shape == (19, 10)
 
 
 def test_throughput_is_measured_for_real(both: Bundle) -> None:
