@@ -17,7 +17,7 @@ from pathlib import Path
 from repmlp_deploy.bundle import Manifest
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.files import read_text
-from repmlp_deploy.runtime.images import IMAGE_SUFFIXES
+from repmlp_deploy.runtime.images import IMAGE_SUFFIXES, find_images
 
 __all__ = ["DATASETS", "Dataset", "Sample", "read_dataset"]
 
@@ -100,7 +100,7 @@ def _read_classes(path: Path, manifest: Manifest, called: str) -> Dataset:
         raise InputError(f"{called} has no folders; expected one per class, or a list file of lines `path label`")
     ids, remark = _match_folders([folder.name for folder in folders], manifest.labels, classes, called)
     samples = tuple(
-        Sample((image,), target) for folder, target in zip(folders, ids, strict=True) for image in _images(folder)
+        Sample((image,), target) for folder, target in zip(folders, ids, strict=True) for image in find_images(folder)
     )
     return Dataset(samples, remark)
 
@@ -140,7 +140,7 @@ def _read_masks(path: Path, manifest: Manifest, called: str) -> Dataset:
         if not (path / part).is_dir():
             raise InputError(f"{called} has no folder {part}; expected images/ and masks/")
     masks = {mask.stem: mask for mask in (path / "masks").iterdir() if mask.suffix.lower() == ".png"}
-    images = _images(path / "images")
+    images = find_images(path / "images")
     lacking = [image.name for image in images if image.stem not in masks]
     if lacking:
         raise InputError(f"{called}: {len(lacking)} images have no PNG of their name in masks/, such as {lacking[0]}")
@@ -188,14 +188,6 @@ def _id_of(name: str, known: Mapping[str, Sequence[int]], what: str) -> int:
         return ids[0]
     reason = f"names {len(ids)} classes" if ids else "is no label of the network"
     raise InputError(f"{what} {name!r} {reason}: use class numbers")
-
-
-def _images(folder: Path) -> list[Path]:
-    """Return image files in `folder` and below it, sorted."""
-    files = (
-        path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
-    return sorted(path for path in files if not path.is_dir())
 
 
 def _lines(path: Path, count: int) -> list[tuple[str, list[str]]]:

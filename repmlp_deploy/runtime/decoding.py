@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmlp_deploy.card import Preprocessing
-from repmlp_deploy.errors import InputError
+from repmlp_deploy.errors import ImageError, InputError
 from repmlp_deploy.runtime.cpus import usable_cpus
 from repmlp_deploy.runtime.images import DECODE_MODES, ImageLike, network_input
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "stacked"]
 
 Size = tuple[int, int]
 
@@ -110,7 +110,7 @@ class _Batch:
 
     def result(self) -> tuple[NDArray[Any], list[Size]]:
         ready = [image.result() for image in self._begun]
-        whole = np.stack([values for values, _ in ready]) if self._whole is None else self._whole
+        whole = stacked([values for values, _ in ready]) if self._whole is None else self._whole
         return whole, [size for _, size in ready]
 
     def cancel(self) -> None:
@@ -134,6 +134,21 @@ class _Begun:
     def cancel(self) -> None:
         if self._future is not None:
             self._future.cancel()
+
+
+def stacked(inputs: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Return the inputs (…) of several images as one batch (N, …).
+
+    Raises:
+        ImageError: they are of several sizes, since preprocessing leaves each image its own.
+    """
+    for i, values in enumerate(inputs):
+        if values.shape != inputs[0].shape:
+            odd, first = (" x ".join(map(str, one.shape)) for one in (values, inputs[0]))
+            raise ImageError(
+                f"image {i} becomes an input of {odd}, and image 0 one of {first}: a batch needs equal sizes"
+            )
+    return np.stack(inputs)
 
 
 def _input_shape(how: Preprocessing) -> tuple[int, ...] | None:

@@ -119,15 +119,12 @@ def _opened(source: str | os.PathLike[str] | bytes, resize: Resize | None = None
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Return the image files in a folder and the folders inside it, sorted; hidden ones are left out.
+    """Return the image files in a folder and the folders inside it, sorted; hidden files and folders are left out.
 
     What has an image's name and is no file, such as a dangling link, is among them: reading it names it in an error.
     """
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir() and path.name[0] != "."
-    )
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
+    return sorted(path for path in files if "/." not in f"/{path.relative_to(folder).as_posix()}")
 
 
 def to_image(source: ImageLike, *, array_order: str = "RGB") -> Image.Image:

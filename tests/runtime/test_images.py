@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from repmlp_deploy.card import Preprocessing, Resize
 from repmlp_deploy.errors import ImageError
 from repmlp_deploy.runtime import images
-from repmlp_deploy.runtime.images import open_image, preprocess, to_image
+from repmlp_deploy.runtime.images import find_images, open_image, preprocess, to_image
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -224,3 +224,14 @@ def test_a_jpeg_of_many_scans_is_refused_and_one_with_the_same_bytes_elsewhere_i
         open_image(data[:last] + data[last:-2] * 200 + b"\xff\xd9")
     comment = b"\xff\xfe" + (2002).to_bytes(2) + b"\xff\xda" * 1000
     assert open_image(data[:2] + comment + data[2:] + b"\xff\xda" * 1000).size == photo.size
+
+
+def test_hidden_files_and_what_lies_in_hidden_folders_is_not_found(tmp_path: Path) -> None:
+    for name in ("a.png", "b/c.JPG", ".d.png", ".cache/e.png", "b/.f/g/h.png", "i.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    hidden = tmp_path / ".photos"
+    hidden.mkdir()
+    (hidden / "j.png").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == ["a.png", "b/c.JPG"]
+    assert find_images(hidden) == [hidden / "j.png"], "a hidden folder that was named is meant"
