@@ -108,7 +108,7 @@ def _config(choice: Choice, backend: str, limit: int) -> list[str]:
             f"  max_queue_delay_microseconds: {delay}",
             "}",
         ]
-    lines += ["model_warmup {", '  name: "probe"', f"  batch_size: {1 if limit else 0}"]
+    lines += ["model_warmup {", '  name: "probe"', "  batch_size: 1"]  # Triton skips 0; a fixed batch is in the dims
     for spec in manifest.inputs:
         lines += ["  inputs {", f"    key: {_text(spec.name)}", "    value {"]
         lines += [f"    {line}" for line in _typed(spec, limit)]

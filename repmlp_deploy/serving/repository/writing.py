@@ -8,6 +8,7 @@ same configuration may be written again.
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -36,15 +37,19 @@ def write_packed(packed: Packed, out: Path) -> None:
                 raise InputError(f"{out / path} exists and is another: give another --name, or remove it")
         version.parent.mkdir(parents=True, exist_ok=True)
         staged = version.parent / f".{packed.version}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        staged.mkdir()
-        for path, data in packed.files.items():
-            if path.startswith(inside):
-                write_new(staged / path.removeprefix(inside), data)
-                flush(staged / path.removeprefix(inside))
-        for path, data in beside.items():
-            (out / path).parent.mkdir(parents=True, exist_ok=True)
-            replace_file(out / path, data, durable=True)
-        take_place(staged, version)
+        try:
+            staged.mkdir()
+            for path, data in packed.files.items():
+                if path.startswith(inside):
+                    write_new(staged / path.removeprefix(inside), data)
+                    flush(staged / path.removeprefix(inside))
+            for path, data in beside.items():
+                (out / path).parent.mkdir(parents=True, exist_ok=True)
+                replace_file(out / path, data, durable=True)
+            take_place(staged, version)
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
         flush(version.parent)
     except OSError as error:
         if isinstance(error, OutputError):
