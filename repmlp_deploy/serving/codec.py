@@ -6,6 +6,7 @@ import base64
 import binascii
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from repmlp_deploy.serving.protocol import (
     RequestedOutput,
     Tensor,
     byte_array,
+    check_bytes_count,
     check_shape,
     is_within,
     tensor_from_raw,
@@ -29,6 +31,8 @@ from repmlp_deploy.serving.protocol import (
 
 __all__ = ["decode_base64", "decode_request", "encode_response", "parse_json", "timeout_of"]
 
+_KINDS: Mapping[str, set[type]] = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
+"""The types of JSON's values, by the kind of NumPy's type."""
 _MAX_TENSORS = 256
 _MAX_ID = 1024
 _MICROSECONDS = 1e6
@@ -114,15 +118,21 @@ def encode_response(response: InferResponse, request: InferRequest) -> tuple[byt
     return (b"".join([header, *raws]), len(header)) if raws else (header, None)
 
 
+def _given(data: Mapping[str, Any], key: str, otherwise: object) -> Any:
+    """Return a value; JSON's null says as little as a key that is not there."""
+    value = data.get(key)
+    return otherwise if value is None else value
+
+
 def _items(data: Mapping[str, Any], key: str) -> Sequence[dict[str, Any]]:
-    items = data.get(key, [])
+    items = _given(data, key, [])
     if not isinstance(items, list) or len(items) > _MAX_TENSORS or not all(isinstance(item, dict) for item in items):
         raise BadRequest(f"{key} must be a list of at most {_MAX_TENSORS} objects")
     return items
 
 
 def _parameters(data: Mapping[str, Any], what: str) -> dict[str, Any]:
-    parameters = data.get("parameters") or {}
+    parameters = _given(data, "parameters", {})
     if not isinstance(parameters, dict):
         raise BadRequest(f"{what}: parameters must be an object")
     return parameters
@@ -136,7 +146,7 @@ def _flag(parameters: Mapping[str, Any], key: str) -> bool:
 
 
 def _id(data: Mapping[str, Any]) -> str:
-    given = data.get("id", "")
+    given = _given(data, "id", "")
     if not isinstance(given, str) or len(given) > _MAX_ID:
         raise BadRequest(f"id must be a string of at most {_MAX_ID} characters")
     return given
@@ -186,43 +196,47 @@ def _from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) -
     if datatype not in DATATYPES or datatype == "FP16":
         carried = ", ".join(known for known in DATATYPES if known != "FP16")
         raise BadRequest(f"{name}: JSON carries {carried} and BYTES, not {datatype!r}; send raw bytes")
-    try:
-        given = np.asarray(data)
-    except (ValueError, OverflowError):  # ragged, or too deep
-        raise BadRequest(f"{name}: data is no array") from None
-    wanted = np.dtype(DATATYPES[datatype])
-    allowed = {"b": "b", "u": "ui", "i": "ui", "f": "uif"}[wanted.kind]
-    if wanted.kind in "ui" and given.dtype.kind in "fO":
-        given = np.asarray(data, object)
-    fitting = _are_whole(given) if wanted.kind in "ui" and given.dtype.kind == "O" else given.dtype.kind in allowed
-    if given.size and not fitting:
+    wanted, flat = np.dtype(DATATYPES[datatype]), _flattened(data)
+    kinds = set(map(type, flat))  # before NumPy sees them: it would make every string as long as the longest
+    if list in kinds:
+        raise BadRequest(f"{name}: data is no array")
+    if kinds - _KINDS[wanted.kind]:
         raise BadRequest(f"{name}: data does not hold {datatype} values only")
-    if given.size != math.prod(shape):
-        raise BadRequest(f"{name}: {given.size} values; shape {list(shape)} has {math.prod(shape)}")
-    if not is_within(given, wanted):
+    if len(flat) != math.prod(shape):
+        raise BadRequest(f"{name}: {len(flat)} values; shape {list(shape)} has {math.prod(shape)}")
+    try:
+        wide = {"b": bool, "f": np.float64}.get(wanted.kind, object if _are_large(flat) else np.int64)
+        given = np.asarray(data, wide)
+    except ValueError:  # lists of several lengths
+        raise BadRequest(f"{name}: data is no array") from None
+    except OverflowError:  # beyond any float
+        given = None
+    if given is None or not is_within(given, wanted):
         raise BadRequest(f"{name}: a value is outside the range of {datatype}")
     return given.astype(wanted).reshape(shape)
 
 
-def _are_whole(given: NDArray[Any]) -> bool:
-    """Return whether all are Python's whole numbers. NumPy sees floats where some are above 2⁶³ and others below."""
-    return all(isinstance(value, int) and not isinstance(value, bool) for value in given.reshape(-1))
+def _are_large(flat: Sequence[int]) -> bool:
+    """Return whether whole numbers need more than 64 bits with a sign."""
+    return bool(flat) and not -(1 << 63) <= min(flat) <= max(flat) < 1 << 63
 
 
-def _texts(name: str, shape: tuple[int, ...], data: Sequence[Any]) -> NDArray[Any]:
+def _texts(name: str, shape: tuple[int, ...], data: list[Any]) -> NDArray[Any]:
     """Return BYTES from JSON: text, which a model that wants encoded bytes reads as base64."""
     flat = _flattened(data)
+    check_bytes_count(name, len(flat))
     if len(flat) != math.prod(shape) or not all(isinstance(text, str) for text in flat):
         raise BadRequest(f"{name}: data must hold {math.prod(shape)} strings")
     return byte_array([text.encode() for text in flat]).reshape(shape)
 
 
-def _flattened(data: Sequence[Any]) -> list[Any]:
+def _flattened(data: list[Any]) -> list[Any]:
+    """Return the values in lists of lists; lists among them where they are no array of a few axes."""
     for _ in range(MAX_AXES):
-        if not any(isinstance(item, list) for item in data):
+        if not data or set(map(type, data)) != {list}:
             break
-        data = [inner for item in data for inner in (item if isinstance(item, list) else [item])]
-    return list(data)
+        data = list(chain.from_iterable(data))
+    return data
 
 
 def decode_base64(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ __all__ = ["IMAGE_INPUT", "IMAGE_OUTPUTS", "encoded_images", "find_image_outputs
 
 IMAGE_INPUT = TensorMetadata("image", "BYTES", (-1,))
 
+_MASK_PIXELS = 1 << 25  # of all masks of a request; a photograph of 33 megapixels takes seconds and 0.7 GB
 _IMAGES = 64  # of one request, where the largest batch is smaller
 
 
@@ -27,10 +28,28 @@ class ImageOutputs:
     Attributes:
         metadata: of the additional outputs.
         tensors: from the task's answers to these outputs.
+        sized: whether an answer is as large as its image, and takes as long.
     """
 
     metadata: Sequence[TensorMetadata]
     tensors: Callable[[Sequence[Any]], Sequence[Tensor]]
+    sized: bool = False
+
+    def parts(self, sizes: Sequence[tuple[int, int]]) -> list[slice]:
+        """Return which images to answer together: those of a part take a short time.
+
+        Args:
+            sizes: (height, width) of the images.
+
+        Raises:
+            BadRequest: the answers would be too large.
+        """
+        if not self.sized:
+            return [slice(0, len(sizes))]
+        pixels = sum(height * width for height, width in sizes)
+        if pixels > _MASK_PIXELS:
+            raise BadRequest(f"the masks of these images have {pixels} pixels; a request may have {_MASK_PIXELS}")
+        return [slice(i, i + 1) for i in range(len(sizes))]
 
 
 def _classes(answers: Sequence[Any]) -> Sequence[Tensor]:
@@ -59,7 +78,7 @@ IMAGE_OUTPUTS: Mapping[str, ImageOutputs] = MappingProxyType(
             ),
             _classes,
         ),
-        "segment": ImageOutputs((TensorMetadata("mask", "BYTES", (-1,)),), _masks),
+        "segment": ImageOutputs((TensorMetadata("mask", "BYTES", (-1,)),), _masks, sized=True),
         "embed": ImageOutputs((TensorMetadata("vector", "FP32", (-1, -1)),), _vectors),
     }
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,7 +22,8 @@ from repmlp_deploy import __version__
 from repmlp_deploy.bundle import Manifest, TensorSpec
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.batching import BatcherClosed, DeadlineMissed, QueueFull
-from repmlp_deploy.runtime.decoding import Decoder
+from repmlp_deploy.runtime.cpus import usable_cpus
+from repmlp_deploy.runtime.decoding import Decoder, stacked
 from repmlp_deploy.runtime.tasks import Answer
 from repmlp_deploy.serving.images import IMAGE_INPUT, encoded_images, find_image_outputs
 from repmlp_deploy.serving.models import Models
@@ -85,6 +87,7 @@ class Inference:
     def __init__(self, models: Models, *, timeout: float = 30.0) -> None:
         self.models, self._timeout = models, timeout
         self._decoder = Decoder()
+        self._pool = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="answer")
         self._decoding: dict[str, int] = {}
 
     def server(self) -> dict[str, Any]:
@@ -116,7 +119,10 @@ class Inference:
         model, images = self.models.find(name)
         if self.models.stopping or not model.ready:
             return False
-        found = _version(model, version)
+        try:
+            found = _version(model, version)
+        except NotReady:  # since a moment
+            return False
         return not images or bool(find_image_outputs(name, found.manifest))
 
     def config(self, name: str, version: str = "") -> dict[str, Any]:
@@ -184,6 +190,7 @@ class Inference:
         """Give back threads and models."""
         self.models.close()
         self._decoder.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _answer(  # noqa: PLR0913 - the request, taken apart
         self, model: ServedModel, images: bool, name: str, wanted: str, request: InferRequest, deadline: float
@@ -216,12 +223,19 @@ class Inference:
             begun = [self._decoder.submit(image, manifest.preprocessing) for image in encoded]
             inputs = await _all([asyncio.wrap_future(future) for future in begun])
             model.metrics.preprocess.observe(time.monotonic() - start)
-        outputs = await _batched(model, version, [np.stack([values for values, _ in inputs])], deadline)
         sizes = [size for _, size in inputs]
-        answers: list[Answer] = await asyncio.to_thread(
-            task.answer, outputs[0], sizes, manifest.labels, manifest.scores
-        )
-        return [*_named(manifest, outputs), *await asyncio.to_thread(extra.tensors, answers)]
+        parts = extra.parts(sizes)
+        outputs = await _batched(model, version, [stacked([values for values, _ in inputs])], deadline)
+        answers: list[Answer] = []
+        for part in parts:  # between them, a request that is too late ends
+            answers += await self._in_thread(
+                task.answer, outputs[0][part], sizes[part], manifest.labels, manifest.scores
+            )
+        return [*_named(manifest, outputs), *await self._in_thread(extra.tensors, answers)]
+
+    async def _in_thread(self, function: Callable[..., Any], *given: Any) -> Any:
+        """Run what takes a processor, in as many threads as there are processors."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *given)
 
     @asynccontextmanager
     async def _admitted(self, model: ServedModel, samples: int) -> AsyncIterator[None]:
@@ -252,7 +266,6 @@ async def _batched(
     """Wait for the rows of a batch that are this request's."""
     try:
         future = version.batcher.submit(arrays, deadline=deadline)
-        model.metrics.waiting.set(version.batcher.waiting)
         return await asyncio.wrap_future(future)
     except QueueFull as error:
         raise Overloaded(f"{model.name} is overloaded: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from typing import Any
 
@@ -26,7 +27,7 @@ class _JsonLines(logging.Formatter):
         }
         if record.exc_info:
             data["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(data, default=str)
+        return json.dumps({key: _plain(value) for key, value in data.items()}, default=str)
 
 
 class _TextLines(logging.Formatter):
@@ -37,6 +38,11 @@ class _TextLines(logging.Formatter):
         extras = " ".join(f"{key}={printable(value)}" for key, value in _extras(record).items())
         said = f"{clock} {record.levelname.lower():7} {printable(record.getMessage())} {extras}".rstrip()
         return f"{said}\n{self.formatException(record.exc_info)}" if record.exc_info else said
+
+
+def _plain(value: object) -> object:
+    """Return null for what JSON has no number for: an infinite margin, where there is no error at all."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _extras(record: logging.LogRecord) -> dict[str, Any]:

@@ -74,6 +74,11 @@ class Metrics:
         )
         self.loads = Counter("repmlp_loads", "Bundles loaded, by outcome.", [*model, "outcome"], registry=registry)
 
+        self.by_model = (
+            self.seconds, self.queue, self.compute, self.shared, self.preprocess, self.samples, self.failures,
+            self.waiting, self.ready, self.margin,
+        )  # fmt: skip
+
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -92,6 +97,15 @@ class ModelMetrics:
         self.samples, self.failures = metrics.samples.labels(model), metrics.failures.labels(model)
         self.waiting, self.ready = metrics.waiting.labels(model), metrics.ready.labels(model)
         self.margin = metrics.margin.labels(model)
+
+    def forget(self) -> None:
+        """Take the model out of the metrics: it is served no more."""
+        for outcome in self.outcomes:
+            self._metrics.requests.remove(self._model, outcome)
+        for outcome in self.loads:
+            self._metrics.loads.remove(self._model, outcome)
+        for metric in self._metrics.by_model:
+            metric.remove(self._model)
 
     def observe(self, execution: Execution) -> None:
         """Count one execution."""

@@ -61,6 +61,7 @@ class Models:
             gone = self._models[name]
             self._models = MappingProxyType({n: model for n, model in self._models.items() if n != name})
         gone.unload("its bundle is gone")
+        gone.metrics.forget()
 
     def when_changed(self, told: Callable[[], None]) -> None:
         """Have `told` called whenever a model's state or version changed, from any thread."""
@@ -89,8 +90,8 @@ class Models:
 
     @property
     def ready(self) -> bool:
-        """Whether every model answers, there is one, and the server is not stopping."""
-        models = self.all()
+        """Whether every model answers but those that were unloaded, there is one, and the server is not stopping."""
+        models = [model for model in self.all() if not model.unloaded]
         return not self.stopping and bool(models) and all(model.ready for model in models)
 
     def health(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ with optional_imports():
 
 __all__ = ["ServerOptions", "serve"]
 
-_STOPPED = 143  # what a shell says of a process that SIGTERM ended
+_END_SECONDS = 2.0  # for what is left after the requests
 _log = logging.getLogger("repmlp.serve")
 
 
@@ -104,7 +105,7 @@ async def _serve(models: Models, library: Library, options: ServerOptions) -> No
         addresses["grpc"] = await grpc.start()
         models.when_changed(_from_any_thread(grpc.tell_health))
     stopped = asyncio.Event()
-    _handle_signals(models, server, stopped)
+    _handle_signals(models, server, stopped, options.drain + _END_SECONDS)
     library.start()
     _log.info("listening", extra=addresses)
     try:
@@ -123,7 +124,15 @@ def _grpc_server(inference: Inference, library: Library, options: ServerOptions)
     if options.grpc_port is None:
         return None
     http = options.http
-    grpc = GrpcOptions(options.host, options.grpc_port, http.body_limit, http.control, options.certificate, options.key)
+    grpc = GrpcOptions(
+        options.host,
+        options.grpc_port,
+        http.body_limit,
+        control=http.control,
+        log_requests=http.log_requests,
+        certificate=options.certificate,
+        key=options.key,
+    )
     return GrpcServer(inference, library, grpc)
 
 
@@ -175,8 +184,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind(address)
         listening.listen(2048)
         listening.setblocking(False)
-    except OSError as error:
-        raise InputError(f"cannot listen on {printable(host, 100)}:{port}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # a name may be none
+        said = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot listen on {printable(host, 100)}:{port}: {said}") from None
     return listening
 
 
@@ -193,16 +203,22 @@ def _address(listening: socket.socket, options: ServerOptions) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def _handle_signals(models: Models, server: uvicorn.Server, stopped: asyncio.Event) -> None:
-    """Let the first signal drain, and the second end the process."""
+def _handle_signals(models: Models, server: uvicorn.Server, stopped: asyncio.Event, seconds: float) -> None:
+    """Let the first signal drain, and the second end the process, or the time: a load may take much longer."""
+
+    def end(number: int) -> None:
+        _log.warning("stopped at once")
+        sys.stderr.flush()
+        os._exit(128 + number)
 
     def stop(number: int) -> None:
         if models.stopping:
-            _log.warning("stopped at once")
-            sys.stderr.flush()
-            os._exit(_STOPPED if number == signal.SIGTERM else 128 + number)
+            end(number)
         models.stopping = True
         _log.info("stopping", extra={"signal": signal.Signals(number).name})
+        timer = threading.Timer(seconds, end, (number,))
+        timer.daemon = True
+        timer.start()
         server.should_exit = True
         stopped.set()
 

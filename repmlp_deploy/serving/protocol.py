@@ -32,6 +32,7 @@ __all__ = [
     "TooLate",
     "UnknownModel",
     "byte_array",
+    "check_bytes_count",
     "check_shape",
     "datatype_of",
     "is_within",
@@ -113,6 +114,7 @@ DATATYPES: Mapping[str, str] = MappingProxyType(
 
 MAX_AXES = 8
 MAX_ELEMENTS = 1 << 40
+_MAX_BYTES = 1 << 16
 _LENGTH = struct.Struct("<I")
 
 
@@ -207,6 +209,12 @@ def is_within(values: NDArray[Any], dtype: np.dtype[Any]) -> bool:
     return number(limits.min) <= number(values.min()) and number(values.max()) <= number(limits.max)
 
 
+def check_bytes_count(name: str, count: int) -> None:
+    """Raise BadRequest if a tensor has more BYTES elements than any model takes, each an object of its own."""
+    if count > _MAX_BYTES:
+        raise BadRequest(f"{name}: {count} BYTES elements; a tensor has at most {_MAX_BYTES}")
+
+
 def check_shape(name: str, shape: object) -> tuple[int, ...]:
     """Return the shape if it is one.
 
@@ -217,7 +225,7 @@ def check_shape(name: str, shape: object) -> tuple[int, ...]:
         raise BadRequest(f"{name}: shape must be a list of at most {MAX_AXES} lengths")
     if not all(isinstance(edge, int) and not isinstance(edge, bool) and edge >= 0 for edge in shape):
         raise BadRequest(f"{name}: shape {list(shape)} must hold whole numbers from 0")
-    if math.prod(shape) > MAX_ELEMENTS or max(shape, default=0) > MAX_ELEMENTS:
+    if math.prod(max(edge, 1) for edge in shape) > MAX_ELEMENTS:  # NumPy multiplies the others where one is 0
         raise BadRequest(f"{name}: shape {list(shape)} is too large")
     return tuple(shape)
 
@@ -248,6 +256,7 @@ def tensor_from_raw(name: str, datatype: str, shape: tuple[int, ...], raw: bytes
 
 
 def _byte_elements(name: str, raw: bytes | memoryview, count: int) -> NDArray[Any]:
+    check_bytes_count(name, count)
     if count * _LENGTH.size > len(raw):
         raise BadRequest(f"{name}: {len(raw)} bytes cannot hold {count} BYTES elements")
     elements, offset, whole = np.empty(count, object), 0, bytes(raw)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from repmlp_deploy.bundle import Bundle, FileEntry, Manifest
 from repmlp_deploy.bundle.manifest import MANIFEST
@@ -28,10 +30,11 @@ from repmlp_deploy.serving.metrics import ModelMetrics
 from repmlp_deploy.serving.protocol import NotReady
 from repmlp_deploy.text import printable
 
-__all__ = ["ModelOptions", "ServedModel", "Version", "version_name"]
+__all__ = ["Fingerprint", "ModelOptions", "ServedModel", "Version", "fingerprint_of", "version_name"]
 
-State = Literal["loading", "ready", "unavailable"]
+State = Literal["loading", "ready", "unavailable", "unloaded"]
 
+_TRUSTED = 10.0  # times what a check takes, for which it is believed
 _DIGITS = 12  # of a version's name, which is a number since clients of Triton read it as one
 _CHOICES = ("chosen", "streams_chosen", "passed_over")  # what a runner says of how it was chosen
 _log = logging.getLogger("repmlp.serve")
@@ -97,6 +100,18 @@ class Version:
         self.served.close()
 
 
+class Fingerprint(NamedTuple):
+    """What a bundle's folder looks like: inode, size and time of its files.
+
+    Attributes:
+        manifest: of the manifest; empty where there is none.
+        others: names and figures of all other files.
+    """
+
+    manifest: tuple[int, ...]
+    others: tuple[tuple[str, tuple[int, ...]], ...]
+
+
 class ServedModel:
     """One name that answers, and the bundle behind it.
 
@@ -118,13 +133,21 @@ class ServedModel:
         self._changed = changed
         self._version: Version | None = None
         self._loading = threading.Lock()
+        self._swapping = threading.Lock()  # of the version, the state and its reason
         self._checking = threading.Lock()
+        self._trusted_until = -math.inf
         metrics.ready.set(0)
+        metrics.waiting.set_function(self._waiting)
 
     @property
     def ready(self) -> bool:
         """Whether it answers."""
         return self.state == "ready"
+
+    @property
+    def unloaded(self) -> bool:
+        """Whether it does not answer because it was asked not to."""
+        return self.state == "unloaded"
 
     def version(self) -> Version:
         """Return what answers now.
@@ -149,9 +172,7 @@ class ServedModel:
             except Exception as error:  # noqa: BLE001 - a bundle may be damaged in any way, and the server must live
                 self._refuse(error)
                 return False
-            stale, self._version = self._version, fresh
-            self.state, self.reason, self.refused = "ready", "", ""
-            self.metrics.ready.set(1)
+            stale = self._swap(fresh, "ready", "")
             self.metrics.margin.set(fresh.margin or 0)
             self.metrics.loads["ok"].inc()
             seconds = round(time.monotonic() - start, 3)
@@ -164,21 +185,15 @@ class ServedModel:
     def unload(self, reason: str = "it was unloaded") -> None:
         """Answer no more; what was begun is finished."""
         with self._loading:
-            stale, self._version = self._version, None
-            self.state, self.reason, self.refused = "unavailable", reason, ""
-            self.metrics.ready.set(0)
+            stale = self._swap(None, "unloaded", reason)
             _log.info("model unloaded", extra={"model": self.name})
             self._changed()
         if stale is not None:
             stale.close()
 
-    def fingerprint(self) -> tuple[int, ...]:
-        """Return what changes when another bundle takes the folder's place; empty where there is none."""
-        try:
-            seen = (self.folder / MANIFEST).stat()
-        except OSError:
-            return ()
-        return (seen.st_ino, seen.st_size, seen.st_mtime_ns)
+    def fingerprint(self) -> Fingerprint:
+        """Return what changes when another bundle takes the folder's place, or a file in it changes."""
+        return fingerprint_of(self.folder)
 
     def _described(self, version: Version) -> dict[str, object]:
         """Return what the log says of a version that answers."""
@@ -200,9 +215,10 @@ class ServedModel:
         reason = _reason(error)
         self.metrics.loads["refused"].inc()
         _log.error("bundle refused", extra={"model": self.name, "folder": str(self.folder), "reason": reason})
-        self.refused = reason
-        if self._version is None:
-            self.state, self.reason = "unavailable", reason
+        with self._swapping:
+            self.refused = reason
+            if self._version is None:
+                self.state, self.reason = "unavailable", reason
         self._changed()
 
     def _opened(self) -> Version:
@@ -229,20 +245,58 @@ class ServedModel:
             _log.error("execution failed", extra={"model": self.name, "reason": _reason(execution.error)})
             self._check_again()
 
-    def _check_again(self) -> None:
-        """Run the probe after a failed execution: a runtime that is broken must not stay ready."""
+    def _swap(self, version: Version | None, state: State, reason: str) -> Version | None:
+        """Let a version, or none, take the place of the present one, which is returned."""
+        with self._swapping:
+            stale, self._version = self._version, version
+            self.state, self.reason, self.refused = state, reason, ""
+            self._trusted_until = -math.inf
+            self.metrics.ready.set(state == "ready")
+        return stale
+
+    def _waiting(self) -> int:
         version = self._version
-        if version is None or not self._checking.acquire(blocking=False):
+        return 0 if version is None else version.batcher.waiting
+
+    def _check_again(self) -> None:
+        """Run the probe after a failed execution: a runtime that is broken must not stay ready.
+
+        Requests may fail one after the other while the runtime is sound. So a check that passed is believed for as long
+        as ten checks take.
+        """
+        version, start = self._version, time.monotonic()
+        if version is None or not self.ready or start < self._trusted_until:
+            return
+        if not self._checking.acquire(blocking=False):
             return
         try:
             version.served.check()
+            ended = time.monotonic()
+            self._trusted_until = ended + _TRUSTED * (ended - start)
         except Exception as error:  # noqa: BLE001 - whatever it is, the model does not compute what it should
-            self.state, self.reason = "unavailable", _reason(error)
-            self.metrics.ready.set(0)
-            _log.error("self-check failed", extra={"model": self.name, "reason": self.reason})
-            self._changed()
+            self._fail(version, _reason(error))
         finally:
             self._checking.release()
+
+    def _fail(self, version: Version, reason: str) -> None:
+        """Answer no more, unless another version has taken the place of this one."""
+        with self._swapping:
+            if self._version is not version:
+                return
+            self.state, self.reason = "unavailable", reason
+            self.metrics.ready.set(0)
+        _log.error("self-check failed", extra={"model": self.name, "reason": reason})
+        self._changed()
+
+
+def fingerprint_of(folder: Path) -> Fingerprint:
+    """Return what a folder looks like now, without reading its files."""
+    found: dict[str, tuple[int, ...]] = {}
+    with contextlib.suppress(OSError), os.scandir(folder) as files:
+        for file in files:
+            seen = (folder / file.name).stat()  # what a link leads to counts
+            found[file.name] = (seen.st_ino, seen.st_size, seen.st_mtime_ns)
+    return Fingerprint(found.pop(MANIFEST, ()), tuple(sorted(found.items())))
 
 
 def version_name(folder: Path) -> str:

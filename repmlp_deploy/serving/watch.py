@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from repmlp_deploy.bundle.manifest import MANIFEST
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.serving.models import Models
 from repmlp_deploy.serving.protocol import NotReady, UnknownModel
-from repmlp_deploy.serving.served_model import ServedModel
+from repmlp_deploy.serving.served_model import Fingerprint, ServedModel
 from repmlp_deploy.text import printable
 
-__all__ = ["Library"]
+__all__ = ["Library", "find_bundles"]
 
 _log = logging.getLogger("repmlp.serve")
 
@@ -35,10 +36,11 @@ class Library:
 
     def __init__(self, models: Models, watched: Sequence[Path] = (), every: float = 2.0) -> None:
         self._models, self._watched, self._every = models, tuple(watched), every
-        self._seen: dict[str, tuple[int, ...]] = {}
-        self._found: set[str] = set()
+        self._seen: dict[str, Fingerprint] = {}  # when a bundle was last loaded
+        self._before: dict[str, Fingerprint] = {}  # at the last look
+        self._found: dict[str, Path] = {}  # of the watched folders
         self._unloaded: set[str] = set()
-        self._left_out: set[str] = set()
+        self._left_out: set[Path] = set()
         self._missing: set[str] = set()
         self._stop = threading.Event()
         self._looking = threading.Lock()
@@ -63,9 +65,10 @@ class Library:
                 fingerprint = model.fingerprint()
                 if self._stop.is_set() or model.name in self._unloaded:
                     continue
-                if self._seen.get(model.name) != fingerprint and (fingerprint or model.name not in self._found):
-                    self._seen[model.name] = fingerprint  # before: a bundle that is refused is not tried again
+                if self._is_news(model, fingerprint):
+                    self._seen[model.name] = fingerprint  # before: what was refused is tried again if it changes
                     model.load()
+                self._before[model.name] = fingerprint
 
     def load(self, name: str) -> str:
         """Load a model, or the present content of its folder. Return why it was refused, or nothing.
@@ -95,6 +98,13 @@ class Library:
         """Return the protocol's index: name, version, state and reason of every model."""
         return [_entry(model) for model in self._models.all()]
 
+    def _is_news(self, model: ServedModel, now: Fingerprint) -> bool:
+        """Return whether to load a bundle: it is new, or it was refused, has changed since, and is copied no more."""
+        seen = self._seen.get(model.name)
+        if seen is None or now.manifest != seen.manifest:
+            return bool(now.manifest) or model.name not in self._found
+        return bool(model.refused) and now != seen and now == self._before.get(model.name)
+
     def _model(self, name: str) -> ServedModel:
         model, images = self._models.find(name)
         if images:
@@ -116,32 +126,52 @@ class Library:
         present: dict[str, Path] = {}
         for folder in self._watched:
             try:
-                present |= {
-                    p.name: p for p in sorted(folder.iterdir()) if p.name[0] != "." and (p / MANIFEST).is_file()
-                }
+                bundles = find_bundles(folder)
             except OSError as error:
                 _log.error("cannot watch", extra={"folder": str(folder), "reason": printable(error)})
                 return  # a folder that cannot be read for a moment takes no model away
-        gone, self._missing = self._missing, self._found - set(present)
+            for path in bundles:
+                if path != present.setdefault(path.name, path):
+                    self._leave_out(path, f"{present[path.name]} has the same name: rename one of them")
+        gone, self._missing = self._missing, {name for name, path in self._found.items() if present.get(name) != path}
         for name in gone & self._missing:  # at two looks: one that is replaced by renames is gone for a moment
             self._missing.discard(name)
             self._models.remove(name)
-            self._found.discard(name)
+            del self._found[name]
             self._seen.pop(name, None)
+            self._before.pop(name, None)
             self._unloaded.discard(name)
         for name in [name for name in present if name not in self._found]:
             try:
                 self._models.add(name, present[name])
             except InputError as error:
-                if name not in self._left_out:
-                    _log.error("bundle left out", extra={"folder": str(present[name]), "reason": str(error)})
-                    self._left_out.add(name)
+                self._leave_out(present[name], str(error))
                 continue
-            self._found.add(name)
+            self._found[name] = present[name]
+
+    def _leave_out(self, path: Path, reason: str) -> None:
+        """Say once why a bundle is not served."""
+        if path not in self._left_out:
+            _log.error("bundle left out", extra={"folder": str(path), "reason": reason})
+            self._left_out.add(path)
+
+
+def find_bundles(folder: Path) -> list[Path]:
+    """Return the bundles in a folder, sorted; hidden ones, and what this process may not look into, are left out.
+
+    Raises:
+        OSError: the folder itself cannot be read.
+    """
+    found = []
+    for path in sorted(folder.iterdir()):
+        with suppress(OSError):  # a folder of root's, such as lost+found on a volume
+            if path.name[0] != "." and (path / MANIFEST).is_file():
+                found.append(path)
+    return found
 
 
 def _entry(model: ServedModel) -> dict[str, Any]:
-    states = {"ready": "READY", "loading": "LOADING", "unavailable": "UNAVAILABLE"}
+    states = {"ready": "READY", "loading": "LOADING", "unavailable": "UNAVAILABLE", "unloaded": "UNAVAILABLE"}
     entry = {"name": model.name, "state": states[model.state]}
     try:
         entry["version"] = model.version().name

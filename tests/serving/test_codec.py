@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,11 @@ def test_a_body_without_a_header_is_one_raw_input() -> None:
         (_body(data=["1", "2", "3", "4"]), None, "does not hold FP32 values only"),
         (_body(data=[1, [2, 3], 4]), None, "data is no array"),
         (_body(data=[1, 2, 3, 1e39]), None, "outside the range of FP32"),
-        (_body(data=[1, 2, 3, 10**400]), None, "not"),
+        (_body(data=[1, 2, 3, 10**400]), None, "outside the range of FP32"),
+        (_body(data=[[1, 2], [3, 4, 5]], shape=[5]), None, "data is no array"),
+        (_body(data=[True, 1.0, 2, 3]), None, "does not hold FP32 values only"),
+        (_body(datatype="INT64", data=[1, 2, 3, 2**63]), None, "outside the range of INT64"),
+        (_body(datatype="UINT64", data=[1, 2, 3, -1]), None, "outside the range of UINT64"),
         (_body(datatype="UINT8", data=[1, 2, 3, 256]), None, "outside the range of UINT8"),
         (_body(datatype="UINT8", data=[1, 2, 3, -1]), None, "outside the range of UINT8"),
         (_body(datatype="INT8", data=[1, 2, 3, 4.5]), None, "does not hold INT8 values only"),
@@ -181,6 +186,23 @@ def test_json_cannot_carry_what_is_no_number() -> None:
     with pytest.raises(BadRequest, match="ask for raw bytes"):
         encode_response(answer, InferRequest())
     assert encode_response(answer, InferRequest(binary=True))[1] is not None
+
+
+def test_strings_for_numbers_cost_no_more_than_their_body() -> None:
+    """NumPy would make each as long as the longest: 1.6 GB here."""
+    body = _body(data=["a" * 2000, *[""] * 200_000], shape=[1])
+    tracemalloc.start()
+    with pytest.raises(BadRequest, match="does not hold FP32 values only"):
+        decode_request(body, None)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 20 * len(body)
+
+
+def test_null_says_as_little_as_nothing() -> None:
+    given = json.loads(_body()) | {"id": None, "outputs": None, "parameters": None}
+    request = decode_request(json.dumps(given).encode(), None)
+    assert (request.id, list(request.outputs)) == ("", [])
 
 
 def test_a_million_nested_lists_are_no_work() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from starlette.testclient import TestClient
 
 from repmlp_deploy import Bundle, Embedding, Predictor, Segmentation
 from repmlp_deploy.card import Preprocessing, Resize
+from repmlp_deploy.runtime import tasks
+from repmlp_deploy.serving import images
 from repmlp_deploy.serving.hosts.http import HttpOptions, create_app
 from repmlp_deploy.serving.inference import Inference
 from repmlp_deploy.serving.models import Models
@@ -117,3 +120,32 @@ def test_a_network_that_takes_levels_is_served_as_uint8(served: TestClient, bund
     wrong = {"inputs": [{**item, "datatype": "FP32", "data": [0.0] * levels.size}]}
     answer = served.post("/v2/models/faces/infer", json=wrong)
     assert (answer.status_code, answer.json()["error"]) == (400, f"{spec.name} is FP32; the model takes UINT8")
+
+
+def test_masks_of_a_request_have_a_limit(served: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_MASK_PIXELS", 2 * 90 * 70 - 1)
+    files = [base64.b64encode(encoded(levels)).decode() for levels in LEVELS]
+    for count, status in ((1, 200), (2, 400)):
+        item = {"name": "image", "shape": [count], "datatype": "BYTES", "data": files[:count]}
+        answer = served.post("/v2/models/parts-image/infer", json={"inputs": [item]})
+        assert answer.status_code == status, answer.text
+    assert answer.json()["error"] == "the masks of these images have 12600 pixels; a request may have 12599"
+
+
+def test_a_request_that_is_too_late_makes_no_more_masks(served: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def slow(_logits: NDArray[np.float32], sizes: Sequence[tuple[int, int]], *_: object) -> list[Segmentation]:
+        made.append(len(sizes))
+        time.sleep(0.3)
+        return [Segmentation(np.zeros(size, np.uint8)) for size in sizes]
+
+    monkeypatch.setattr(tasks, "masks_from_logits", slow)
+    files = [base64.b64encode(encoded(LEVELS[0])).decode()] * 20
+    item = {"name": "image", "shape": [20], "datatype": "BYTES", "data": files}
+    asked = {"inputs": [item], "parameters": {"timeout": 700_000}}
+    answer = served.post("/v2/models/parts-image/infer", json=asked)
+    assert (answer.status_code, "the deadline of 0.700 s passed" in answer.json()["error"]) == (504, True)
+    time.sleep(0.5)
+    assert set(made) == {1}
+    assert len(made) < 5

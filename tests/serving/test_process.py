@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import shutil
 import signal
@@ -23,7 +25,10 @@ import pytest
 import trustme
 
 from repmlp_deploy import export
+from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.predictor import Predictor
+from repmlp_deploy.serving import process
+from repmlp_deploy.serving.logs import configure_logging
 from support.pip import run_pip
 from support.serving import Server, running_server
 
@@ -245,3 +250,54 @@ def test_the_serve_extra_and_a_runtime_are_enough(tmp_path: Path, digits_checkpo
         assert "openvino on cpu" in server.text
         assert server.get("/v2/models/repmlp-digits/infer", _batch().tobytes(), RAW)[0] == 200
         assert server.terminate() == 0
+
+
+STUCK = """
+import sys, threading, time
+from repmlp_deploy.serving.models import Models
+from repmlp_deploy.serving.process import ServerOptions, serve
+from repmlp_deploy.serving.served_model import ModelOptions
+from repmlp_deploy.serving.watch import Library
+
+class Loading(Library):
+    def look(self):
+        print("loading", flush=True)
+        time.sleep(120)
+
+models = Models(ModelOptions())
+serve(models, Loading(models), ServerOptions(http_port=0, grpc_port=None, drain=0.5))
+"""
+
+
+def test_a_load_does_not_keep_the_server_from_ending() -> None:
+    command = [sys.executable, "-c", STUCK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "loading\n"
+        server.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        _, text = server.communicate(timeout=60)
+    assert server.returncode == 128 + signal.SIGTERM
+    assert 2 < time.monotonic() - start < 30
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("host", ["a" * 70 + ".com", "nothing.invalid", "999.1.1.1"])
+def test_a_host_that_is_none_is_one_line(host: str) -> None:
+    with pytest.raises(InputError, match=r"cannot listen on .*:0: "):
+        process._listen(host, 0)
+
+
+def test_logs_are_json_whatever_the_margin(capsys: pytest.CaptureFixture[str]) -> None:
+    """A network of whole numbers may have no error at all."""
+    root, ours = logging.getLogger(), logging.getLogger("repmlp")
+    before = (list(root.handlers), root.level, ours.level)
+    try:
+        configure_logging(as_json=True)
+        logging.getLogger("repmlp.serve").info("model ready", extra={"margin": math.inf, "seconds": 0.5})
+    finally:
+        root.handlers[:] = before[0]
+        root.setLevel(before[1])
+        ours.setLevel(before[2])
+    line = json.loads(capsys.readouterr().err, parse_constant=pytest.fail)
+    assert (line["margin"], line["seconds"]) == (None, 0.5)

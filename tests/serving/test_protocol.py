@@ -60,7 +60,8 @@ def test_any_byte_but_zero_is_true() -> None:
         ("BYTES", (2,), b"\x02\x00\x00\x00abc\x00", "element 1 of 2 is missing"),
         ("BYTES", (1,), b"\xff\xff\xff\xffa", "has 4294967295 bytes; 1 are left"),
         ("BYTES", (1,), b"\x01\x00\x00\x00ab", "1 bytes are left after 1 elements"),
-        ("BYTES", (1 << 40,), b"\x01\x00\x00\x00a", "cannot hold"),
+        ("BYTES", (3,), b"\x01\x00\x00\x00a", "cannot hold"),
+        ("BYTES", (1 << 40,), b"\x01\x00\x00\x00a", "a tensor has at most 65536"),
     ],
 )
 def test_bytes_of_another_shape_are_refused(datatype: str, shape: tuple[int, ...], raw: bytes, message: str) -> None:
@@ -68,7 +69,9 @@ def test_bytes_of_another_shape_are_refused(datatype: str, shape: tuple[int, ...
         tensor_from_raw("x", datatype, shape, raw)
 
 
-@pytest.mark.parametrize("shape", [None, "12", [1.5], [True], [-1], [1] * 9, [1 << 41], [1 << 30, 1 << 30], [[1]]])
+@pytest.mark.parametrize(
+    "shape", [None, "12", [1.5], [True], [-1], [1] * 9, [1 << 41], [1 << 30, 1 << 30], [0, 1 << 40, 1 << 40], [[1]]]
+)
 def test_what_is_no_shape_is_refused(shape: object) -> None:
     with pytest.raises(BadRequest, match="shape"):
         check_shape("x", shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import numpy as np
 import pytest
 
 from repmlp_deploy import Bundle
-from repmlp_deploy.bundle import hash_file
+from repmlp_deploy.bundle import MANIFEST, hash_file
 from repmlp_deploy.errors import InputError
+from repmlp_deploy.runtime.batching import Execution
 from repmlp_deploy.runtime.onnx.runner import OnnxRunner
+from repmlp_deploy.runtime.served import Served
 from repmlp_deploy.serving import served_model
 from repmlp_deploy.serving.metrics import Metrics, ModelMetrics
 from repmlp_deploy.serving.models import Models
 from repmlp_deploy.serving.protocol import NotReady, UnknownModel
 from repmlp_deploy.serving.served_model import ModelOptions, ServedModel
-from repmlp_deploy.serving.watch import Library
+from repmlp_deploy.serving.watch import Library, find_bundles
 
 
 def _model(folder: Path) -> ServedModel:
@@ -160,7 +163,7 @@ def test_a_refused_bundle_is_not_tried_again_until_it_changes(tmp_path: Path, bu
     assert models.health()["models"]["a"].startswith(str(folder / "probe.npz"))
     assert library.index()[0]["state"] == "UNAVAILABLE"
     _flip(folder / "probe.npz")
-    (folder / "manifest.json").touch()
+    library.look()
     library.look()
     assert models.ready
     models.close()
@@ -195,3 +198,130 @@ def test_names_that_a_url_cannot_carry_or_that_are_taken_are_refused(bundle: Bun
         with pytest.raises(InputError, match=message):
             models.add(name, bundle.folder)
     assert not models.ready
+
+
+def test_a_late_check_of_an_old_version_says_nothing_of_the_new_one(
+    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model(bundle_folder)
+    assert model.load()
+    old, check = model.version(), Served.check
+
+    def check_while_loading(served: Served) -> Any:
+        if served is old.served:
+            monkeypatch.setattr(Served, "check", check)
+            assert model.load()
+            raise RuntimeError("GPU lost")
+        return check(served)
+
+    monkeypatch.setattr(Served, "check", check_while_loading)
+    model._observe(Execution(1, (0.0,), 0.1, RuntimeError("GPU lost")))
+    assert model.ready
+    assert model.version() is not old
+    model.unload()
+
+
+def test_many_failed_requests_cost_few_checks(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, checks = _model(bundle_folder), list[float]()
+    assert model.load()
+
+    def check(_: Served) -> None:
+        checks.append(time.monotonic())
+        time.sleep(0.02)
+
+    monkeypatch.setattr(Served, "check", check)
+    failed = Execution(1, (0.0,), 0.1, ValueError("a bad request"))
+    for _ in range(50):
+        model._observe(failed)
+    assert len(checks) == 1
+    time.sleep(0.25)
+    model._observe(failed)
+    assert len(checks) == 2, "a runtime may break later"
+    monkeypatch.setattr(Served, "check", lambda _: 1 / 0)
+    time.sleep(0.25)
+    for _ in range(3):
+        model._observe(failed)
+    assert not model.ready
+    assert "ZeroDivisionError" in model.reason
+    model.unload()
+
+
+def test_a_bundle_is_loaded_when_its_copy_is_whole(tmp_path: Path, bundle: Bundle) -> None:
+    whole = Path(shutil.copytree(bundle.folder, tmp_path / "elsewhere"))
+    folder = tmp_path / "library" / "a"
+    folder.mkdir(parents=True)
+    models = Models(ModelOptions("onnx"))
+    library = Library(models, [tmp_path / "library"])
+    names = sorted(path.name for path in whole.iterdir())
+    assert names[0] == MANIFEST, "a copy in alphabetical order begins with it"
+    for name in names:
+        shutil.copy(whole / name, folder / name)
+        library.look()
+        assert models.find("a")[0].ready is False or name == names[-1]
+    library.look()
+    assert models.ready
+    models.close()
+
+
+def test_a_folder_that_may_not_be_looked_into_is_left_out(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _places(tmp_path, bundle)("a")
+    (tmp_path / "library" / "lost+found").mkdir()
+    is_file = Path.is_file
+
+    def of_root(path: Path) -> bool:
+        if "lost+found" in path.parts:
+            raise PermissionError(13, "Permission denied")
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", of_root)
+    assert [path.name for path in find_bundles(tmp_path / "library")] == ["a"]
+    with pytest.raises(FileNotFoundError):
+        find_bundles(tmp_path / "nothing")
+
+
+def test_of_two_folders_with_one_name_the_first_is_served_until_it_is_gone(
+    tmp_path: Path, bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (Path(shutil.copytree(bundle.folder, tmp_path / folder / "a")) for folder in ("one", "two"))
+    models = Models(ModelOptions("onnx"))
+    library = Library(models, [tmp_path / "one", tmp_path / "two"])
+    for _ in range(2):
+        library.look()
+    assert models.find("a")[0].folder == first
+    assert [record.message for record in caplog.records] == ["bundle left out"]
+    assert f"{first} has the same name" in vars(caplog.records[0])["reason"]
+    shutil.rmtree(first)
+    for _ in range(3):
+        library.look()
+    assert models.find("a")[0].folder == second
+    assert models.ready
+    models.close()
+
+
+def test_what_is_gone_leaves_no_metrics(bundle: Bundle) -> None:
+    models = Models(ModelOptions("onnx"))
+    for name in ("a", "b"):
+        models.add(name, bundle.folder).load()
+    assert b'model="a"' in models.metrics.text()
+    models.remove("a")
+    assert b'model="a"' not in models.metrics.text()
+    assert b'model="b"' in models.metrics.text()
+    models.add("a", bundle.folder).load()
+    assert models.metrics.registry.get_sample_value("repmlp_model_ready", {"model": "a"}) == 1
+    models.close()
+
+
+def test_a_model_that_was_unloaded_does_not_make_the_others_unready(bundle: Bundle) -> None:
+    models = Models(ModelOptions("onnx"))
+    library = Library(models)
+    for name in ("a", "b"):
+        models.add(name, bundle.folder)
+    library.look()
+    library.unload("a")
+    assert models.ready
+    assert models.health() == {"ready": True, "models": {"a": "it was unloaded"}}
+    library.unload("b")
+    assert not models.ready
+    models.close()

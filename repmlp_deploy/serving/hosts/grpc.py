@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from repmlp_deploy.errors import InputError, optional_imports
 from repmlp_deploy.serving.codec import timeout_of
 from repmlp_deploy.serving.hosts.messages import POOL, SERVICE, message, service
 from repmlp_deploy.serving.inference import Inference
+from repmlp_deploy.serving.models import IMAGE_SUFFIX
 from repmlp_deploy.serving.protocol import (
     DATATYPES,
     BadRequest,
@@ -28,6 +31,7 @@ from repmlp_deploy.serving.protocol import (
     Tensor,
     UnknownModel,
     byte_array,
+    check_bytes_count,
     check_shape,
     is_within,
     tensor_from_raw,
@@ -44,7 +48,7 @@ with optional_imports():
     from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
     from grpc_reflection.v1alpha import reflection
 
-__all__ = ["GrpcOptions", "GrpcServer", "Servicer"]
+__all__ = ["GrpcOptions", "GrpcServer", "Servicer", "health_of"]
 
 _CONTENTS: Mapping[str, str] = {
     "BOOL": "bool_contents",
@@ -86,6 +90,7 @@ class GrpcOptions:
         port: 0 for any free one.
         body_limit: bytes of a message at most.
         control: whether clients may load and unload models.
+        log_requests: whether every call is logged.
         certificate: PEM file of the TLS certificate chain; None for no TLS.
         key: PEM file of its private key.
     """
@@ -94,6 +99,7 @@ class GrpcOptions:
     port: int = 8001
     body_limit: int = 64 << 20
     control: bool = False
+    log_requests: bool = False
     certificate: Path | None = None
     key: Path | None = None
 
@@ -104,7 +110,8 @@ class GrpcServer:
     def __init__(self, inference: Inference, library: Library, options: GrpcOptions) -> None:
         self._options = options
         self._health = health.aio.HealthServicer()
-        self._models = inference.models
+        self._told: set[str] = set()
+        self._inference = inference
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", options.body_limit),
@@ -112,7 +119,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),
             ]
         )
-        servicer = Servicer(inference, library, control=options.control)
+        servicer = Servicer(inference, library, control=options.control, log_requests=options.log_requests)
         self._server.add_generic_rpc_handlers((servicer.handlers(),))
         add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -141,11 +148,13 @@ class GrpcServer:
 
     async def tell_health(self) -> None:
         """Tell the health service which models answer; called whenever one changed."""
-        states = {"": self._models.ready, SERVICE: self._models.ready}
-        states |= {model.name: model.ready and not self._models.stopping for model in self._models.all()}
+        response = health_pb2.HealthCheckResponse
+        states = health_of(self._inference)
+        gone, self._told = self._told - set(states), set(states)
         for name, ready in states.items():
-            status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-            await self._health.set(name, status)
+            await self._health.set(name, response.SERVING if ready else response.NOT_SERVING)
+        for name in gone:
+            await self._health.set(name, response.SERVICE_UNKNOWN)
 
     async def stop(self, seconds: float) -> None:
         """Take no more calls, and finish those under way within `seconds`."""
@@ -156,8 +165,9 @@ class GrpcServer:
 class Servicer:
     """The inference service. Its methods take and give the protocol's messages; a host adds the transport."""
 
-    def __init__(self, inference: Inference, library: Library, *, control: bool) -> None:
+    def __init__(self, inference: Inference, library: Library, *, control: bool, log_requests: bool = False) -> None:
         self._inference, self._library, self._control = inference, library, control
+        self._log_requests = log_requests
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return a handler for every method of the service."""
@@ -189,15 +199,25 @@ class Servicer:
         Raises:
             ServingError: there is no answer; `code` is gRPC's name for the reason.
         """
-        method = service().methods_by_name[name]
+        method, start, code = service().methods_by_name[name], time.monotonic(), "OK"
         try:
             request = _parsed(message(method.input_type.name), data)
             return await getattr(self, _METHODS[name])(request, remaining)
-        except (ServingError, asyncio.CancelledError):
+        except ServingError as error:
+            code = error.code
+            raise
+        except asyncio.CancelledError:
+            code = "CANCELLED"
             raise
         except Exception:  # noqa: BLE001 - the log tells, the caller learns nothing of our insides
+            code = Failed.code
             _log.exception("defect")
             raise Failed("internal error; the server's log says more") from None
+        finally:
+            if self._log_requests:
+                _log.info(
+                    "request", extra={"method": name, "status": code, "seconds": round(time.monotonic() - start, 6)}
+                )
 
     async def server_live(self, _request: Any, _remaining: float | None) -> Any:
         """Say that the process answers."""
@@ -227,7 +247,8 @@ class Servicer:
     async def model_infer(self, request: Any, remaining: float | None) -> Any:
         """Answer an inference request."""
         self._inference.models.find(request.model_name)
-        asked = _decoded(request)
+        plain = all(given.datatype != "BYTES" and not given.HasField("contents") for given in request.inputs)
+        asked = _decoded(request) if plain else await asyncio.to_thread(_decoded, request)  # value by value
         answer = await self._inference.infer(request.model_name, request.model_version, asked, remaining=remaining)
         return _encoded(answer)
 
@@ -267,6 +288,17 @@ class Servicer:
         unknown = set(request.parameters) - {"unload_dependents"}
         if unknown:
             raise BadRequest(f"parameters {printable(', '.join(sorted(unknown)), 100)} are not offered")
+
+
+def health_of(inference: Inference) -> dict[str, bool]:
+    """Return whether the server, the service and every model answer, by the names of the health checking protocol."""
+    models = inference.models
+    states = {"": models.ready, SERVICE: models.ready}
+    for model in models.all():
+        for name in (model.name, model.name + IMAGE_SUFFIX):
+            with contextlib.suppress(UnknownModel):  # it takes tensors only, or was removed since
+                states[name] = inference.model_ready(name)
+    return states
 
 
 def _parsed(kind: Any, data: bytes) -> Any:
@@ -325,6 +357,7 @@ def _from_contents(given: Any) -> Tensor:
     if len(values) != count:
         raise BadRequest(f"{printable(name, 100)}: {len(values)} values; shape {list(shape)} has {count}")
     if datatype == "BYTES":
+        check_bytes_count(name, count)
         return Tensor(name, datatype, byte_array(list(values)).reshape(shape), encoded=True)
     wanted, wide = np.dtype(DATATYPES[datatype]), np.array(values)  # the message's types are wider
     if wanted.kind in "iu" and not is_within(wide, wanted):

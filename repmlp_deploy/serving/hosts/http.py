@@ -39,7 +39,7 @@ __all__ = ["HttpOptions", "create_app"]
 
 HEADER_LENGTH = "inference-header-content-length"
 
-_BIG_JSON = 1 << 16  # bytes that are decoded in a thread
+_BIG = 1 << 16  # bytes that are decoded, or encoded, in a thread
 _CONTROL_BODY = 1 << 16
 _GONE = 499  # nobody reads it
 _HEADERS = {
@@ -83,7 +83,12 @@ def create_app(inference: Inference, library: Library, options: HttpOptions) -> 
     host = _Host(inference, library, options)
     app = Starlette(
         routes=host.routes(),
-        exception_handlers={ServingError: _refused, HTTPException: _http_error, Exception: _defect},
+        exception_handlers={
+            ServingError: _refused,
+            ClientDisconnect: _gone,
+            HTTPException: _http_error,
+            Exception: _defect,
+        },
     )
     app.router.redirect_slashes = False  # a redirected POST loses its body
     return _Observed(app, options)
@@ -183,10 +188,10 @@ class _Host:
                 task.cancel()
 
     async def _infer(self, name: str, version: str, body: bytes, header: int | None) -> Response:
-        big = (len(body) if header is None else header) > _BIG_JSON
+        big = len(body) > _BIG
         asked = await asyncio.to_thread(decode_request, body, header) if big else decode_request(body, header)
         answer = await self._inference.infer(name, version, asked)
-        large = sum(tensor.data.size for tensor in answer.outputs) * 8 > _BIG_JSON
+        large = sum(tensor.data.size for tensor in answer.outputs) * 8 > _BIG
         encoded = asyncio.to_thread(encode_response, answer, asked) if large else None
         content, length = await encoded if encoded is not None else encode_response(answer, asked)
         if length is None:
@@ -259,6 +264,9 @@ class _Observed:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception:
+            if not status:  # else `_defect` has logged and answered it, and Starlette raises it again
+                raise
         finally:
             if self._options.log_requests:
                 _log.info(
@@ -310,8 +318,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": printable(error.detail)}, error.status_code, headers=error.headers)
 
 
+async def _gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=_GONE)
+
+
 async def _defect(_: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=_GONE)
     _log.error("defect", exc_info=error)
     return JSONResponse({"error": "internal error; the server's log says more"}, 500)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,7 +168,7 @@ def test_bytes_that_are_no_message_are_the_callers_fault(channel: grpc.Channel) 
 
 def test_health_and_reflection_are_served(channel: grpc.Channel) -> None:
     health = health_pb2_grpc.HealthStub(channel)
-    for name in ("", SERVICE, "digits"):
+    for name in ("", SERVICE, "digits", "digits-image"):
         assert health.Check(health_pb2.HealthCheckRequest(service=name)).status == 1
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
     request = reflection_pb2.ServerReflectionRequest
@@ -206,3 +208,30 @@ def test_a_call_under_way_is_answered_after_sigterm(bundle: Bundle, predictor: P
             assert server.terminate() == 0
             answer = message("ModelInferResponse").FromString(future.result())
         assert (_logits(answer) == predictor.logits(batch)).all()
+
+
+def test_health_and_the_log_follow_models_and_calls(bundle_folder: Path, tmp_path: Path) -> None:
+    """A model that is gone is unknown, and every call is a line."""
+    library = tmp_path / "library"
+    for name in ("a", "b"):
+        shutil.copytree(bundle_folder, library / name)
+    options = ("--watch-seconds", "0.1", "--format", "onnx", "--log-requests", "--log-format", "json")
+    with running_server("--watch", library, *options, grpc=True) as server:
+        server.wait_until_ready()
+        with grpc.insecure_channel(server.grpc) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            asked = [health_pb2.HealthCheckRequest(service=name) for name in ("a", "a-image")]
+            assert [health.Check(one).status for one in asked] == [1, 1]
+            shutil.rmtree(library / "a")
+            end = time.monotonic() + 10
+            while [health.Check(one).status for one in asked] != [3, 3]:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            assert health.Check(health_pb2.HealthCheckRequest(service="b")).status == 1
+            assert _call(channel, "ModelReady", name="b").ready
+            with pytest.raises(grpc.RpcError):
+                _call(channel, "ModelMetadata", name="a")
+        assert server.terminate() == 0
+    lines = [json.loads(line) for line in server.text.splitlines()]
+    told = [(line["method"], line["status"]) for line in lines if line["message"] == "request" and "path" not in line]
+    assert told == [("ModelReady", "OK"), ("ModelMetadata", "NOT_FOUND")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import zlib
@@ -13,8 +14,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from repmlp_deploy.runtime.predictor import Predictor
+from repmlp_deploy.serving.codec import decode_request
+from repmlp_deploy.serving.hosts import http
 from repmlp_deploy.serving.inference import Inference
 from repmlp_deploy.serving.models import Models
+from repmlp_deploy.serving.protocol import InferRequest
 
 
 def _batch(samples: int = 2) -> np.ndarray:
@@ -312,3 +316,65 @@ def test_a_defect_is_500_without_details(
     answer = client.get("/v2")
     assert (answer.status_code, answer.json()) == (500, {"error": "internal error; the server's log says more"})
     assert "ZeroDivisionError" in caplog.text
+
+
+def _ask(app: Any, method: str, path: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Send messages of ASGI to the application, as a host does, and return its answers."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+    return sent
+
+
+def test_a_client_that_goes_while_it_sends_is_no_defect(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    for path in ("/v2/models/digits/infer", "/v2/repository/models/digits/load", "/v2/repository/index"):
+        begun = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+        assert [message.get("status") for message in _ask(client.app, "POST", path, begun)] == [499, None]
+    assert caplog.text == ""
+
+
+def test_a_defect_is_logged_once(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a host sees as an exception it would log again."""
+    monkeypatch.setattr(Inference, "server", lambda _: 1 / 0)
+    assert _ask(client.app, "GET", "/v2", [{"type": "http.request", "body": b""}])[0]["status"] == 500
+    assert [record.message for record in caplog.records] == ["defect"]
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_large_bodies_are_decoded_beside_the_event_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, samples: int
+) -> None:
+    loops: list[bool] = []
+
+    def decode(body: bytes, header: int | None) -> InferRequest:
+        try:
+            asyncio.get_running_loop()
+            loops.append(True)
+        except RuntimeError:
+            loops.append(False)
+        return decode_request(body, header)
+
+    monkeypatch.setattr(http, "decode_request", decode)
+    content, headers = _binary(_batch(samples))
+    assert client.post("/v2/models/digits/infer", content=content, headers=headers).status_code == 200
+    assert loops == [samples == 1]
+
+
+def test_the_queue_is_empty_when_nobody_waits(client: TestClient) -> None:
+    assert client.post("/v2/models/digits/infer", json=_json(_batch(2))).status_code == 200
+    assert 'repmlp_queue_samples{model="digits"} 0.0' in client.get("/metrics").text
+
+
+def test_a_shape_without_values_is_the_callers_fault(client: TestClient) -> None:
+    item = {"name": "images", "datatype": "FP32", "shape": [0, 1 << 40, 1 << 40], "data": []}
+    answer = client.post("/v2/models/digits/infer", json={"inputs": [item]})
+    assert (answer.status_code, "is too large" in answer.json()["error"]) == (400, True)

@@ -58,7 +58,7 @@ def _card(model: ServedModel) -> str:
 
 
 def _state(model: ServedModel) -> str:
-    return {"ready": "ready", "loading": "loading", "unavailable": "not ready"}[model.state]
+    return {"ready": "ready", "loading": "loading", "unavailable": "not ready", "unloaded": "unloaded"}[model.state]
 
 
 def _facts(model: ServedModel) -> list[tuple[str, str]]:

@@ -19,14 +19,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from repmlp_deploy.bundle.manifest import MANIFEST
 from repmlp_deploy.errors import DeviceError, InputError, optional_imports
 from repmlp_deploy.serving.hosts.ray.loopback import CALLBACK, LOOPBACK
 from repmlp_deploy.serving.hosts.ray.settings import APPLICATION, Scale, Served, Settings, proxy_options
 from repmlp_deploy.serving.models import Models
-from repmlp_deploy.serving.served_model import ModelOptions, version_name
+from repmlp_deploy.serving.served_model import Fingerprint, ModelOptions, fingerprint_of, version_name
+from repmlp_deploy.serving.watch import find_bundles
 from repmlp_deploy.text import first_line, printable
 
 with optional_imports():
@@ -81,7 +81,7 @@ class Sources:
 
     def __init__(self, named: Mapping[str, Path], watched: Sequence[Path] = (), every: float = 2.0) -> None:
         self._named, self._watched, self.every = dict(named), tuple(watched), every
-        self._left_out: set[str] = set()
+        self._left_out: set[Path] = set()
 
     @property
     def followed(self) -> bool:
@@ -93,14 +93,14 @@ class Sources:
 
         Raises:
             InputError: two bundles have one name, or a named one has a name that no URL can carry.
+            OSError: a watched folder cannot be read.
         """
         names = Models(ModelOptions())
         for name, folder in self._named.items():
             names.add(name, folder)
         for folder in self._watched:
-            for path in sorted(folder.iterdir()):
-                if path.name[0] != "." and (path / MANIFEST).is_file():
-                    self._add(names, path)
+            for path in find_bundles(folder):
+                self._add(names, path)
         found = {model.name: (model.folder.resolve(), version_name(model.folder)) for model in names.all()}
         return {name: Served(path=str(path), version=version) for name, (path, version) in found.items() if version}
 
@@ -108,9 +108,9 @@ class Sources:
         try:
             names.add(path.name, path)
         except InputError as error:
-            if path.name not in self._left_out:
+            if path not in self._left_out:
                 _log.error("bundle left out", extra={"folder": str(path), "reason": str(error)})
-                self._left_out.add(path.name)
+                self._left_out.add(path)
 
 
 def serve_on_ray(settings: Callable[[Mapping[str, Served]], Settings], sources: Sources, scale: Scale,
@@ -138,6 +138,13 @@ def serve_on_ray(settings: Callable[[Mapping[str, Served]], Settings], sources: 
         host.close()
 
 
+class _Look(NamedTuple):
+    """What lies there: bundles by name, and what their folders look like."""
+
+    bundles: Mapping[str, Served]
+    files: Mapping[str, Fingerprint]
+
+
 class _Host:
     """Ray Serve's application, and what it serves now."""
 
@@ -146,7 +153,7 @@ class _Host:
         self._stop, self._stopped_at = threading.Event(), -math.inf
         self._own = self._joined = False
         self._serving: Mapping[str, Served] = {}
-        self._refused: Mapping[str, Served] = {}
+        self._refused: _Look | None = None
         self._settled = True
 
     def start(self) -> None:
@@ -172,12 +179,12 @@ class _Host:
 
     def follow(self, sources: Sources) -> None:
         """Serve what lies there, and what takes its place, until a signal comes."""
-        before = sources.find()
+        before = None
         while not self._stop.is_set():
-            found = sources.find()
-            if found == before and found and self._is_news(found):  # at two looks: one that is replaced by renames
-                self._deploy(found)  # is gone for a moment
-            before = found
+            now = self._looked(sources)
+            if now is not None and now.bundles and now == before and self._is_news(now):  # at two looks: one that is
+                self._deploy(now)  # replaced by renames is gone for a moment, one that is copied is not whole
+            before = now or before
             self._require_alive()
             self._stop.wait(sources.every if self._serving else min(sources.every, _LOOK_SECONDS))
 
@@ -197,24 +204,33 @@ class _Host:
         sys.stderr.flush()
         os._exit(_STOPPED)
 
-    def _is_news(self, found: Mapping[str, Served]) -> bool:
-        """Return whether Ray is to deploy these bundles."""
-        return found != self._refused and (found != self._serving or not self._settled)
+    def _looked(self, sources: Sources) -> _Look | None:
+        """Return what lies there; None if a watched folder cannot be read for a moment, which takes no model away."""
+        try:
+            found = sources.find()
+        except OSError as error:
+            _log.error("cannot watch", extra={"reason": printable(error)})
+            return None
+        return _Look(found, {name: fingerprint_of(Path(served.path)) for name, served in found.items()})
 
-    def _deploy(self, found: Mapping[str, Served]) -> None:
+    def _is_news(self, look: _Look) -> bool:
+        """Return whether Ray is to deploy these bundles."""
+        return look != self._refused and (look.bundles != self._serving or not self._settled)
+
+    def _deploy(self, look: _Look) -> None:
         """Let new replicas take the place of the old ones; where they fail, go on with the old ones."""
-        start, before = time.monotonic(), self._serving
+        start, before, found = time.monotonic(), self._serving, look.bundles
         reason = self._run(found)
         if self._stop.is_set():
             return
         extra = {name: served.version for name, served in found.items()}
         if not reason:
-            self._serving, self._refused, self._settled = found, {}, True
+            self._serving, self._refused, self._settled = found, None, True
             _log.info("replicas ready", extra={"versions": extra, "seconds": round(time.monotonic() - start, 3)})
             return
         if not before:
             raise InputError(reason)
-        self._refused, self._settled = found, False
+        self._refused, self._settled = look, False
         _log.error("bundles refused", extra={"versions": extra, "reason": reason})
         if all(version_name(Path(served.path)) == served.version for served in before.values()):
             self._settled = not self._run(before)
@@ -274,5 +290,6 @@ def _free_port(host: str, port: int) -> int:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind(address)
             return int(tried.getsockname()[1])
-    except OSError as error:
-        raise InputError(f"cannot listen on {printable(host, 100)}:{port}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # a name may be none
+        said = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot listen on {printable(host, 100)}:{port}: {said}") from None

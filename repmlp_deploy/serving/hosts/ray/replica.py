@@ -14,9 +14,9 @@ from typing import Any
 
 from repmlp_deploy.errors import BundleError, optional_imports
 from repmlp_deploy.runtime.runner import RunnerOptions
-from repmlp_deploy.serving.hosts.grpc import Servicer
+from repmlp_deploy.serving.hosts.grpc import Servicer, health_of
 from repmlp_deploy.serving.hosts.http import HttpOptions, create_app
-from repmlp_deploy.serving.hosts.messages import SERVICE, message, service
+from repmlp_deploy.serving.hosts.messages import message, service
 from repmlp_deploy.serving.hosts.ray.loopback import keep_replica
 from repmlp_deploy.serving.hosts.ray.services import METHODS
 from repmlp_deploy.serving.hosts.ray.settings import DEPLOYMENT, Settings
@@ -59,7 +59,7 @@ class Replica:
         self._models = _loaded(settings)
         self._inference = Inference(self._models, timeout=settings.timeout)
         self._library = Library(self._models)
-        self._servicer = Servicer(self._inference, self._library, control=False)
+        self._servicer = Servicer(self._inference, self._library, control=False, log_requests=settings.log_requests)
         self._http = HttpOptions(settings.body_mb * _MEGABYTE, log_requests=settings.log_requests, send_ids=False)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -102,8 +102,7 @@ class Replica:
             await asyncio.sleep(_HEALTH_SECONDS)
 
     def _health(self, name: str) -> int | None:
-        states = {"": self._models.ready, SERVICE: self._models.ready}
-        states |= {model.name: model.ready for model in self._models.all()}
+        states = health_of(self._inference)
         if name not in states:
             return None
         response = health_pb2.HealthCheckResponse
