@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from repmlp_deploy.bundle import TensorSpec
 from repmlp_deploy.cli.pack import pack_command
 from repmlp_deploy.cli.shared.console import run_command
 from repmlp_deploy.errors import BundleError, InputError, VerificationError
-from repmlp_deploy.serving.repository import LAYOUTS, Choice, ImageStep, find_layout, write_packed
+from repmlp_deploy.serving.repository import LAYOUTS, Choice, ImageStep, find_layout, write_packed, writing
 from support.vendors.packages import unpacked
 
 TRITON = ("tritonclient==2.73.0", "protobuf==6.33.5")
@@ -101,6 +102,7 @@ def test_a_fixed_batch_is_part_of_the_shape(digits_checkpoint: Path, tmp_path: P
     assert "max_batch_size" not in config
     assert config["input"][0]["dims"] == ["4", "3", "32", "32"]
     assert "dynamic_batching" not in config
+    assert config["model_warmup"][0]["batch_size"] == 1, "Triton skips a warm-up of 0"
     assert len((tmp_path / "models" / "repmlp-digits" / "warmup" / "images").read_bytes()) == 4 * 3 * 32 * 32 * 4
 
 
@@ -218,6 +220,20 @@ def test_versions_stand_side_by_side_and_nothing_is_replaced(
     assert run(*told, "--model-version", 3) == 2
     assert "config.pbtxt exists and is another" in capsys.readouterr().err
     assert not (tmp_path / "repmlp-digits" / "3").exists()
+
+
+def test_a_full_disk_leaves_no_part_of_a_version(
+    both: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writing, "write_new", full)
+    assert run(both.folder, "--layout", "triton", "--out", tmp_path / "models") == 5
+    assert "No space left on device" in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "models").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "models").rglob("*") if "partial" in path.name]
 
 
 def test_a_changed_artifact_is_not_packed(bundle_folder: Path, tmp_path: Path) -> None:
