@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,23 @@ def test_without_ray_the_remedy_is_named(bundle: Bundle) -> None:
     done = subprocess.run(given, capture_output=True, text=True, check=False)
     assert done.returncode == 4
     assert 'pip install "repmlp-deploy[ray]"' in done.stderr.splitlines()[-1]
+
+
+def test_a_look_sees_copies_and_survives_a_folder_that_is_gone(bundle: Bundle, tmp_path: Path) -> None:
+    """What was refused is tried again when one of its files changed."""
+    process = pytest.importorskip("repmlp_deploy.serving.hosts.ray.process")
+    host = process._Host(lambda bundles: Settings(bundles=bundles), Scale(), process.Address())
+    folder = Path(shutil.copytree(bundle.folder, tmp_path / "watched" / "a"))
+    sources = process.Sources({}, [tmp_path / "watched"])
+    first = host._looked(sources)
+    assert first is not None
+    assert host._is_news(first)
+    host._refused = first
+    assert not host._is_news(first)
+    (folder / "model.onnx").touch()
+    second = host._looked(sources)
+    assert second is not None
+    assert second.bundles == first.bundles
+    assert host._is_news(second)
+    shutil.rmtree(tmp_path / "watched")
+    assert host._looked(sources) is None
