@@ -208,12 +208,12 @@ def _mask(maps: F32, size: Size) -> NDArray[np.integer]:
         ids: NDArray[np.integer] = maps.argmax(axis=0).astype(kind)
         return ids
     mask: NDArray[np.integer] = np.zeros(size, kind)
-    best = _resized(maps[0], size)
+    best = _resized(maps[0], size).copy()
     for i in range(1, len(maps)):  # one by one: all maps at the size of a photograph would be gigabytes
         other = _resized(maps[i], size)
         better = other > best
         mask[better] = i
-        best = np.where(better, other, best)
+        np.copyto(best, other, where=better)
     return mask
 
 
