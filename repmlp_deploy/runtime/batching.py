@@ -153,7 +153,7 @@ class Batcher:
         return self._waiting
 
     def submit(self, inputs: Arrays, *, deadline: float | None = None) -> Future[Outputs]:
-        """Queue a request, and return the future of its outputs. Cancelling it takes the request out of its batch.
+        """Queue a request, and return the future of its outputs. Cancelling it takes the request out of the queue.
 
         Args:
             inputs: (N, …) each, with the same N. They must not change until the future is done.
@@ -172,7 +172,7 @@ class Batcher:
             self._queue.append(request)
             self._waiting += request.samples
             self._changed.notify_all()
-        request.future.add_done_callback(lambda future: self._forget(request) if future.cancelled() else None)
+        request.future.add_done_callback(self._forget)  # without the request: the future would keep its arrays
         return request.future
 
     def close(self) -> None:
@@ -183,15 +183,20 @@ class Batcher:
         for thread in self._threads:
             thread.join()
 
-    def _forget(self, request: _Request) -> None:
-        """Take a cancelled request out of the queue, unless a worker has it."""
+    def _forget(self, future: Future[Outputs]) -> None:
+        """Take the request of a cancelled future out of the queue, unless a worker has it."""
+        if not future.cancelled():
+            return
         with self._changed:
-            line = next((line for line in (self._queue, self._late) if request in line), None)
-            if line is None:
+            for line in (self._queue, self._late):
+                request = next((one for one in line if one.future is future), None)
+                if request is not None:
+                    line.remove(request)
+                    self._waiting -= request.samples
+                    break
+            else:
                 return
-            line.remove(request)
-            self._waiting -= request.samples
-        request.future.set_running_or_notify_cancel()
+        future.set_running_or_notify_cancel()
 
     def _work(self) -> None:
         while (batch := self._next()) is not None:

@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from repmlp_deploy.errors import DeviceError, InputError, MissingDependency, Mis
 from repmlp_deploy.runtime.cache import Cache, cache_key, describe_processor
 from repmlp_deploy.runtime.cpus import usable_cpus
 from repmlp_deploy.runtime.runner import RUNNERS, THROUGHPUT, Runner, RunnerOptions, open_named
+from repmlp_deploy.text import first_line
 
 __all__ = ["measure_artifacts", "open_runner", "with_speeds"]
 
@@ -202,12 +203,14 @@ def _with_best_streams(bundle: Bundle, single: Runner, options: RunnerOptions) -
     if cpus == 1 or single.device != "cpu":
         single.details["streams_chosen"] = "1: there is one CPU" if cpus == 1 else f"1: it runs on {single.device}"
         return single
-    runners, samples = {"1": single}, bundle.manifest.batch.opt * cpus
+    runners, failed, samples = {"1": single}, "", bundle.manifest.batch.opt * cpus
     with ExitStack() as stack:
         stack.callback(single.close)
-        with suppress(DeviceError):  # too little memory
+        try:
             runners[str(cpus)] = open_named(bundle, single.format, replace(options, streams=cpus))
             stack.callback(runners[str(cpus)].close)
+        except DeviceError as error:
+            failed = f", {cpus} at a time failed: {first_line(error)}"
         measured = _measure(bundle, runners, [samples])
         rates = {name: 1000 * samples / times[samples] for name, times in measured.items()}
         best = max(runners, key=lambda name: rates.get(name, 0.0))
@@ -215,12 +218,13 @@ def _with_best_streams(bundle: Bundle, single: Runner, options: RunnerOptions) -
     for name, runner in runners.items():
         if name != best:
             runner.close()
-    told = [f"{name} at a time {rates[name]:.3g} samples/s" for name in runners if name in rates]
-    told += [f"{name} at a time had too little memory" for name in ("1", str(cpus)) if name not in rates]
-    chosen = runners[best]
+    chosen, streams = runners[best], runners[best].details["streams"]
     if "chosen" in single.details:
         chosen.details["chosen"] = single.details["chosen"]
-    chosen.details["streams_chosen"] = f"{chosen.details['streams']}: the fastest, measured here ({', '.join(told)})"
+    told = ", ".join(f"{name} at a time {rates[name]:.3g} samples/s" for name in runners if name in rates)
+    failed += "".join(f", {name} at a time failed" for name in runners if name not in rates)
+    why = f"the fastest, measured here ({told}{failed})" if told else f"nothing could be measured{failed}"
+    chosen.details["streams_chosen"] = f"{streams}: {why}"
     return chosen
 
 
@@ -245,7 +249,7 @@ def _measure(bundle: Bundle, runners: Mapping[str, Runner], sizes: Sequence[int]
         for name in list(times):
             try:
                 first[name] = _milliseconds(runners[name].run_all, inputs)
-            except DeviceError:  # too little memory: what cannot run is not compared
+            except DeviceError:  # such as too little memory: what cannot run is not compared
                 del times[name]
         total = max(sum(first.values()), 1e-3)
         rounds = min(max(int(1000 * _ROUND_SECONDS / total), _FEWEST_ROUNDS), _MOST_ROUNDS)

@@ -142,12 +142,10 @@ def stacked(inputs: Sequence[NDArray[Any]]) -> NDArray[Any]:
     Raises:
         ImageError: they are of several sizes, since preprocessing leaves each image its own.
     """
-    for i, values in enumerate(inputs):
-        if values.shape != inputs[0].shape:
-            odd, first = (" x ".join(map(str, one.shape)) for one in (values, inputs[0]))
-            raise ImageError(
-                f"image {i} becomes an input of {odd}, and image 0 one of {first}: a batch needs equal sizes"
-            )
+    odd = next((one for one in inputs if one.shape != inputs[0].shape), None)
+    if odd is not None:
+        shapes = " and ".join(" x ".join(map(str, one.shape)) for one in (inputs[0], odd))
+        raise ImageError(f"images of several sizes become inputs of {shapes}; give them one by one, or equal sizes")
     return np.stack(inputs)
 
 

@@ -90,8 +90,8 @@ class Served:
         finally:
             with self._changed:
                 self._running -= 1
-            if self._is_last():  # not in this thread, which may be an event loop's: batches may be running
-                Thread(target=self._end, name="end").start()
+            if self._is_last():
+                self._end_elsewhere()
 
     @property
     def own_process(self) -> bool:
@@ -127,6 +127,13 @@ class Served:
             last = self._closed and not self._running and not self._ending
             self._ending = self._ending or last
         return last
+
+    def _end_elsewhere(self) -> None:
+        """Give back memory and devices in a thread: this one may be an event loop's, and batches may be running."""
+        try:
+            Thread(target=self._end, name="end").start()
+        except RuntimeError:  # there are too many threads, or the process ends
+            self._end()
 
     def _end(self) -> None:
         try:

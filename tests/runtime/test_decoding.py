@@ -210,6 +210,6 @@ def test_images_of_several_sizes_are_no_batch() -> None:
     """Without a crop, preprocessing leaves each image its size."""
     how = Preprocessing(mean=(0, 0, 0), std=(1, 1, 1))
     images = [Image.new("RGB", (40, 32)), Image.new("RGB", (40, 32)), Image.new("RGB", (32, 32))]
-    with pytest.raises(ImageError, match="image 2 becomes an input of 3 x 32 x 32, and image 0 one of 3 x 32 x 40"):
+    with pytest.raises(ImageError, match="become inputs of 3 x 32 x 40 and 3 x 32 x 32; give them one by one"):
         next(Decoder().batches(images, how, 3))
     assert next(Decoder().batches(images[:2], how, 3))[0].shape == (2, 3, 32, 40)
