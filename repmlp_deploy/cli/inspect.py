@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.cli.shared import description as said
 from repmlp_deploy.cli.shared import export_options as asked
-from repmlp_deploy.cli.shared.bundle_report import print_details, print_summary
+from repmlp_deploy.cli.shared.bundle_report import print_details, print_sensitivity, print_summary
 from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, print_warnings, run_command, typer
 from repmlp_deploy.convert.options import parse_size
 from repmlp_deploy.errors import CheckpointError
@@ -53,6 +53,7 @@ def inspect_command(  # noqa: PLR0913 - one per option
             print_json({"kind": "bundle", **bundle.manifest.as_json()})
         else:
             print_details(bundle)
+            print_sensitivity(bundle)
             print_summary(bundle)
         return
     choices = {

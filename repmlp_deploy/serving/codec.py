@@ -33,6 +33,7 @@ __all__ = ["decode_base64", "decode_request", "encode_response", "parse_json", "
 
 _KINDS: Mapping[str, set[type]] = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
 """The types of JSON's values, by the kind of NumPy's type."""
+_WIDEST: Mapping[str, type] = {"b": bool, "u": np.uint64, "i": np.int64, "f": np.float64}
 _MAX_TENSORS = 256
 _MAX_ID = 1024
 _MICROSECONDS = 1e6
@@ -132,7 +133,7 @@ def _items(data: Mapping[str, Any], key: str) -> Sequence[dict[str, Any]]:
 
 
 def _parameters(data: Mapping[str, Any], what: str) -> dict[str, Any]:
-    parameters = _given(data, "parameters", {})
+    parameters = data.get("parameters") or {}  # some clients write an empty object as an empty list
     if not isinstance(parameters, dict):
         raise BadRequest(f"{what}: parameters must be an object")
     return parameters
@@ -204,21 +205,16 @@ def _from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) -
         raise BadRequest(f"{name}: data does not hold {datatype} values only")
     if len(flat) != math.prod(shape):
         raise BadRequest(f"{name}: {len(flat)} values; shape {list(shape)} has {math.prod(shape)}")
+    given: NDArray[Any] | None
     try:
-        wide = {"b": bool, "f": np.float64}.get(wanted.kind, object if _are_large(flat) else np.int64)
-        given = np.asarray(data, wide)
+        given = np.asarray(data, _WIDEST[wanted.kind])
     except ValueError:  # lists of several lengths
         raise BadRequest(f"{name}: data is no array") from None
-    except OverflowError:  # beyond any float
+    except OverflowError:  # beyond the widest type
         given = None
     if given is None or not is_within(given, wanted):
         raise BadRequest(f"{name}: a value is outside the range of {datatype}")
     return given.astype(wanted).reshape(shape)
-
-
-def _are_large(flat: Sequence[int]) -> bool:
-    """Return whether whole numbers need more than 64 bits with a sign."""
-    return bool(flat) and not -(1 << 63) <= min(flat) <= max(flat) < 1 << 63
 
 
 def _texts(name: str, shape: tuple[int, ...], data: list[Any]) -> NDArray[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ class Inference:
     def __init__(self, models: Models, *, timeout: float = 30.0) -> None:
         self.models, self._timeout = models, timeout
         self._decoder = Decoder()
-        self._pool = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="answer")
+        self._pool = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="answer")  # for what takes seconds
         self._decoding: dict[str, int] = {}
 
     def server(self) -> dict[str, Any]:
@@ -227,15 +227,11 @@ class Inference:
         parts = extra.parts(sizes)
         outputs = await _batched(model, version, [stacked([values for values, _ in inputs])], deadline)
         answers: list[Answer] = []
+        loop, pool = asyncio.get_running_loop(), self._pool if extra.sized else None
         for part in parts:  # between them, a request that is too late ends
-            answers += await self._in_thread(
-                task.answer, outputs[0][part], sizes[part], manifest.labels, manifest.scores
-            )
-        return [*_named(manifest, outputs), *await self._in_thread(extra.tensors, answers)]
-
-    async def _in_thread(self, function: Callable[..., Any], *given: Any) -> Any:
-        """Run what takes a processor, in as many threads as there are processors."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *given)
+            given = (outputs[0][part], sizes[part], manifest.labels, manifest.scores)
+            answers += await loop.run_in_executor(pool, task.answer, *given)
+        return [*_named(manifest, outputs), *await loop.run_in_executor(pool, extra.tensors, answers)]
 
     @asynccontextmanager
     async def _admitted(self, model: ServedModel, samples: int) -> AsyncIterator[None]:

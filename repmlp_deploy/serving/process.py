@@ -206,17 +206,17 @@ def _address(listening: socket.socket, options: ServerOptions) -> str:
 def _handle_signals(models: Models, server: uvicorn.Server, stopped: asyncio.Event, seconds: float) -> None:
     """Let the first signal drain, and the second end the process, or the time: a load may take much longer."""
 
-    def end(number: int) -> None:
-        _log.warning("stopped at once")
+    def end(number: int, said: str) -> None:
+        _log.warning(said)
         sys.stderr.flush()
         os._exit(128 + number)
 
     def stop(number: int) -> None:
         if models.stopping:
-            end(number)
+            end(number, "stopped at once")
         models.stopping = True
         _log.info("stopping", extra={"signal": signal.Signals(number).name})
-        timer = threading.Timer(seconds, end, (number,))
+        timer = threading.Timer(seconds, end, (number, "stopped, though something still ran"))
         timer.daemon = True
         timer.start()
         server.should_exit = True

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -271,12 +270,17 @@ class ServedModel:
             return
         try:
             version.served.check()
-            ended = time.monotonic()
-            self._trusted_until = ended + _TRUSTED * (ended - start)
+            self._trust(version, time.monotonic() - start)
         except Exception as error:  # noqa: BLE001 - whatever it is, the model does not compute what it should
             self._fail(version, _reason(error))
         finally:
             self._checking.release()
+
+    def _trust(self, version: Version, seconds: float) -> None:
+        """Believe a check that passed, unless another version has taken the place of this one."""
+        with self._swapping:
+            if self._version is version:
+                self._trusted_until = time.monotonic() + _TRUSTED * seconds
 
     def _fail(self, version: Version, reason: str) -> None:
         """Answer no more, unless another version has taken the place of this one."""
@@ -292,10 +296,11 @@ class ServedModel:
 def fingerprint_of(folder: Path) -> Fingerprint:
     """Return what a folder looks like now, without reading its files."""
     found: dict[str, tuple[int, ...]] = {}
-    with contextlib.suppress(OSError), os.scandir(folder) as files:
-        for file in files:
-            seen = (folder / file.name).stat()  # what a link leads to counts
-            found[file.name] = (seen.st_ino, seen.st_size, seen.st_mtime_ns)
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):  # a link that leads nowhere, or a file that is gone again
+                seen = path.stat()
+                found[path.name] = (seen.st_ino, seen.st_size, seen.st_mtime_ns)
     return Fingerprint(found.pop(MANIFEST, ()), tuple(sorted(found.items())))
 
 

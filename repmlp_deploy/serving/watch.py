@@ -123,16 +123,18 @@ class Library:
 
     def _discover(self) -> None:
         """Add the bundles that appeared in watched folders, and remove those that are gone."""
-        present: dict[str, Path] = {}
+        found: list[Path] = []
         for folder in self._watched:
             try:
                 bundles = find_bundles(folder)
             except OSError as error:
                 _log.error("cannot watch", extra={"folder": str(folder), "reason": printable(error)})
                 return  # a folder that cannot be read for a moment takes no model away
-            for path in bundles:
-                if path != present.setdefault(path.name, path):
-                    self._leave_out(path, f"{present[path.name]} has the same name: rename one of them")
+            found += bundles
+        present = {path.name: path for path in found if path == self._found.get(path.name)}  # they serve on
+        for path in found:
+            if path != present.setdefault(path.name, path):
+                self._leave_out(path, f"{present[path.name]} has the same name: rename one of them")
         gone, self._missing = self._missing, {name for name, path in self._found.items() if present.get(name) != path}
         for name in gone & self._missing:  # at two looks: one that is replaced by renames is gone for a moment
             self._missing.discard(name)
@@ -160,11 +162,11 @@ def find_bundles(folder: Path) -> list[Path]:
     """Return the bundles in a folder, sorted; hidden ones, and what this process may not look into, are left out.
 
     Raises:
-        OSError: the folder itself cannot be read.
+        OSError: the folder, or what is in it, cannot be read.
     """
     found = []
     for path in sorted(folder.iterdir()):
-        with suppress(OSError):  # a folder of root's, such as lost+found on a volume
+        with suppress(PermissionError):  # a folder of root's, such as lost+found on a volume
             if path.name[0] != "." and (path / MANIFEST).is_file():
                 found.append(path)
     return found

@@ -94,6 +94,8 @@ def test_a_body_without_a_header_is_one_raw_input() -> None:
         (_body(data=[1, 2, 3, 1e39]), None, "outside the range of FP32"),
         (_body(data=[1, 2, 3, 10**400]), None, "outside the range of FP32"),
         (_body(data=[[1, 2], [3, 4, 5]], shape=[5]), None, "data is no array"),
+        (_body(datatype="UINT64", data=[[2**63], [1, 2]], shape=[3]), None, "data is no array"),
+        (_body(datatype="INT64", data=[[2**70, 1], []], shape=[2]), None, "data is no array|outside the range"),
         (_body(data=[True, 1.0, 2, 3]), None, "does not hold FP32 values only"),
         (_body(datatype="INT64", data=[1, 2, 3, 2**63]), None, "outside the range of INT64"),
         (_body(datatype="UINT64", data=[1, 2, 3, -1]), None, "outside the range of UINT64"),
@@ -200,7 +202,7 @@ def test_strings_for_numbers_cost_no_more_than_their_body() -> None:
 
 
 def test_null_says_as_little_as_nothing() -> None:
-    given = json.loads(_body()) | {"id": None, "outputs": None, "parameters": None}
+    given = json.loads(_body()) | {"id": None, "outputs": None, "parameters": []}
     request = decode_request(json.dumps(given).encode(), None)
     assert (request.id, list(request.outputs)) == ("", [])
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,28 +221,62 @@ def test_a_late_check_of_an_old_version_says_nothing_of_the_new_one(
     model.unload()
 
 
+class Clock:
+    """Time that passes only where the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 def test_many_failed_requests_cost_few_checks(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, checks = _model(bundle_folder), list[float]()
+    model, checks, clock = _model(bundle_folder), list[float](), Clock()
     assert model.load()
+    monkeypatch.setattr(served_model, "time", clock)
 
     def check(_: Served) -> None:
-        checks.append(time.monotonic())
-        time.sleep(0.02)
+        checks.append(clock.now)
+        clock.now += 2
 
     monkeypatch.setattr(Served, "check", check)
     failed = Execution(1, (0.0,), 0.1, ValueError("a bad request"))
     for _ in range(50):
         model._observe(failed)
-    assert len(checks) == 1
-    time.sleep(0.25)
+    assert checks == [1000]
+    clock.now += 20
     model._observe(failed)
-    assert len(checks) == 2, "a runtime may break later"
+    assert checks == [1000, 1022], "a runtime may break later"
     monkeypatch.setattr(Served, "check", lambda _: 1 / 0)
-    time.sleep(0.25)
+    model._observe(failed)
+    assert model.ready
+    clock.now += 20
     for _ in range(3):
         model._observe(failed)
     assert not model.ready
     assert "ZeroDivisionError" in model.reason
+    model.unload()
+
+
+def test_a_check_of_an_old_version_makes_the_new_one_no_more_trusted(
+    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model(bundle_folder)
+    assert model.load()
+    old, check, checked = model.version(), Served.check, list[Served]()
+
+    def check_while_loading(served: Served) -> Any:
+        checked.append(served)
+        if len(checked) == 1:
+            assert model.load()
+        return check(served)
+
+    monkeypatch.setattr(Served, "check", check_while_loading)
+    for _ in range(2):
+        model._observe(Execution(1, (0.0,), 0.1, ValueError("a bad request")))
+    new = model.version().served
+    assert checked == [old.served, new, new], "the new one was checked when it was loaded, and after its own failure"
     model.unload()
 
 
@@ -324,4 +358,47 @@ def test_a_model_that_was_unloaded_does_not_make_the_others_unready(bundle: Bund
     assert models.health() == {"ready": True, "models": {"a": "it was unloaded"}}
     library.unload("b")
     assert not models.ready
+    models.close()
+
+
+def test_what_cannot_be_looked_at_hides_no_bundle(tmp_path: Path, bundle: Bundle) -> None:
+    folder = _places(tmp_path, bundle)("a")
+    for i in range(4):  # some come before the manifest, whatever the order of the folder
+        (folder / f".#lock{i}").symlink_to(tmp_path / "nothing")
+    models = Models(ModelOptions("onnx"))
+    Library(models, [tmp_path / "library"]).look()
+    assert models.ready
+    models.close()
+
+
+def test_a_folder_of_the_same_name_takes_no_model_away(tmp_path: Path, bundle: Bundle) -> None:
+    second = Path(shutil.copytree(bundle.folder, tmp_path / "two" / "a"))
+    (tmp_path / "one").mkdir()
+    models = Models(ModelOptions("onnx"))
+    library = Library(models, [tmp_path / "one", tmp_path / "two"])
+    library.look()
+    damaged = Path(shutil.copytree(bundle.folder, tmp_path / "one" / "a"))
+    _flip(damaged / "model.onnx")
+    for _ in range(3):
+        library.look()
+    assert models.find("a")[0].folder == second
+    assert models.ready
+    models.close()
+
+
+def test_a_disk_that_fails_for_a_moment_takes_no_model_away(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _places(tmp_path, bundle)("a")
+    models = Models(ModelOptions("onnx"))
+    library = Library(models, [tmp_path / "library"])
+    library.look()
+
+    def stale(_: Path) -> bool:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "is_file", stale)
+    for _ in range(3):
+        library.look()
+    assert models.ready
     models.close()

@@ -240,7 +240,7 @@ def recertify(
         if artifact_format not in (None, name):
             continue
         if artifact_format is None and name not in RUNNERS:
-            notes.append(f"{name} was not run: other programs are to run it")
+            notes.append(f"{name} was not run: it is for other programs")
             continue
         try:
             runner = open_runner(bundle, name, options or RunnerOptions())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
@@ -16,9 +15,9 @@ import numpy as np
 
 from repmlp_deploy.errors import InputError, optional_imports
 from repmlp_deploy.serving.codec import timeout_of
+from repmlp_deploy.serving.hosts.health import Health
 from repmlp_deploy.serving.hosts.messages import POOL, SERVICE, message, service
 from repmlp_deploy.serving.inference import Inference
-from repmlp_deploy.serving.models import IMAGE_SUFFIX
 from repmlp_deploy.serving.protocol import (
     DATATYPES,
     BadRequest,
@@ -44,11 +43,11 @@ with optional_imports():
     import grpc
     from google.protobuf.json_format import ParseDict
     from google.protobuf.message import DecodeError
-    from grpc_health.v1 import health, health_pb2
+    from grpc_health.v1 import health
     from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
     from grpc_reflection.v1alpha import reflection
 
-__all__ = ["GrpcOptions", "GrpcServer", "Servicer", "health_of"]
+__all__ = ["GrpcOptions", "GrpcServer", "Servicer"]
 
 _CONTENTS: Mapping[str, str] = {
     "BOOL": "bool_contents",
@@ -109,9 +108,7 @@ class GrpcServer:
 
     def __init__(self, inference: Inference, library: Library, options: GrpcOptions) -> None:
         self._options = options
-        self._health = health.aio.HealthServicer()
-        self._told: set[str] = set()
-        self._inference = inference
+        self._health = Health(inference)
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", options.body_limit),
@@ -147,14 +144,8 @@ class GrpcServer:
         return f"{host}:{port}"
 
     async def tell_health(self) -> None:
-        """Tell the health service which models answer; called whenever one changed."""
-        response = health_pb2.HealthCheckResponse
-        states = health_of(self._inference)
-        gone, self._told = self._told - set(states), set(states)
-        for name, ready in states.items():
-            await self._health.set(name, response.SERVING if ready else response.NOT_SERVING)
-        for name in gone:
-            await self._health.set(name, response.SERVICE_UNKNOWN)
+        """Let the health service say which models answer; called whenever one changed."""
+        await self._health.tell()
 
     async def stop(self, seconds: float) -> None:
         """Take no more calls, and finish those under way within `seconds`."""
@@ -288,17 +279,6 @@ class Servicer:
         unknown = set(request.parameters) - {"unload_dependents"}
         if unknown:
             raise BadRequest(f"parameters {printable(', '.join(sorted(unknown)), 100)} are not offered")
-
-
-def health_of(inference: Inference) -> dict[str, bool]:
-    """Return whether the server, the service and every model answer, by the names of the health checking protocol."""
-    models = inference.models
-    states = {"": models.ready, SERVICE: models.ready}
-    for model in models.all():
-        for name in (model.name, model.name + IMAGE_SUFFIX):
-            with contextlib.suppress(UnknownModel):  # it takes tensors only, or was removed since
-                states[name] = inference.model_ready(name)
-    return states
 
 
 def _parsed(kind: Any, data: bytes) -> Any:

@@ -14,7 +14,8 @@ from typing import Any
 
 from repmlp_deploy.errors import BundleError, optional_imports
 from repmlp_deploy.runtime.runner import RunnerOptions
-from repmlp_deploy.serving.hosts.grpc import Servicer, health_of
+from repmlp_deploy.serving.hosts.grpc import Servicer
+from repmlp_deploy.serving.hosts.health import health_of
 from repmlp_deploy.serving.hosts.http import HttpOptions, create_app
 from repmlp_deploy.serving.hosts.messages import message, service
 from repmlp_deploy.serving.hosts.ray.loopback import keep_replica
@@ -84,7 +85,7 @@ class Replica:
 
     async def Check(self, request: bytes, grpc_context: Any) -> Any:  # noqa: N802 - the protocol's name
         """Answer a call of the health checking protocol."""
-        status = self._health(health_pb2.HealthCheckRequest.FromString(request).service)
+        status = health_of(self._inference).get(health_pb2.HealthCheckRequest.FromString(request).service)
         if status is None:
             grpc_context.set_code(grpc.StatusCode.NOT_FOUND)
             return health_pb2.HealthCheckResponse()
@@ -94,19 +95,12 @@ class Replica:
         """Yield the status of a service now and whenever it changes."""
         name, told = health_pb2.HealthCheckRequest.FromString(request).service, None
         while True:
-            status = self._health(name)
+            status = health_of(self._inference).get(name)
             status = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN if status is None else status
             if status != told:
                 yield health_pb2.HealthCheckResponse(status=status)
             told = status
             await asyncio.sleep(_HEALTH_SECONDS)
-
-    def _health(self, name: str) -> int | None:
-        states = health_of(self._inference)
-        if name not in states:
-            return None
-        response = health_pb2.HealthCheckResponse
-        return int(response.SERVING if states[name] else response.NOT_SERVING)
 
 
 def _call(name: str) -> Callable[[Replica, bytes, Any], Awaitable[Any]]:
