@@ -289,7 +289,8 @@ class _Tensors:
             raise CheckpointError(f"{self._path} is damaged: a tensor of shape {tuple(shape)[:8]} ends after its data")
         if math.prod(shape) > storage.numel():
             raise CheckpointError(f"{self._path}: a tensor claims {tuple(shape)[:8]}, more than the file stores for it")
-        return storage.as_strided(shape, stride, offset)
+        tensor = storage.as_strided(shape, stride, offset)
+        return tensor.neg() if place["negative"] and dtype.is_floating_point else tensor
 
     def _storage(self, key: str, size: int, source: Any) -> Tensor:
         """Return the bytes of a storage as a tensor, read once."""

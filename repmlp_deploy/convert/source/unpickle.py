@@ -112,15 +112,18 @@ class _Dictionary(dict[Any, Any]):
 
 
 class TensorPlace:
-    """Where the numbers of a tensor are: a storage by its key, and the way through it."""
+    """Where the numbers of a tensor are: a storage by its key, the way through it, and whether their sign is turned."""
 
-    def __init__(self, storage: Any, offset: Any, shape: Any, stride: Any, dtype: str | None = None) -> None:
+    def __init__(  # noqa: PLR0913 - torch's own arguments
+        self, storage: Any, offset: Any, shape: Any, stride: Any, dtype: str = "", marks: Any = None
+    ) -> None:
         if not isinstance(storage, tuple):
             raise Refused("a tensor without a storage")
         kind, self.key, self.elements = storage
         self.dtype = dtype or kind
         self.stored_dtype = kind
         self.offset, self.shape, self.stride = offset, shape, stride
+        self.negative = isinstance(marks, dict) and marks.get("neg") is True
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -136,12 +139,16 @@ class OddTensor:
         pass
 
 
-def _tensor_v2(storage: Any, offset: Any, shape: Any, stride: Any, *_rest: Any) -> TensorPlace:
-    return TensorPlace(storage, offset, shape, stride)
+def _tensor_v2(
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any = None, _hooks: Any = None, marks: Any = None
+) -> TensorPlace:
+    return TensorPlace(storage, offset, shape, stride, marks=marks)
 
 
-def _tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any) -> TensorPlace:
-    return TensorPlace(storage, offset, shape, stride, dtype.name.removeprefix("torch."))
+def _tensor_v3(  # noqa: PLR0913 - torch's own arguments
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, marks: Any = None
+) -> TensorPlace:
+    return TensorPlace(storage, offset, shape, stride, dtype.name.removeprefix("torch."), marks)
 
 
 def _parameter(data: Any, *_rest: Any) -> Any:
@@ -358,6 +365,7 @@ class _Description:
             "offset": place.offset,
             "shape": shape,
             "stride": stride,
+            "negative": place.negative,
         }
 
 

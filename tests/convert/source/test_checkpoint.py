@@ -146,7 +146,11 @@ def test_every_kind_of_tensor_is_read_as_pytorch_reads_it(tmp_path: Path, *, zip
         "scalar": torch.tensor(7.0),
         "empty": torch.empty(0, 3),
         "parameter": torch.nn.Parameter(base),
+        "negative": torch.randn(4, dtype=torch.cfloat).conj().imag,
+        "negative parameter": torch.nn.Parameter(torch.randn(4, dtype=torch.cfloat).conj().imag),
+        "negative part": torch.randn(3, 4, dtype=torch.cfloat).conj().imag.t()[1:3],
     }
+    assert content["negative"].is_neg()
     torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
     read = read_checkpoint(tmp_path / "x.pth").content
     for key, value in torch.load(tmp_path / "x.pth", weights_only=True).items():
