@@ -9,8 +9,8 @@ from typing import Any
 from repmlp_deploy.convert.reparam.hooks import hooks_in
 from repmlp_deploy.convert.reparam.regions import merge_regions
 from repmlp_deploy.convert.source.checkpoint import read_checkpoint
+from repmlp_deploy.convert.source.containers import select_weights
 from repmlp_deploy.convert.source.other_families import recognise_family
-from repmlp_deploy.convert.source.state_dict import select_weights
 from repmlp_deploy.convert.source.trained import Trained, find_interface
 from repmlp_deploy.errors import RepMLPError
 from repmlp_deploy.nets.blocks.algebra import BatchNorm

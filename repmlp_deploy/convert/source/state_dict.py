@@ -1,9 +1,8 @@
-"""Find the state dict in what a checkpoint holds, and bring its keys under our networks' names.
+"""Bring the keys of the state dict in a checkpoint under our networks' names.
 
-Training code stores weights in many ways: at the top level, under `model` or `state_dict`, beside an exponential moving
-average, after the prefixes of wrappers (`module.`, `_orig_mod.`, `model.`). Nothing of this is a fixed list here:
+`containers` finds the state dict. Its keys begin with the prefixes of wrappers (`module.`, `_orig_mod.`, `model.`).
+Nothing of this is a fixed list here:
 
-- a state dict is any mapping with tensors in it, at most three levels deep;
 - the prefix is what stands before the key that every network of a layout has, its anchor;
 - the wrappers of DataParallel and torch.compile are taken out wherever they stand in a key.
 
@@ -22,15 +21,13 @@ import torch
 from torch import Tensor
 
 from repmlp_deploy.convert.source.checkpoint import OddTensor, Placeholder
+from repmlp_deploy.convert.source.containers import select_weights
 from repmlp_deploy.convert.source.other_families import recognise_family
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.layouts import LAYOUTS, OWN, Layout, odd_layer_number
 
-__all__ = ["StateDict", "find_state_dict", "own_state_dict", "select_weights", "to_layout"]
+__all__ = ["StateDict", "find_state_dict", "own_state_dict", "to_layout"]
 
-_DEEPEST = 3
-_MODEL_NAMES = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "module")
-_EMA = re.compile(r"(^|_)(ema|averaged|swa)(_|$)")
 _WRAPPERS = ("module", "_orig_mod")
 _BOOKKEEPING = ("n_averaged", "total_ops", "total_params")
 """Last parts of keys that wrappers and profilers write beside the weights."""
@@ -171,110 +168,6 @@ def to_layout(tensors: Mapping[str, Tensor], origin: StateDict) -> dict[str, Any
     for part in reversed(origin.container.split(".") if origin.container else []):
         named = {part: named}
     return named
-
-
-@dataclass(frozen=True)
-class Selected:
-    """The state dict that was chosen among those in a file.
-
-    Attributes:
-        found: the file's key to what it holds.
-        path: the keys that lead to it, joined by dots.
-        others: the paths of the others.
-        notes: what a reader of the report should know.
-    """
-
-    found: Mapping[str, Any]
-    path: str
-    others: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-
-def select_weights(content: Any, weights: str | None, name: str, state_key: str | None = None) -> Selected:
-    """Return the state dict to use among those in `content`.
-
-    Raises:
-        CheckpointError: there is none, or not the one that was asked for.
-    """
-    if isinstance(content, Placeholder):
-        content = content.content
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{name} holds a {type(content).__name__}; expected a state dict or a dictionary of them")
-    places = _places(content)
-    notes: tuple[str, ...] = ()
-    if state_key is not None:
-        if state_key not in {place.path for place in places}:
-            have = ", ".join(place.path or "its top level" for place in places) or "none"
-            raise CheckpointError(f"{name} holds no state dict under {state_key}; it has: {have}")
-        chosen = next(place for place in places if place.path == state_key)
-    else:
-        if not places:
-            keys = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
-            raise CheckpointError(f"{name} holds no state dict; its keys are {keys}")
-        swapped = _swapped_by_mmengine(content)
-        if swapped:
-            places = [place.swapped() if place.path in ("state_dict", "ema_state_dict") else place for place in places]
-        kinds = {place.kind: place for place in reversed(places)}
-        if weights is not None and weights not in kinds:
-            raise CheckpointError(
-                f"{name} holds no {weights} weights, only {', '.join(kinds)}: drop --weights {weights}"
-            )
-        usual = "ema" if swapped or "model" not in kinds else "model"
-        chosen = kinds[weights or usual]
-        if swapped and chosen.kind == "ema":
-            notes = ("mmengine saved the averaged (EMA) weights as state_dict: these are used",)
-    odd = next((key for key in chosen.found if not isinstance(key, str)), None)
-    if odd is not None:
-        raise CheckpointError(f"{name} has the key {odd!r}; expected names")
-    others = tuple(place.path for place in places if place.path != chosen.path)
-    return Selected(chosen.found, chosen.path, others, notes)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A state dict in a file: `model` or `ema`, the path to it, and what it holds."""
-
-    kind: str
-    path: str
-    found: Mapping[str, Any]
-
-    def swapped(self) -> _Place:
-        return _Place("model" if self.kind == "ema" else "ema", self.path, self.found)
-
-
-def _places(content: Mapping[Any, Any]) -> list[_Place]:
-    """Return every state dict in `content`, the likeliest first."""
-    if any(isinstance(value, Tensor) for value in content.values()):
-        return [_Place("model", "", content)]
-    places: list[tuple[tuple[int, int], _Place]] = []
-
-    def visit(value: Any, path: tuple[str, ...]) -> None:
-        inside = value.content if isinstance(value, Placeholder) else value
-        if not isinstance(inside, Mapping):
-            return
-        if any(isinstance(item, Tensor) for item in inside.values()):
-            kind = "ema" if any(_EMA.search(part) for part in path) else "model"
-            known = min((_MODEL_NAMES.index(part) for part in path if part in _MODEL_NAMES), default=len(_MODEL_NAMES))
-            places.append(((known, len(places)), _Place(kind, ".".join(path), inside)))
-        elif len(path) < _DEEPEST:
-            for key, item in inside.items():
-                if isinstance(key, str):
-                    visit(item, (*path, key))
-
-    visit(content, ())
-    return [place for _, place in sorted(places, key=lambda place: place[0])]
-
-
-def _swapped_by_mmengine(content: Mapping[Any, Any]) -> bool:
-    """Return whether mmengine's EMA hook put the averaged weights in the place of the others."""
-    meta = content.get("meta")
-    inside = meta.content if isinstance(meta, Placeholder) else meta
-    return (
-        isinstance(content.get("ema_state_dict"), Mapping)
-        and isinstance(content.get("state_dict"), Mapping)
-        and isinstance(inside, Mapping)
-        and "mmengine_version" in inside
-    )
 
 
 def _plain_keys(

@@ -1,0 +1,151 @@
+"""Find the state dict in what a checkpoint holds.
+
+Training code stores weights in many ways: at the top level, under `model` or `state_dict`, beside an exponential moving
+average. A state dict is any mapping with tensors in it, at most three levels deep.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from repmlp_deploy.convert.source.checkpoint import Placeholder
+from repmlp_deploy.errors import CheckpointError, InputError
+
+__all__ = ["Selected", "select_weights"]
+
+_DEEPEST = 3
+_MODEL_NAMES = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "module")
+_EMA = re.compile(r"(^|_)(ema|averaged|swa)(_|$)")
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The state dict that was chosen among those in a file.
+
+    Attributes:
+        found: the file's key to what it holds.
+        path: the keys that lead to it, joined by dots.
+        others: the paths of the others.
+        notes: what a reader of the report should know.
+    """
+
+    found: Mapping[str, Any]
+    path: str
+    others: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def select_weights(content: Any, weights: str | None, name: str, state_key: str | None = None) -> Selected:
+    """Return the state dict to use among those in `content`.
+
+    Args:
+        content: as `read_checkpoint` returns it.
+        weights: `model` or `ema`; by default `model`, or the only one there is.
+        name: what messages call the file.
+        state_key: the path of keys to the state dict, joined by dots, instead of `weights`.
+
+    Raises:
+        CheckpointError: there is none, or not the one that was asked for.
+        InputError: both `weights` and `state_key` say which one.
+    """
+    if weights is not None and state_key is not None:
+        raise InputError(f"--weights {weights} and --state-key {state_key} both say which weights to read: drop one")
+    if isinstance(content, Placeholder):
+        content = content.content
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{name} holds a {type(content).__name__}; expected a state dict or a dictionary of them")
+    places = _places(content)
+    if state_key is None:
+        chosen, notes = _usual(content, places, weights, name)
+    else:
+        found = next((place for place in places if place.path == state_key), None)
+        if found is None:
+            have = ", ".join(place.path or "its top level" for place in places) or "none"
+            raise CheckpointError(f"{name} holds no state dict under {state_key}; it has: {have}")
+        chosen, notes = found, ()
+    odd = next((key for key in chosen.found if not isinstance(key, str)), None)
+    if odd is not None:
+        raise CheckpointError(f"{name} has the key {odd!r}; expected names")
+    others = tuple(place.path or "its top level" for place in places if place.path != chosen.path)
+    return Selected(chosen.found, chosen.path, others, notes)
+
+
+def _usual(
+    content: Mapping[Any, Any], places: list[_Place], weights: str | None, name: str
+) -> tuple[_Place, tuple[str, ...]]:
+    """Return the likeliest place with `weights`, and what to say of it."""
+    if not places:
+        keys = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
+        raise CheckpointError(f"{name} holds no state dict; its keys are {keys}")
+    swapped = _swapped_by_mmengine(content)
+    if swapped:
+        places = [place.swapped() if place.path in ("state_dict", "ema_state_dict") else place for place in places]
+    kinds = {place.kind: place for place in reversed(places)}
+    if weights is not None and weights not in kinds:
+        raise CheckpointError(f"{name} holds no {weights} weights, only {', '.join(kinds)}: drop --weights {weights}")
+    chosen = kinds[weights or ("ema" if swapped or "model" not in kinds else "model")]
+    averaged = swapped and chosen.kind == "ema"
+    said = ("mmengine saved the averaged (EMA) weights as state_dict: these are used",)
+    return chosen, said if averaged else ()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A state dict in a file: `model` or `ema`, the path to it, and what it holds."""
+
+    kind: str
+    path: str
+    found: Mapping[str, Any]
+
+    @property
+    def rank(self) -> int:
+        """The smaller, the likelier it is the model."""
+        known = [_MODEL_NAMES.index(part) for part in self.path.split(".") if part in _MODEL_NAMES]
+        return min(known, default=len(_MODEL_NAMES))
+
+    def swapped(self) -> _Place:
+        return _Place("model" if self.kind == "ema" else "ema", self.path, self.found)
+
+
+def _places(content: Mapping[Any, Any]) -> list[_Place]:
+    """Return every state dict in `content`, the likeliest first."""
+    return sorted(_visited(content, ()), key=lambda place: place.rank)
+
+
+def _visited(value: Any, path: tuple[str, ...]) -> list[_Place]:
+    """Return the state dicts in a value, the outermost first.
+
+    Tensors beside a state dict, such as the best accuracy, are none: a mapping around others is a state dict if it has
+    at least as many tensors as each of them.
+    """
+    inside = value.content if isinstance(value, Placeholder) else value
+    if not isinstance(inside, Mapping):
+        return []
+    items = inside.items() if len(path) < _DEEPEST else ()
+    nested = [place for key, item in items if isinstance(key, str) for place in _visited(item, (*path, key))]
+    count = _tensors(inside)
+    if not count or any(_tensors(place.found) > count for place in nested):
+        return nested
+    kind = "ema" if any(_EMA.search(part) for part in path) else "model"
+    return [_Place(kind, ".".join(path), inside), *nested]
+
+
+def _tensors(found: Mapping[str, Any]) -> int:
+    return sum(isinstance(value, Tensor) for value in found.values())
+
+
+def _swapped_by_mmengine(content: Mapping[Any, Any]) -> bool:
+    """Return whether mmengine's EMA hook put the averaged weights in the place of the others."""
+    meta = content.get("meta")
+    inside = meta.content if isinstance(meta, Placeholder) else meta
+    return (
+        isinstance(content.get("ema_state_dict"), Mapping)
+        and isinstance(content.get("state_dict"), Mapping)
+        and isinstance(inside, Mapping)
+        and "mmengine_version" in inside
+    )
