@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import stat
 import subprocess
 import sys
@@ -43,7 +44,7 @@ _CHILD_SECONDS = 3  # of CPU time; the pickle of a checkpoint takes less than a 
 _CHILD_BYTES = 1 << 30
 _PATIENCE_SECONDS = 60.0  # of waiting for the child on a machine that is busy
 _HEADER_BYTES = 4 << 20  # of a safetensors file: some 30,000 tensors, ten times a large checkpoint's
-_NEVER_WEIGHTS = ("optim", "sched", "scaler")
+_NEVER_WEIGHTS = re.compile(r"optim|sched|(?<![a-z])scaler")  # an upscaler is a network
 _MODULE_STATE = ("_parameters", "_buffers", "_modules")
 
 
@@ -266,7 +267,7 @@ class _Tensors:
         if "dict" not in node:
             return [self._made(value, source, weights=weights) for value in node["list"]]
         items = {
-            key: self._made(value, source, weights=weights and not _is_training_state(key))
+            key: self._made(value, source, weights=weights and not _is_training_state(key, value))
             for key, value in node["dict"]
         }
         return items if "class" not in node else self._object(node, items, source, weights=weights)
@@ -333,8 +334,20 @@ class _Tensors:
         return data
 
 
-def _is_training_state(key: Any) -> bool:
-    return isinstance(key, str) and any(word in key.lower() for word in _NEVER_WEIGHTS)
+def _is_training_state(key: Any, node: Any) -> bool:
+    """Return whether a node holds the state of an optimizer or the like; a tensor or a module of such a name does not.
+
+    Args:
+        key: the name of the node.
+        node: of the tree of `unpickle`.
+    """
+    if not isinstance(key, str) or not _NEVER_WEIGHTS.search(key.lower()):
+        return False
+    if not isinstance(node, dict) or "tensor" in node:
+        return False
+    state = node.get("state")  # of an object
+    names = [name for name, _ in state["dict"]] if isinstance(state, dict) and "dict" in state else []
+    return not all(part in names for part in _MODULE_STATE)
 
 
 def _module_tensors(state: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

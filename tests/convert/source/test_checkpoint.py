@@ -174,6 +174,21 @@ def test_tensors_that_cannot_be_weights_keep_their_kind(tmp_path: Path) -> None:
     assert read["optimizer"]["state"][0]["exp_avg"] == OddTensor("of an optimizer")
 
 
+def test_weights_named_like_the_state_of_an_optimizer_are_read(tmp_path: Path) -> None:
+    network = torch.nn.ModuleDict({"upscaler": torch.nn.Linear(2, 2), "schedule": torch.nn.BatchNorm1d(2)})
+    network["input_scaler"] = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 1))
+    network.optimism = torch.nn.Parameter(torch.ones(2))
+    content = {"state_dict": network.state_dict(), "whole": network, "grad_scaler": {"scale": torch.ones(1)}}
+    content["upscaler"] = network["upscaler"].state_dict()
+    torch.save(content, tmp_path / "x.pth")
+    read = read_checkpoint(tmp_path / "x.pth").content
+    for found in (read["state_dict"], read["whole"]):
+        assert found.keys() == network.state_dict().keys()
+        assert all(torch.equal(found[key], value) for key, value in network.state_dict().items())
+    assert torch.equal(read["upscaler"]["weight"], network["upscaler"].weight)
+    assert read["grad_scaler"]["scale"] == OddTensor("of an optimizer")
+
+
 def nested_key() -> bytes:
     """A pickle of {((((…,),),),): 1}: hashing the key overflows the interpreter's stack."""
     return b"\x80\x02}(" + b")" + b"\x85" * 500_000 + b"K\x01u."
