@@ -200,6 +200,7 @@ class Origin(Record):
         checkpoint: None for a network that was handed over in memory.
         model: `timm:NAME[,…]` for a network of timm; empty for any other.
         merge: how the network was merged, see `export`; bundles that do not say it hold merged blocks.
+        by_name: whether a network of no family takes its inputs by name; None in older bundles.
         seconds: of every step.
         date: of the export.
     """
@@ -207,5 +208,6 @@ class Origin(Record):
     checkpoint: CheckpointOrigin | None = None
     merge: Annotated[str, Field(max_length=200)] = "blocks"
     model: Annotated[str, Field(max_length=200)] = ""
+    by_name: bool | None = None
     seconds: Annotated[dict[str, float], Field(default_factory=dict)]
     date: str = "an unknown date"

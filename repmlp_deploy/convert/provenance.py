@@ -47,6 +47,8 @@ def describe_provenance(trained: Trained, seconds: Mapping[str, float]) -> dict[
         }
     if trained.model is not None:
         source["model"] = trained.model
+    if trained.interface is not None:
+        source["by_name"] = trained.interface.by_name
     return {
         **source,
         "parameters": sum(parameter.numel() for parameter in trained.network.parameters()),

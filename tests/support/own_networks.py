@@ -59,6 +59,50 @@ class Scorer(nn.Module):
         return self.fc3(self.block(self.stem(x)).mean((2, 3)))
 
 
+class ByPosition(nn.Module):
+    """Two inputs that have no names."""
+
+    example_input = (torch.zeros(1, 3, 6, 6), torch.zeros(1, 3, 6, 6))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(3, 2, 3)
+        self.right = nn.Conv2d(3, 2, 3)
+
+    def forward(self, *both: Tensor) -> Tensor:
+        return self.left(both[0]) - self.right(both[1])
+
+
+class PositionOnly(ByPosition):
+    """Two inputs whose names cannot be used."""
+
+    def forward(self, a: Tensor, b: Tensor, /) -> Tensor:
+        return super().forward(a, b)
+
+
+class NameOnly(nn.Module):
+    """One input that is passed by name."""
+
+    example_input: Any = {"x": torch.zeros(1, 3, 6, 6)}  # noqa: RUF012 - as users write it
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3)
+
+    def forward(self, *, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class WithGap(NameOnly):
+    """Two inputs by name, and a parameter between them that is left out."""
+
+    example_input: Any = {"x": torch.zeros(1, 3, 6, 6), "shift": torch.zeros(1, 2)}  # noqa: RUF012 - as users write it
+
+    def forward(self, x: Tensor, scale: float = 2.0, shift: Tensor | None = None) -> Tensor:
+        y = super().forward(x=x) * scale
+        return y if shift is None else y + shift[:, :, None, None]
+
+
 def make_nothing() -> nn.Module:
     """Fail as a factory may."""
     raise KeyError("no weights here")

@@ -29,7 +29,7 @@ from repmlp_deploy.convert.proof.certificate import batch_sizes
 from repmlp_deploy.convert.proof.probe import record_probe
 from repmlp_deploy.convert.rework.marked_engine import compute_in_engine
 from repmlp_deploy.convert.source.checkpoint import Checkpoint, read_checkpoint
-from repmlp_deploy.convert.source.own_network import FAMILY
+from repmlp_deploy.convert.source.own_network import FAMILY, inputs_as_passed
 from repmlp_deploy.convert.source.trained import SourceRequest, Trained, find_interface, load_own, load_trained
 from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.errors import BundleError, InputError, MissingDependency, VerificationError
@@ -235,13 +235,12 @@ def _load_own_origin(bundle: Bundle, checkpoint: Checkpoint, module: str | None)
     model = manifest.origin.model or None
     probe = float_probe(bundle)
     inputs = [torch.from_numpy(values[:1].copy()) for values in (probe.inputs, *probe.further_inputs)]
-    names = [spec.name for spec in manifest.inputs]
-    example = inputs[0] if len(inputs) == 1 else dict(zip(names, inputs, strict=True))
+    named = dict(zip([spec.name for spec in manifest.inputs], inputs, strict=True))
     state_key, ignore = _as_exported(bundle, checkpoint)
     request = SourceRequest(
         module=module,
         model=model if module is None else None,
-        example_input=example,
+        example_for=partial(inputs_as_passed, inputs=named, by_name=manifest.origin.by_name),
         state_key=state_key,
         ignore=ignore,
         allow_merged=True,

@@ -25,6 +25,7 @@ __all__ = [
     "default_card",
     "describe_interface",
     "fill_own_network",
+    "inputs_as_passed",
     "make_own_network",
     "unwrapped",
 ]
@@ -44,12 +45,14 @@ class Interface:
         examples: a tensor for each, (n, …).
         outputs: names, in the order they come back.
         classes: channels of a single output (n, classes, …); None for several outputs, or one without classes.
+        by_name: whether the inputs are passed by name.
     """
 
     inputs: tuple[str, ...]
     examples: tuple[Tensor, ...]
     outputs: tuple[str, ...]
     classes: int | None = None
+    by_name: bool = False
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name of every input to its shape without the batch."""
@@ -131,7 +134,22 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
     plain = isinstance(answer, Tensor) and not keywords and len(examples) == 1
     shapes = [value.shape for value in outputs.values()]
     classes = shapes[0][1] if len(shapes) == 1 and len(shapes[0]) > 1 else None
-    return (network if plain else Flat(network, keywords).eval()), Interface(inputs, examples, names, classes)
+    interface = Interface(inputs, examples, names, classes, by_name=bool(keywords))
+    return (network if plain else Flat(network, keywords).eval()), interface
+
+
+def inputs_as_passed(network: nn.Module, inputs: Mapping[str, Tensor], *, by_name: bool | None) -> Any:
+    """Return the inputs of a bundle as its network takes them.
+
+    Args:
+        network: gives the way where the bundle does not: that of its own `example_input`.
+        inputs: by the bundle's names, in order.
+        by_name: what the bundle says; None if it says nothing.
+    """
+    if by_name is None:
+        own = getattr(network, "example_input", None)
+        by_name = len(inputs) > 1 if own is None else isinstance(own, Mapping)
+    return dict(inputs) if by_name else tuple(inputs.values())
 
 
 def default_card(network: nn.Module, interface: Interface, *, with_images: bool = False) -> ModelCard:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,6 +202,7 @@ class SourceRequest:
     Attributes:
         module: `package.module:factory` of a network that no family describes.
         example_input: what such a network takes.
+        example_for: returns what such a network takes, for one that is yet to be made.
         card: or its name or path.
         weights: `model` or `ema`.
         state_key: the path of keys to the state dict.
@@ -222,6 +223,7 @@ class SourceRequest:
     described: Description = field(default_factory=Description)
     allow_merged: bool = False
     model: str | None = None
+    example_for: Callable[[nn.Module], Any] | None = None
 
 
 def take_trained(source: nn.Module | str | Path, said: SourceRequest) -> Trained:
@@ -332,6 +334,8 @@ def _channels(interface: Interface) -> int | None:
 
 def _example(network: nn.Module, own: SourceRequest, made: TimmNetwork | None) -> Any:
     """Return the example that was given, the network's own, or an image of the given size."""
+    if own.example_for is not None:
+        return own.example_for(network)
     if made is not None and own.example_input is None:
         return torch.zeros(1, made.channels, *made.input_size)
     example = own.example_input if own.example_input is not None else getattr(network, "example_input", None)
