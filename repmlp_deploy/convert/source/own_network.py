@@ -131,7 +131,7 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
             raise InputError(f"{called}: {name} is {value.dtype}; only float32 outputs can be proved: return scores")
     inputs = keywords or _parameter_names(network, len(examples))
     names = tuple(f"{name}_out" if name in inputs else name for name in outputs)
-    plain = isinstance(answer, Tensor) and not keywords and len(examples) == 1
+    plain = isinstance(answer, Tensor) and not keywords and len(examples) == 1 and _names_its_input(network)
     shapes = [value.shape for value in outputs.values()]
     classes = shapes[0][1] if len(shapes) == 1 and len(shapes[0]) > 1 else None
     interface = Interface(inputs, examples, names, classes, by_name=bool(keywords))
@@ -228,6 +228,12 @@ def _require_plain(network: nn.Module) -> None:
             raise InputError(f"{called}: {name} is on {value.device}: call .cpu() first")
         if value.is_floating_point() and value.dtype != torch.float32:
             raise InputError(f"{called}: {name} is {value.dtype}: call .float() first")
+
+
+def _names_its_input(network: nn.Module) -> bool:
+    """Return whether `forward` has a parameter for its input; `*args`, as of a wrapper, is none to torch.export."""
+    first = next(iter(inspect.signature(network.forward).parameters.values()), None)
+    return first is not None and first.kind is not first.VAR_POSITIONAL
 
 
 def _parameter_names(network: nn.Module, count: int) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from repmlp_deploy import Bundle, Predictor, VerificationError, export
 from repmlp_deploy.convert import transform
@@ -266,6 +267,27 @@ def test_a_wrapped_network_is_exported_as_the_one_inside(wrap: Any, tmp_path: Pa
     bundle = export(wrap(network), example_input=torch.randn(2, 3, 32, 32), batch="1:2:3", out=tmp_path / "bundle")
     assert bundle.manifest.name == "Scorer"
     assert bundle.manifest.verdict.passed
+
+
+class Wrapper(nn.Module):
+    """Passes on whatever it is called with."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [AveragedModel, Wrapper])
+def test_a_wrapper_that_names_no_input_is_exported(wrap: Any, tmp_path: Path) -> None:
+    network = wrap(nn.Conv2d(3, 2, 3)).eval()
+    x = torch.randn(3, 3, 8, 8)
+    bundle = export(network, example_input=x, formats="onnx", out=tmp_path / "out")
+    session = ort.InferenceSession(bundle.folder / "model.onnx")
+    answer = session.run(None, {"input_0": x.numpy()})[0]
+    np.testing.assert_allclose(answer, network(x).detach().numpy(), atol=1e-5)
 
 
 def test_a_repmlpnet_inside_an_own_module_becomes_the_graph_of_its_family(tmp_path: Path) -> None:
