@@ -143,15 +143,20 @@ def load_trained(  # noqa: PLR0913 - each says something that the file does not
         notes.append(found.remark)
     elif given.family != state.layout.family:
         raise CheckpointError(f"{name} is a {state.layout.family}; the card {given.name} describes a {given.family}")
-    if input_size is not None and input_size != given.input_size:
-        raise InputError(
-            f"--input-size {input_size[0]}x{input_size[1]} contradicts {given.name}, "
-            f"which takes {given.input_size[0]}x{given.input_size[1]}"
-        )
+    _require_size_of_card(given, input_size)
     completed = complete_card(given, checkpoint.content, described or Description(), assumed)
     notes += [*completed.notes, *_notes_on_file(checkpoint, state)]
     network = load_network(state.tensors, completed.card, merged=state.merged, name=name)
     return Trained(network, completed.card, checkpoint, state, state.merged, tuple(notes), completed.warnings)
+
+
+def _require_size_of_card(card: ModelCard, size: tuple[int, int] | None) -> None:
+    """Raise InputError unless the size that was given, if one was, is the card's."""
+    if size is not None and size != card.input_size:
+        raise InputError(
+            f"--input-size {size[0]}x{size[1]} contradicts {card.name}, "
+            f"which takes {card.input_size[0]}x{card.input_size[1]}"
+        )
 
 
 def _notes_on_file(checkpoint: Checkpoint, state: StateDict) -> list[str]:
@@ -243,6 +248,7 @@ def take_trained(source: nn.Module | str | Path, said: SourceRequest) -> Trained
             allow_merged=said.allow_merged,
             described=said.described,
         )
+    _require_file(source, said)
     own = said.card if said.card is not None else getattr(source, "card", None)
     if own is None:
         raise InputError(
@@ -252,6 +258,7 @@ def take_trained(source: nn.Module | str | Path, said: SourceRequest) -> Trained
     if source.training:
         raise InputError(f"{type(source).__name__} is in training mode: call .eval() first")
     found = own if isinstance(own, ModelCard) else load_card(own)
+    _require_size_of_card(found, said.input_size)
     completed = complete_card(found, None, said.described)
     merged = _is_merged(source, allow_merged=said.allow_merged)
     return Trained(source, completed.card, merged=merged, notes=completed.notes, warnings=completed.warnings)
@@ -279,6 +286,8 @@ def load_own(source: nn.Module | str | Path | Checkpoint, said: SourceRequest) -
         )
         fill_own_network(network, state.tensors, str(checkpoint.path))
     called, interface = describe_interface(network, _example(network, said, made))
+    if said.input_size is not None:
+        _require_size(network, interface, "--input-size", said.input_size)
     content = None if checkpoint is None else checkpoint.content
     card, assumed, notes = _own_card(network, interface, said, made, content)
     completed = complete_card(
@@ -300,6 +309,7 @@ def _network_for(source: nn.Module | str | Path, said: SourceRequest) -> tuple[n
         if maker is not None:
             kind = "module" if said.module else "model"
             raise InputError(f"{kind}={maker} makes a network, and a {type(source).__name__} was given: drop one")
+        _require_file(source, said)
         return unwrapped(source), None
     if said.model is not None:
         # timm, for its networks alone
@@ -319,7 +329,10 @@ def _own_card(
     """Return the card of a network of no family, whose preprocessing it assumes, and what to say of it."""
     card = said.card if said.card is not None else getattr(network, "card", None)
     if card is not None:
-        return (card if isinstance(card, ModelCard) else load_card(card)), "", ()
+        found = card if isinstance(card, ModelCard) else load_card(card)
+        if not find_task(found.task).refusal:
+            _require_size(network, interface, f"the card {found.name} for", found.input_size)
+        return found, "", ()
     if made is None:
         assumed = "ImageNet" if said.described else ""
         return default_card(network, interface, with_images=bool(said.described)), assumed, ()
@@ -347,6 +360,24 @@ def _example(network: nn.Module, own: SourceRequest, made: TimmNetwork | None) -
             "or give it an attribute example_input"
         )
     return example
+
+
+def _require_size(network: nn.Module, interface: Interface, said_by: str, size: tuple[int, int]) -> None:
+    """Raise InputError unless the network takes images of this size."""
+    shapes = [tuple(x.shape) for x in interface.examples]
+    if not any(len(shape) == _IMAGE_AXES and shape[2:] == size for shape in shapes):
+        raise InputError(
+            f"{said_by} {size[0]}x{size[1]} contradicts the example_input of {type(network).__name__}, "
+            f"of shape {', '.join(map(str, shapes))}: drop one of them"
+        )
+
+
+def _require_file(source: nn.Module, said: SourceRequest) -> None:
+    """Raise InputError if something was said that only a weights file has."""
+    about_files = {"weights": said.weights, "state_key": said.state_key, "ignore": said.ignore or None}
+    given = next((name for name, value in about_files.items() if value is not None), None)
+    if given is not None:
+        raise InputError(f"{given}= is about a weights file, and a {type(source).__name__} was given: drop it")
 
 
 def _is_merged(network: nn.Module, *, allow_merged: bool) -> bool:

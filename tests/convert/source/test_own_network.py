@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from repmlp_deploy import Bundle, Predictor, VerificationError, export
+from repmlp_deploy import Bundle, Predictor, VerificationError, export, get_model
+from repmlp_deploy.card import ModelCard, Preprocessing, Resize
 from repmlp_deploy.convert import transform
 from repmlp_deploy.convert.source.own_network import unwrapped
 from repmlp_deploy.errors import CheckpointError, InputError
@@ -41,6 +42,11 @@ def exported(segmenter: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> 
     example = {"images": torch.randn(2, 3, 32, 32), "weight": torch.rand(2, 5)}
     out = tmp_path_factory.mktemp("own") / "segmenter"
     return export(segmenter, example_input=example, formats="onnx,checkpoint,trt-rtx", batch="1:2:5", out=out)
+
+
+def classifier_card(size: tuple[int, int]) -> ModelCard:
+    how = Preprocessing(resize=Resize(mode="exact", size=size), mean=(1.0, 1.0, 1.0), std=(2.0, 2.0, 2.0))
+    return ModelCard(name="small-one", family="custom", task="classify", input_size=size, network={}, preprocessing=how)
 
 
 class Labels(nn.Module):
@@ -211,6 +217,32 @@ def test_a_factory_that_is_none_is_refused(module: str, said: str, tmp_path: Pat
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
     with pytest.raises(InputError, match=said):
         export(tmp_path / "x.pth", module=module, out=tmp_path / "out")
+
+
+def test_a_size_that_contradicts_the_example_is_refused(tmp_path: Path) -> None:
+    torch.save(_make(Scorer).state_dict(), tmp_path / "x.pth")
+    given = {"module": "support.own_networks:Scorer", "out": tmp_path / "out"}
+    said = r"contradicts the example_input of Scorer, of shape \(1, 3, 8, 8\): drop one of them"
+    with pytest.raises(InputError, match=f"--input-size 16x16 {said}"):
+        export(tmp_path / "x.pth", input_size=(16, 16), **given)
+    with pytest.raises(InputError, match=f"the card small-one for 32x32 {said}"):
+        export(tmp_path / "x.pth", card=classifier_card((32, 32)), **given)
+    bundle = export(tmp_path / "x.pth", card=classifier_card((8, 8)), input_size=(8, 8), formats="checkpoint", **given)
+    assert bundle.manifest.image_size == (8, 8)
+
+
+@pytest.mark.parametrize("given", [{"weights": "ema"}, {"state_key": "model"}, {"ignore": ["head.*"]}])
+def test_what_only_a_file_has_is_refused_for_a_network_in_memory(given: dict[str, Any], tmp_path: Path) -> None:
+    said = f"{next(iter(given))}= is about a weights file, and a {{}} was given: drop it"
+    with pytest.raises(InputError, match=said.format("Scorer")):
+        export(_make(Scorer), example_input=torch.zeros(1, 3, 8, 8), out=tmp_path / "out", **given)
+    with pytest.raises(InputError, match=said.format("RepMLPNet")):
+        export(get_model("repmlp-digits"), out=tmp_path / "out", **given)
+
+
+def test_the_size_of_a_network_in_memory_is_that_of_its_card(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--input-size 64x64 contradicts repmlp-digits, which takes 32x32"):
+        export(get_model("repmlp-digits"), input_size=(64, 64), out=tmp_path / "out")
 
 
 def test_what_cannot_be_proved_here_is_refused(tmp_path: Path) -> None:
