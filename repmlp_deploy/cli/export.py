@@ -15,7 +15,6 @@ from repmlp_deploy.cli.shared.console import print_json, print_warnings, run_com
 from repmlp_deploy.cli.shared.progress import Phases, progress
 from repmlp_deploy.convert.formats import parse_formats
 from repmlp_deploy.convert.options import (
-    DEFAULT_OPSET,
     GRAPHS,
     parse_profiles,
     parse_size,
@@ -45,7 +44,7 @@ def export_command(  # noqa: PLR0913 - one per option
     input_type: asked.Input = "float32",
     precision: asked.Precision = "fp32",
     batch: asked.Batch = "1:8:64",
-    opset: asked.Opset = DEFAULT_OPSET,
+    opset: asked.Opset = None,
     workspace_gb: words.WorkspaceGb = None,
     tf32: words.Tf32 = False,
     optimization_level: words.OptimizationLevel = None,
@@ -57,7 +56,7 @@ def export_command(  # noqa: PLR0913 - one per option
     strip_weights: words.StripWeights = False,
     verbosity: words.Verbosity = "error",
     calibration: asked.Calibration = None,
-    calibration_method: asked.CalibrationMethod = "minmax",
+    calibration_method: asked.CalibrationMethod = None,
     keep_fp32: asked.KeepFp32 = None,
     sensitivity: asked.Sensitivity = False,
     max_drop: asked.MaxDrop = None,

@@ -18,6 +18,7 @@ from repmlp_deploy.text import kind_and_line
 
 __all__ = [
     "CALIBRATION_METHODS",
+    "DEFAULT_METHOD",
     "DEFAULT_OPSET",
     "ENOUGH_SAMPLES",
     "GRAPHS",
@@ -44,6 +45,7 @@ INPUTS = ("float32", "uint8")
 MERGES = ("auto", "blocks", "regions", "hooks")
 """How a network is merged, besides PACKAGE:FUNCTION."""
 CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
+DEFAULT_METHOD = "minmax"
 ENOUGH_SAMPLES = 32
 """Calibration samples below which int8 ranges are a guess: a warning says so."""
 DEFAULT_OPSET = 20

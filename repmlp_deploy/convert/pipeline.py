@@ -21,13 +21,13 @@ from torch import nn
 from repmlp_deploy.bundle import BatchRange, Bundle, Probe, check_output_folder
 from repmlp_deploy.card import ModelCard
 from repmlp_deploy.convert.assembly import Assembly
-from repmlp_deploy.convert.engine_options import EngineOptions, with_profiles
-from repmlp_deploy.convert.formats import FORMATS, check_formats, formats_that_need, parse_formats
+from repmlp_deploy.convert.engine_options import FLAGS, EngineOptions, with_profiles
+from repmlp_deploy.convert.formats import FORMATS, check_formats, engine_formats, formats_that_need, parse_formats
 from repmlp_deploy.convert.graph.calibrate import Calibration, read_calibration, take_calibration
 from repmlp_deploy.convert.graphs import may_trace_fixed, trace_for, verified_graphs
 from repmlp_deploy.convert.job import Graphs, Job, image_preprocessing, of_whole_levels, require_images, taking_images
 from repmlp_deploy.convert.memory import release_memory
-from repmlp_deploy.convert.options import DEFAULT_OPSET, parse_profiles, whole_range
+from repmlp_deploy.convert.options import parse_profiles, whole_range
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
 from repmlp_deploy.convert.proof.probe import probe_like, record_probe, run_network
 from repmlp_deploy.convert.request import LowPrecision, Request
@@ -64,10 +64,10 @@ def export(  # noqa: PLR0913 - one per command-line option
     input: str = "float32",  # noqa: A002 - the word of the command line
     precision: str = "fp32",
     batch: str | int | BatchRange = "1:8:64",
-    opset: int = DEFAULT_OPSET,
+    opset: int | None = None,
     engine: EngineOptions | None = None,
     calibration: str | Path | Mapping[str, NDArray[Any]] | None = None,
-    calibration_method: str = "minmax",
+    calibration_method: str | None = None,
     keep_fp32: Sequence[str] = (),
     sensitivity: bool = False,
     max_drop: float | None = None,
@@ -97,10 +97,11 @@ def export(  # noqa: PLR0913 - one per command-line option
         input: `float32` for normalised images; `uint8` for graphs that take (N, H, W, C) levels and normalise them.
         precision: of the graph, an entry of `PRECISIONS`.
         batch: `MIN:OPT:MAX`, or one size that is fixed; several, comma-separated, are engines' profiles.
-        opset: of the ONNX graph, for older runtimes; before 20, GELU is made of other operators.
+        opset: of the ONNX graph, for older runtimes, by default 20 or the first that the precision needs; before 20,
+            GELU is made of other operators.
         engine: how to build engines.
         calibration: for int8: a folder of images, a `.npz`, or arrays (n, …) by the names of the inputs.
-        calibration_method: of `CALIBRATION_METHODS`.
+        calibration_method: of `CALIBRATION_METHODS`, by default `minmax`.
         keep_fp32: patterns of module or node names that stay in float32, such as `stages.0.*`.
         sensitivity: also measure the error of lowering each block alone.
         max_drop: percentage points of top-1 on `labelled` that int8 may lose: blocks return to float32, the most
@@ -131,6 +132,7 @@ def export(  # noqa: PLR0913 - one per command-line option
     request.check()
     if (max_drop is None) != (labelled is None):
         raise InputError("--max-drop POINTS and --eval FOLDER go together: give both, or neither")
+    _require_use(request)
     check_formats(request)
     if out is not None:
         check_output_folder(Path(out))
@@ -138,6 +140,19 @@ def export(  # noqa: PLR0913 - one per command-line option
     bundle, target = _made(model_or_checkpoint, own, request, target, labelled, clock)
     with clock.step("save"):
         return with_speeds(bundle).save(target)
+
+
+def _require_use(request: Request) -> None:
+    """Raise InputError if an option is about something that none of the formats has."""
+    low, asked, formats = request.low, request.engine.asked(), ",".join(request.formats)
+    if asked and not set(request.formats) & set(engine_formats()):
+        raise InputError(f"{FLAGS[asked[0]]} is about engines; add --format {' or '.join(engine_formats())}")
+    if request.asked_opset is not None and not formats_that_need(request, "fp32", "lowered"):
+        raise InputError(f"--opset is about the ONNX graph, of which --format {formats} has none: drop one of them")
+    measured = low.sensitivity and low.max_drop is None
+    if (measured or low.asked_method is not None) and not formats_that_need(request, "lowered"):
+        option = "--sensitivity" if measured else "--calibration-method"
+        raise InputError(f"{option} is about the {request.precision} ONNX graph: drop it, or add --format onnx")
 
 
 def _made(  # noqa: PLR0913 - what an export is of

@@ -13,6 +13,7 @@ from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.convert.options import (
     CALIBRATION_METHODS,
+    DEFAULT_METHOD,
     DEFAULT_OPSET,
     GRAPHS,
     INPUTS,
@@ -35,7 +36,7 @@ class LowPrecision:
     Attributes:
         precision: of `PRECISIONS`.
         calibration: a folder, a file or arrays for a precision that needs them.
-        method: of `CALIBRATION_METHODS`.
+        asked_method: of `CALIBRATION_METHODS`; None for `DEFAULT_METHOD`.
         keep_fp32: patterns of what stays in float32.
         sensitivity: whether to measure every block alone.
         max_drop: percentage points of top-1 that it may lose on labelled images; None for any number.
@@ -43,10 +44,15 @@ class LowPrecision:
 
     precision: str = "fp32"
     calibration: str | Path | Mapping[str, NDArray[Any]] | None = None
-    method: str = "minmax"
+    asked_method: str | None = None
     keep_fp32: tuple[str, ...] = ()
     sensitivity: bool = False
     max_drop: float | None = None
+
+    @property
+    def method(self) -> str:
+        """How ranges are chosen."""
+        return DEFAULT_METHOD if self.asked_method is None else self.asked_method
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Request:
         batch: the sizes to serve.
         engine: how to build engines.
         low: the precision, and how to get it.
-        opset: of the ONNX graph.
+        asked_opset: of the ONNX graph; None for `DEFAULT_OPSET`, or the first later one that the precision needs.
         merge: of `MERGES`, or PACKAGE:FUNCTION.
         input: of `INPUTS`.
     """
@@ -69,7 +75,7 @@ class Request:
     batch: BatchRange
     engine: EngineOptions
     low: LowPrecision
-    opset: int = DEFAULT_OPSET
+    asked_opset: int | None = None
     merge: str = "auto"
     input: str = "float32"
 
@@ -77,6 +83,11 @@ class Request:
     def precision(self) -> str:
         """The precision of every artifact."""
         return self.low.precision
+
+    @property
+    def opset(self) -> int:
+        """The opset of the float32 graph."""
+        return DEFAULT_OPSET if self.asked_opset is None else self.asked_opset
 
     @property
     def fixed_batch(self) -> int | None:
@@ -93,11 +104,16 @@ class Request:
         if self.opset not in OPSETS:
             raise InputError(f"--opset is {self.opset}; expected {OPSETS[0]} to {OPSETS[-1]}")
         needed = PRECISIONS[self.precision].min_opset
-        if self.opset < needed and self.opset != DEFAULT_OPSET:
-            raise InputError(f"{self.precision} needs opset {needed} or later; --opset is {self.opset}")
+        if self.asked_opset is not None and self.asked_opset < needed:
+            raise InputError(f"{self.precision} needs opset {needed} or later; --opset is {self.asked_opset}")
         calibrated = PRECISIONS[self.precision].needs_calibration
         if calibrated and self.low.calibration is None:
             raise InputError(f"{self.precision} needs calibration images: pass --calibration DIR|FILE.npz")
+        if not calibrated and self.low.asked_method is not None:
+            able = [name for name, entry in PRECISIONS.items() if entry.needs_calibration]
+            raise InputError(
+                f"--calibration-method is for {' and '.join(able)}; --precision is {self.precision}: drop one of them"
+            )
         looked_at = calibrated or PRECISIONS[self.precision].is_limited
         if not looked_at and self.low.calibration is not None:
             raise InputError(

@@ -2,6 +2,7 @@ import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ from repmlp_deploy import Bundle, Predictor, export, get_model
 from repmlp_deploy.bundle import MANIFEST
 from repmlp_deploy.card import load_card
 from repmlp_deploy.convert import graphs, pipeline, transform
+from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.convert.formats import parse_formats
 from repmlp_deploy.convert.graph.simplify import SimplificationFailed
 from repmlp_deploy.convert.options import parse_batch, parse_size
@@ -261,6 +263,36 @@ def test_wrong_batches(text: str) -> None:
 def test_wrong_sizes(text: str) -> None:
     with pytest.raises(InputError, match="expected HxW"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"calibration_method": "entropy"}, "--calibration-method is for int8 and fp8; --precision is fp32: drop"),
+        ({"calibration_method": "minmax", "precision": "fp16"}, "is for int8 and fp8; --precision is fp16: drop"),
+        ({"opset": 20, "precision": "bf16"}, "bf16 needs opset 22 or later; --opset is 20"),
+        (
+            {"opset": 18, "formats": "torch,checkpoint"},
+            "--opset is about the ONNX graph, of which --format torch,check",
+        ),
+        (
+            {"sensitivity": True, "precision": "fp16", "formats": "openvino"},
+            "about the fp16 ONNX graph: drop it, or add",
+        ),
+        ({"engine": EngineOptions(tf32=True)}, "--tf32 is about engines; add --format trt or trt-rtx"),
+        ({"batch": "1:2:4,4:8:16"}, "--batch is about engines; add --format trt or trt-rtx"),
+    ],
+)
+def test_options_that_would_say_nothing_are_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=said):
+        export(tmp_path / "no.pth", out=tmp_path / "out", **options)
+
+
+def test_ranges_that_openvino_chooses_have_no_method(tmp_path: Path) -> None:
+    samples = {"images": np.zeros((32, 3, 32, 32), np.float32)}
+    given: dict[str, Any] = {"precision": "int8", "calibration": samples, "formats": "openvino"}
+    with pytest.raises(InputError, match="--calibration-method is about the int8 ONNX graph: drop it, or add"):
+        export(tmp_path / "no.pth", calibration_method="entropy", out=tmp_path / "out", **given)
 
 
 def test_formats_have_aliases_and_suggestions() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from repmlp_deploy.cli.shared.console import typer
 from repmlp_deploy.convert.formats import FORMATS
-from repmlp_deploy.convert.options import CALIBRATION_METHODS, ENOUGH_SAMPLES, OPSETS
+from repmlp_deploy.convert.options import CALIBRATION_METHODS, DEFAULT_METHOD, DEFAULT_OPSET, ENOUGH_SAMPLES, OPSETS
 from repmlp_deploy.precision import PRECISIONS
 
 Checkpoint = Annotated[Path, typer.Option(help="Training-time checkpoint: .pth, .pt or .safetensors.")]
@@ -37,12 +37,19 @@ Precision = Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")
 Batch = Annotated[
     str, typer.Option(metavar="MIN:OPT:MAX[,…]", help="Batch sizes to serve, or one; several: engine profiles.")
 ]
-Opset = Annotated[int, typer.Option(help=f"ONNX opset, {OPSETS[0]} to {OPSETS[-1]}, for older runtimes.")]
+Opset = Annotated[
+    int | None,
+    typer.Option(
+        help=f"ONNX opset, {OPSETS[0]} to {OPSETS[-1]}; default {DEFAULT_OPSET}, or what the precision needs."
+    ),
+]
 Calibration = Annotated[
     Path | None,
     typer.Option(metavar="DIR|FILE.npz", help=f"Images or arrays for int8, fp8, fp16; {ENOUGH_SAMPLES} or more."),
 ]
-CalibrationMethod = Annotated[str, typer.Option(help=f"One of {', '.join(CALIBRATION_METHODS)}.")]
+CalibrationMethod = Annotated[
+    str | None, typer.Option(help=f"One of {', '.join(CALIBRATION_METHODS)}; default {DEFAULT_METHOD}.")
+]
 KeepFp32 = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="Modules that stay in fp32, such as stages.0.*; repeatable.")
 ]
