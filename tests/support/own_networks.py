@@ -103,6 +103,20 @@ class WithGap(NameOnly):
         return y if shift is None else y + shift[:, :, None, None]
 
 
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    example_input = torch.zeros(1, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there, self.back = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+        self.back.weight = self.there.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(F.relu(self.there(x)))
+
+
 def make_nothing() -> nn.Module:
     """Fail as a factory may."""
     raise KeyError("no weights here")

@@ -80,10 +80,10 @@ def make_own_network(factory: str) -> nn.Module:
 
 
 def fill_own_network(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
-    """Load `tensors` into `network`, strictly.
+    """Load `tensors` into `network`, strictly; of tied weights, one is enough.
 
     Raises:
-        CheckpointError: a key is missing, unexpected or of another shape; the first is named.
+        CheckpointError: a key is missing, unexpected or of another shape, or tied weights differ; the first is named.
     """
     expected = network.state_dict()
     for key, tensor in tensors.items():
@@ -92,10 +92,27 @@ def fill_own_network(network: nn.Module, tensors: Mapping[str, Tensor], name: st
         if tensor.shape != expected[key].shape:
             got, wanted = tuple(tensor.shape), tuple(expected[key].shape)
             raise CheckpointError(f"{name}: {key} has shape {got}; {type(network).__name__} expects {wanted}")
+    ties = _ties(expected)
     for key in expected:
-        if key not in tensors and not key.endswith("num_batches_tracked"):
+        given = next((other for other in ties[key] if other in tensors), None)
+        if given is None and not key.endswith("num_batches_tracked"):
             raise CheckpointError(f"{name} has no {key}, which {type(network).__name__} needs")
+        if given is not None and key in tensors and not torch.equal(tensors[given], tensors[key]):
+            raise CheckpointError(
+                f"{name}: {given} and {key} differ, and {type(network).__name__} has one weight for both"
+            )
     network.load_state_dict(tensors, strict=False)
+
+
+def _ties(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return the keys that share every key's memory, itself among them: `save_model` of safetensors writes only one."""
+    places: dict[Any, list[str]] = {}
+    found = {}
+    for key, value in state.items():
+        place = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.data_ptr() else key
+        found[key] = places.setdefault(place, [])
+        found[key].append(key)
+    return found
 
 
 @torch.no_grad()

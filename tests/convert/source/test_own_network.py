@@ -12,18 +12,19 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from repmlp_deploy import Bundle, Predictor, VerificationError, export, get_model
 from repmlp_deploy.card import ModelCard, Preprocessing, Resize
 from repmlp_deploy.convert import transform
-from repmlp_deploy.convert.source.own_network import unwrapped
+from repmlp_deploy.convert.source.own_network import fill_own_network, unwrapped
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.nets.flat import flatten_outputs
 from support.networks import randomize
-from support.own_networks import Scorer, Segmenter
+from support.own_networks import Scorer, Segmenter, Tied
 from support.task_cases import small_card, small_network
 
 
@@ -200,6 +201,37 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "trained.pth")
     with pytest.raises(CheckpointError, match=r"has no fc3.weight, which Scorer needs"):
         export(tmp_path / "trained.pth", module="support.own_networks:Scorer", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("left_out", ["there.weight", "back.weight"])
+def test_one_of_tied_weights_is_enough(left_out: str) -> None:
+    trained, network = _make(Tied), _make(Tied)
+    nn.init.zeros_(network.there.weight)
+    fill_own_network(network, {k: v for k, v in trained.state_dict().items() if k != left_out}, "x.pth")
+    assert torch.equal(network.there.weight, trained.there.weight)
+    assert network.back.weight is network.there.weight
+    with pytest.raises(CheckpointError, match=r"x\.pth has no there\.weight, which Tied needs"):
+        fill_own_network(network, {"back.bias": trained.back.bias}, "x.pth")
+
+
+def test_a_file_of_save_model_is_read(tmp_path: Path) -> None:
+    save_model(_make(Tied), str(tmp_path / "x.safetensors"))
+    bundle = export(
+        tmp_path / "x.safetensors", module="support.own_networks:Tied", formats="onnx", out=tmp_path / "out"
+    )
+    session = ort.InferenceSession(bundle.folder / "model.onnx")
+    x = torch.randn(3, 4)
+    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], _make(Tied)(x).detach().numpy(), atol=1e-6)
+
+
+def test_tied_weights_that_differ_in_a_file_are_refused() -> None:
+    network = _make(Tied)
+    state = network.state_dict()
+    state["back.weight"] = state["back.weight"] + 1
+    with pytest.raises(
+        CheckpointError, match=r"there\.weight and back\.weight differ, and Tied has one weight for both"
+    ):
+        fill_own_network(network, state, "x.pth")
 
 
 @pytest.mark.parametrize(
