@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -233,17 +234,19 @@ def _recognise(keys: Mapping[str, str], name: str) -> tuple[Layout, str]:
 
 def _own_prefix(keys: Mapping[str, str], expected: Collection[str]) -> tuple[str, str]:
     """Return the prefix to take off the file's keys and the one to put on; at most one is not empty."""
-    if any(key in expected for key in keys) or not keys or not expected:
+    if any(key in expected for key in keys):
         return "", ""
-    landmark = max(expected, key=len)
-    for key in sorted(keys, key=len):
-        if key.endswith(f".{landmark}"):
-            return key[: len(key) - len(landmark)], ""
-    first = max(keys, key=len)
-    for key in sorted(expected, key=len):
-        if key.endswith(f".{first}"):
-            return "", key[: len(key) - len(first)]
-    return "", ""
+    off = _fitting_prefix(keys, expected)
+    return off, "" if off else _fitting_prefix(expected, keys)
+
+
+def _fitting_prefix(longer: Collection[str], shorter: Collection[str]) -> str:
+    """Return the prefix without which most of the longer names are among the shorter; the shortest of several."""
+    fitting: Counter[str] = Counter()
+    for key in longer:
+        dots = [place for place, letter in enumerate(key) if letter == "."]
+        fitting.update(key[: dot + 1] for dot in dots if key[dot + 1 :] in shorter)
+    return min(fitting, key=lambda prefix: (-fitting[prefix], len(prefix)), default="")
 
 
 def _common_prefix(keys: Mapping[str, str], layout: Layout, prefix: str) -> str:

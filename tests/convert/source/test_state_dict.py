@@ -275,6 +275,19 @@ def test_one_prefix_makes_the_keys_of_an_own_network_fit(theirs: str, ours: str)
     assert to_layout(found.tensors, found).keys() == content.keys()
 
 
+def test_a_prefix_is_found_without_the_longest_key() -> None:
+    expected = {"bn.weight", "bn.running_mean", "bn.num_batches_tracked", "conv.weight"}
+    content = {f"backbone.{key}": torch.ones(1) for key in expected if "tracked" not in key}
+    content |= {"head.conv.weight": torch.ones(1)}
+    found = own_state_dict(content, expected)
+    assert found.prefix == "backbone."
+    assert found.tensors.keys() == expected - {"bn.num_batches_tracked"}
+    assert found.notes == ("left out 1 keys that belong to no part of the network: head.conv.weight",)
+    bare = {key.removeprefix("backbone."): value for key, value in content.items() if key.startswith("backbone.")}
+    longer = {f"net.{key}" for key in expected}
+    assert own_state_dict(bare, longer).tensors.keys() == longer - {"net.bn.num_batches_tracked"}
+
+
 def test_an_own_part_called_module_keeps_its_name() -> None:
     content = {"module.weight": torch.ones(1), "head.weight": torch.ones(1)}
     assert own_state_dict(content, content.keys()).tensors.keys() == content.keys()
