@@ -38,7 +38,7 @@ def flatten_outputs(answer: Any, name: str = "") -> dict[str, Tensor]:
     A single tensor is called `output`.
 
     Raises:
-        TypeError: there is something else than tensors, dictionaries, sequences and None.
+        TypeError: there is something else than tensors, dictionaries, sequences and None, or two have one name.
     """
     if isinstance(answer, Tensor):
         return {name or "output": answer}
@@ -54,7 +54,11 @@ def flatten_outputs(answer: Any, name: str = "") -> dict[str, Tensor]:
         raise TypeError(f"output {name or 'of the network'} is a {type(answer).__name__}; expected tensors")
     found: dict[str, Tensor] = {}
     for key, value in parts:
-        found |= flatten_outputs(value, f"{name}.{key}" if name else key)
+        inside = flatten_outputs(value, f"{name}.{key}" if name else key)
+        twice = next((part for part in inside if part in found), None)
+        if twice is not None:
+            raise TypeError(f"two outputs are called {twice}: rename one")
+        found |= inside
     return found
 
 

@@ -147,7 +147,7 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
         if value.dtype != torch.float32:
             raise InputError(f"{called}: {name} is {value.dtype}; only float32 outputs can be proved: return scores")
     inputs = keywords or _parameter_names(network, len(examples))
-    names = tuple(f"{name}_out" if name in inputs else name for name in outputs)
+    names = _output_names(tuple(outputs), inputs)
     plain = isinstance(answer, Tensor) and not keywords and len(examples) == 1 and _names_its_input(network)
     shapes = [value.shape for value in outputs.values()]
     classes = shapes[0][1] if len(shapes) == 1 and len(shapes[0]) > 1 else None
@@ -245,6 +245,18 @@ def _require_plain(network: nn.Module) -> None:
             raise InputError(f"{called}: {name} is on {value.device}: call .cpu() first")
         if value.is_floating_point() and value.dtype != torch.float32:
             raise InputError(f"{called}: {name} is {value.dtype}: call .float() first")
+
+
+def _output_names(outputs: Sequence[str], inputs: Sequence[str]) -> tuple[str, ...]:
+    """Return the outputs' names; one that an input has gets `_out` behind it until nothing else has it."""
+    taken, names = {*inputs, *outputs}, []
+    for output in outputs:
+        name = output
+        while name in taken and (name != output or name in inputs):
+            name = f"{name}_out"
+        taken.add(name)
+        names.append(name)
+    return tuple(names)
 
 
 def _names_its_input(network: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from repmlp_deploy import Bundle, Predictor, VerificationError, export, get_model
 from repmlp_deploy.card import ModelCard, Preprocessing, Resize
 from repmlp_deploy.convert import transform
-from repmlp_deploy.convert.source.own_network import fill_own_network, unwrapped
+from repmlp_deploy.convert.source.own_network import describe_interface, fill_own_network, unwrapped
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.nets.flat import flatten_outputs
@@ -301,6 +301,20 @@ def test_what_cannot_be_proved_here_is_refused(tmp_path: Path) -> None:
         export(network, out=tmp_path / "out")
     with pytest.raises(InputError, match="drop one"):
         export(network, module="support.own_networks:Scorer", out=tmp_path / "out")
+
+
+def test_outputs_that_are_called_like_inputs_get_names_of_their_own() -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            return {"x": x, "x_out": y, "y": x + y, "z": x - y}
+
+    example = {"x": torch.zeros(1, 2), "y": torch.zeros(1, 2)}
+    assert describe_interface(Named().eval(), example)[1].outputs == ("x_out_out", "x_out", "y_out", "z")
+
+
+def test_two_outputs_of_one_name_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"two outputs are called a\.b: rename one"):
+        flatten_outputs({"a": {"b": torch.ones(1)}, "a.b": torch.zeros(1)})
 
 
 def test_outputs_are_flattened_under_dotted_names() -> None:
