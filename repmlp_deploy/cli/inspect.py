@@ -11,7 +11,7 @@ from repmlp_deploy.cli.shared import export_options as asked
 from repmlp_deploy.cli.shared.bundle_report import print_details, print_sensitivity, print_summary
 from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, print_warnings, run_command, typer
 from repmlp_deploy.convert.options import parse_size
-from repmlp_deploy.errors import CheckpointError
+from repmlp_deploy.errors import CheckpointError, InputError
 
 __all__ = ["main"]
 
@@ -45,17 +45,6 @@ def inspect_command(  # noqa: PLR0913 - one per option
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Describe a checkpoint or a bundle: layout, architecture, parameters, hops."""
-    if path.is_dir():
-        bundle = Bundle.load(path)
-        for entry in bundle.files():
-            bundle.read(entry)
-        if json:
-            print_json({"kind": "bundle", **bundle.manifest.as_json()})
-        else:
-            print_details(bundle)
-            print_sensitivity(bundle)
-            print_summary(bundle)
-        return
     choices = {
         "module": module,
         "model": model,
@@ -65,7 +54,19 @@ def inspect_command(  # noqa: PLR0913 - one per option
         "ignore": tuple(ignore or ()),
         "input_size": None if input_size is None else parse_size(input_size),
     }
-    report = _describe(path, choices, said.read_description(mean, std, resize, crop, labels, scores), write_card)
+    description = said.read_description(mean, std, resize, crop, labels, scores)
+    if path.is_dir():
+        _require_no_choice(path, choices | description | {"write_card": write_card})
+        bundle = Bundle.load(path)
+        for entry in bundle.files():
+            bundle.read(entry)
+        if json:
+            print_json({"kind": "bundle", **bundle.manifest.as_json()})
+        else:
+            print_details(bundle)
+            print_summary(bundle)
+        return
+    report = _describe(path, choices, description, write_card)
     print_warnings(report["warnings"])
     if json:
         print_json(report)
@@ -75,6 +76,13 @@ def inspect_command(  # noqa: PLR0913 - one per option
     print_table(str(path), ("what", "value"), rows, left=2)
     if write_card is not None:
         print_line(f"wrote {write_card}; correct it, and pass it with --card {write_card}")
+
+
+def _require_no_choice(bundle: Path, choices: dict[str, Any]) -> None:
+    """Raise InputError if something was said that only a checkpoint leaves open."""
+    given = next((name for name, value in choices.items() if value not in (None, ())), None)
+    if given is not None:
+        raise InputError(f"--{given.replace('_', '-')} is about a checkpoint, and {bundle} is a folder: drop it")
 
 
 def _describe(

@@ -58,6 +58,10 @@ def verify_command(  # noqa: PLR0913 - one per option
     if bisect:
         _bisect(loaded, ckpt, card, module, artifact, as_json=json)
         return
+    if ckpt is None and (card or module):
+        raise InputError(
+            f"{'--card' if card else '--module'} is about the checkpoint, and there is none: pass --ckpt FILE"
+        )
     hops, notes = recertify(loaded, artifact, RunnerOptions(device, threads))
     derived: list[Hop] = []
     if ckpt is not None:

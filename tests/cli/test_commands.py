@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,23 @@ def test_inspecting_a_checkpoint_and_a_bundle(
     assert "simplified ONNX" in capsys.readouterr().out
     assert ends_with(inspect_cli.inspect_command, bundle.folder, "--json") == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "bundle"
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (inspect_cli.inspect_command, ("--weights", "ema")),
+        (inspect_cli.inspect_command, ("--mean", "1,2,3")),
+        (inspect_cli.inspect_command, ("--write-card", "no.toml")),
+        (verify_cli.verify_command, ("--module", "package:make")),
+        (verify_cli.verify_command, ("--card", "repmlp-digits")),
+    ],
+)
+def test_an_option_about_a_checkpoint_is_refused_without_one(
+    capsys: pytest.CaptureFixture[str], bundle: Bundle, command: Any, option: tuple[str, str]
+) -> None:
+    assert ends_with(command, bundle.folder, *option) == 2
+    assert f"{option[0]} is about " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
