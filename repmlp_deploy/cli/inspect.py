@@ -64,6 +64,7 @@ def inspect_command(  # noqa: PLR0913 - one per option
             print_json({"kind": "bundle", **bundle.manifest.as_json()})
         else:
             print_details(bundle)
+            print_sensitivity(bundle)
             print_summary(bundle)
         return
     report = _describe(path, choices, description, write_card)
