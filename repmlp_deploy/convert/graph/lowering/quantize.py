@@ -15,6 +15,10 @@ mantissa. A convolution needs no pair after it. ONNX Runtime takes the zero poin
 before such a QuantizeLinear, as if values below zero were cut off there (seen in 1.32; outputs are off by their own
 size). So every Relu is written as Max(x, 0).
 
+**Biases.** ONNX Runtime makes the bias of a product int32, in units of the activation's scale times the weights'.
+Where a channel's weights are nearly 0, as after a BatchNorm with γ = 0, its bias does not fit. So the weights of an
+output have a scale in which its bias takes at most 2³⁰ units, and a range of 0 counts as 1.
+
 FC3 of several sharesets, (S, h·w, h·w), has one scale: DequantizeLinear takes scales along one axis, and ONNX Runtime
 computes no batched product with those. (Bringing the sharesets to one range beforehand, exactly, by powers of two that
 the block's own scale takes back, changed nothing on the networks tried.) The residual sums, gates and GELU between the
@@ -46,7 +50,8 @@ except ImportError:
 
 __all__ = ["quantize_graph"]
 
-_SINGLE_AXIS_RANK = 2  # MatMul weights of more axes have one scale
+_SINGLE_AXIS_RANK = 2  # MatMul weights of other ranks have one scale
+_LARGEST_BIAS = 2.0**30  # units of an int32 bias; as many again are left for the sum of products
 
 
 def quantize_graph(
@@ -58,6 +63,7 @@ def quantize_graph(
     reasons = {node.output[0]: _why_float32(node, weights.keys(), kept_names) for node in graph.graph.node}
     transposed = _transposed_for(graph.graph, lambda node: not reasons[node.output[0]])
     work = _Quantizing(precision, ranges, weights, transposed)
+    work.make_room([node for node in graph.graph.node if not reasons[node.output[0]]], _biases(graph.graph, weights))
     counts: Counter[str] = Counter()
     kept = []
     for node in graph.graph.node:
@@ -92,6 +98,15 @@ def _transposed_for(graph: onnx.GraphProto, is_quantized: Callable[[NodeProto], 
     return {node.output[0]: node for node in transpositions if all(readers.get(node.output[0], [False]))}
 
 
+def _biases(graph: onnx.GraphProto, weights: Mapping[str, TensorProto]) -> dict[str, str]:
+    """Map the output of every product to the name of its constant bias: its own, or what the next node adds."""
+    found = {node.output[0]: node.input[2] for node in graph.node if node.op_type in PRODUCTS and len(node.input) > 2}  # noqa: PLR2004 - x, weights, bias
+    for node in graph.node:
+        for value, other in (node.input, reversed(node.input)) if node.op_type == "Add" else ():
+            found.setdefault(value, other)
+    return {value: bias for value, bias in found.items() if bias in weights}
+
+
 class _Quantizing:
     """The graph under construction; `transposed` are transpositions that move after QuantizeLinear."""
 
@@ -110,6 +125,21 @@ class _Quantizing:
         self.nodes: list[NodeProto] = []
         self.tensors: dict[str, TensorProto] = {}
         self._quantized: set[str] = set()
+        self._room: dict[str, NDArray[np.float32]] = {}
+
+    def make_room(self, products: Iterable[NodeProto], biases: Mapping[str, str]) -> None:
+        """Find the range that weights need at least for the biases of their products to fit int32, per output."""
+        for node in products if self._is_integer else ():
+            weight = self._weights[node.input[1]]
+            axis, source = _output_axis(node, len(weight.dims)), self._source(node.input[0])
+            if node.output[0] not in biases or source not in self._ranges:
+                continue
+            bias = np.abs(numpy_helper.to_array(self._weights[biases[node.output[0]]])).reshape(-1)
+            scale = numpy_helper.to_array(self.tensors[self._activation_scale(source)[0]])
+            least = (bias / (scale * _LARGEST_BIAS) * self._largest).astype(np.float32)
+            if axis is None or len(least) not in (1, weight.dims[axis]):
+                least = least.max(initial=0)
+            self._room[weight.name] = np.maximum(self._room.get(weight.name, np.float32(0)), least)
 
     def keep(self, node: NodeProto) -> None:
         """Copy a node; a Relu before 8-bit floats becomes the maximum with zero, see the module's text."""
@@ -138,7 +168,7 @@ class _Quantizing:
         """Return the name of an activation in 8 bits, and of its scale and zero point."""
         transposition = self._transposed.get(name)
         source = name if transposition is None else transposition.input[0]
-        scale = self._activation_scale(name if name in self._ranges else source)
+        scale = self._activation_scale(self._source(name))
         quantized = f"{name}_quantized"
         if name not in self._quantized:
             self._quantized.add(name)
@@ -152,6 +182,10 @@ class _Quantizing:
                 self.nodes.append(made)
                 self._add("QuantizeLinear", [name, *scale], quantized)  # rounds what is rounded: nothing changes
         return quantized, scale
+
+    def _source(self, name: str) -> str:
+        """Return the name under which an activation's range was measured."""
+        return name if name in self._ranges or name not in self._transposed else self._transposed[name].input[0]
 
     def _quantize_output(self, made: NodeProto, name: str) -> None:
         made.output[0] = f"{name}_exact"
@@ -170,7 +204,8 @@ class _Quantizing:
         return self._constants(name, np.float32(self._ranges[name]))
 
     def _constants(self, name: str, largest: NDArray[np.float32] | np.float32) -> tuple[str, str]:
-        scale = np.maximum(np.asarray(largest, np.float32) / self._largest, np.finfo(np.float32).tiny)
+        largest = np.where(np.asarray(largest, np.float32) == 0, np.float32(1), largest)
+        scale = np.maximum(largest / self._largest, np.finfo(np.float32).tiny)
         pair = (f"{name}_scale", f"{name}_zero_point")
         self.tensors[pair[0]] = numpy_helper.from_array(scale.astype(np.float32), pair[0])
         self.tensors[pair[1]] = self._stored(np.zeros(scale.shape, np.float32), pair[1])
@@ -185,7 +220,8 @@ class _Quantizing:
         values = numpy_helper.to_array(self._weights[name])
         axis = _output_axis(node, values.ndim)
         others = tuple(i for i in range(values.ndim) if i != axis) if axis is not None else None
-        scale, zero = self._constants(name, np.abs(values).max(axis=others))
+        largest = np.maximum(np.abs(values).max(axis=others), self._room.get(name, np.float32(0)))
+        scale, zero = self._constants(name, largest)
         factor = numpy_helper.to_array(self.tensors[scale])
         shape = [-1 if i == axis else 1 for i in range(values.ndim)] if axis is not None else []
         self.tensors[stored] = self._stored(values / factor.reshape(shape), stored)
@@ -208,4 +244,4 @@ def _output_axis(node: NodeProto, rank: int) -> int | None:
         return 0
     if node.op_type == "Gemm":
         return 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
-    return rank - 1 if rank <= _SINGLE_AXIS_RANK else None
+    return rank - 1 if rank == _SINGLE_AXIS_RANK else None
