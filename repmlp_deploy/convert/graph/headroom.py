@@ -33,6 +33,8 @@ __all__ = ["MARGIN", "Headroom", "find_headroom", "widened_graph"]
 MARGIN = 4.0
 """How many times the largest value seen must fit into the type: other inputs reach further than the samples do."""
 
+_ZERO = "headroom_zero"
+
 
 @dataclass(frozen=True)
 class Headroom:
@@ -70,6 +72,8 @@ def find_headroom(
 ) -> Headroom:
     """Return the first value of a graph without enough room; if all have it, the largest.
 
+    −∞, as attention's masks add it, is the same in every type and does not count.
+
     Args:
         graph: float32; left alone.
         precision: a limited one.
@@ -79,9 +83,13 @@ def find_headroom(
     held = list(_held_low(graph, kept))
     marked = copy_graph(graph)
     del marked.graph.output[:]
+    marked.graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), _ZERO))
     for i, node in enumerate(held):
-        size, largest = f"headroom_{i}_size", f"headroom_{i}"
-        marked.graph.node.append(helper.make_node("Abs", [node.output[0]], [size], name=size))
+        value, size, largest = node.output[0], f"headroom_{i}_size", f"headroom_{i}"
+        masked, finite = f"headroom_{i}_masked", f"headroom_{i}_finite"
+        marked.graph.node.append(helper.make_node("IsInf", [value], [masked], name=masked, detect_positive=0))
+        marked.graph.node.append(helper.make_node("Where", [masked, _ZERO, value], [finite], name=finite))
+        marked.graph.node.append(helper.make_node("Abs", [finite], [size], name=size))
         marked.graph.node.append(helper.make_node("ReduceMax", [size], [largest], name=largest, keepdims=0))
         marked.graph.output.append(helper.make_tensor_value_info(largest, onnx.TensorProto.FLOAT, []))
     run = onnx_run(serialize_model(marked))

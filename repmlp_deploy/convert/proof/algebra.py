@@ -104,31 +104,40 @@ def redraw_statistics(network: nn.Module, inputs: Sequence[NDArray[Any]], seed: 
     """Draw the statistics of every BatchNorm anew, in place, and run: the outputs.
 
     With m and s the mean and deviation of the map that reaches it, a BatchNorm gets μ ~ m + s·N(0, 1/4),
-    σ² ~ s²·U(1/2, 2), γ ~ ±U(1/2, 3/2) and β ~ N(0, 1/4). One that is used twice is drawn once.
+    σ² ~ s²·U(1/2, 2), γ ~ ±U(1/2, 3/2) and β ~ N(0, 1/4). Every tensor is drawn once, even if BatchNorms share it: the
+    first has computed with it. What other modules use, too, is left as it is.
 
     Args:
         network: in evaluation mode, float64.
         inputs: by position, (n, …).
         seed: of the generator.
     """
-    generator, drawn = torch.Generator().manual_seed(seed), set[nn.Module]()
+    generator = torch.Generator().manual_seed(seed)
+    others = (module for module in network.modules() if not isinstance(module, BatchNorm))
+    drawn = {id(x) for m in others for x in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
+
+    def is_new(what: Tensor | BatchNorm) -> bool:
+        seen = id(what) in drawn
+        drawn.add(id(what))
+        return not seen
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:
         return torch.empty_like(like).uniform_(low, high, generator=generator)
 
     def draw(bn: BatchNorm, arguments: tuple[Tensor, ...]) -> None:
-        if bn in drawn or not arguments or bn.running_mean is None or bn.running_var is None:
+        if not arguments or bn.running_mean is None or bn.running_var is None or not is_new(bn):
             return
-        drawn.add(bn)
         mean, deviation = arguments[0].mean(), arguments[0].std(correction=0)
         deviation = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
-        normal = torch.empty_like(bn.running_mean).normal_(0, 0.5, generator=generator)
-        bn.running_mean.copy_(mean + deviation * normal)
-        bn.running_var.copy_(deviation**2 * uniform(bn.running_var, 0.5, 2.0))
-        if bn.weight is not None:
+        if is_new(bn.running_mean):
+            normal = torch.empty_like(bn.running_mean).normal_(0, 0.5, generator=generator)
+            bn.running_mean.copy_(mean + deviation * normal)
+        if is_new(bn.running_var):
+            bn.running_var.copy_(deviation**2 * uniform(bn.running_var, 0.5, 2.0))
+        if bn.weight is not None and is_new(bn.weight):
             sign = uniform(bn.weight, -1.0, 1.0).sign()
             bn.weight.copy_(sign * uniform(bn.weight, 0.5, 1.5))
-        if bn.bias is not None:
+        if bn.bias is not None and is_new(bn.bias):
             bn.bias.normal_(0, 0.5, generator=generator)
 
     norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
@@ -144,7 +153,8 @@ def redraw_statistics(network: nn.Module, inputs: Sequence[NDArray[Any]], seed: 
 def compare_weights(name: str, stored: nn.Module, precise: nn.Module) -> Hop:
     """Return the row of the float32 weight that is farthest from its float64 twin, in roundings to float32.
 
-    A row, along the last axis that is longer than 1, rounds like its largest weight.
+    A row, along the last axis that is longer than 1, rounds like its largest weight. What is infinite in both, as in a
+    mask of attention, is equal and has no size.
 
     Raises:
         VerificationError: the two have other weights, or one is not finite.
@@ -158,7 +168,10 @@ def compare_weights(name: str, stored: nn.Module, precise: nn.Module) -> Hop:
         return _no_weights(name)
     worst = max(lines, key=lambda line: line[0])
     _, key, row, floor = worst
-    result = compare(_row(weights[key], row), _row(twins[key], row), classes=False)
+    rows = _both_finite(*(_rows(of[key])[row : row + 1] for of in (weights, twins)))
+    if not all(values.isfinite().all() for values in rows):
+        raise VerificationError(f"{name}: {key} has values that are not finite, or its float64 twin has them")
+    result = compare(*(values.numpy() for values in rows), classes=False)
     allowed = allowed_error("weights", floor)
     return Hop.model_validate(
         {
@@ -195,10 +208,13 @@ def _floats(network: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach() for key, value in network.state_dict().items() if value.is_floating_point()}
 
 
-def _row(weight: Tensor, row: int) -> NDArray[Any]:
-    """Return (1, n): the row that `_largest_error` counts."""
-    values: NDArray[Any] = _rows(weight)[row : row + 1].numpy()
-    return values
+def _both_finite(stored: Tensor, precise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in float64, with zeros where they are infinite and equal."""
+    stored, infinite = stored.double(), precise.isinf()
+    if not infinite.any():
+        return stored, precise
+    same = infinite & (stored == precise)
+    return stored.masked_fill(same, 0.0), precise.masked_fill(same, 0.0)
 
 
 def _rows(weight: Tensor) -> Tensor:
@@ -224,8 +240,9 @@ def _largest_error(key: str, weight: Tensor, twin: Tensor) -> tuple[float, str, 
     errors, sizes = torch.empty(len(stored), dtype=torch.float64), torch.empty(len(stored), dtype=torch.float64)
     for start in range(0, len(stored), step):  # by chunks: float64 copies of all weights would not fit a cache
         rows = slice(start, start + step)
-        errors[rows] = (stored[rows].double() - precise[rows]).abs_().amax(dim=1)
-        sizes[rows] = torch.maximum(precise[rows].amax(dim=1), -precise[rows].amin(dim=1))
+        known, exact = _both_finite(stored[rows], precise[rows])
+        errors[rows] = (known - exact).abs_().amax(dim=1)
+        sizes[rows] = torch.maximum(exact.amax(dim=1), -exact.amin(dim=1))
     floors = _ROUNDING * torch.maximum(sizes, _SMALL_ROW * sizes.max())
     ratios = torch.where(errors == 0, 0.0, errors / floors).nan_to_num(nan=torch.inf)
     row = int(ratios.argmax())

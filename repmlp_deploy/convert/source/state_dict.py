@@ -288,8 +288,8 @@ def _checked(value: Any, key: str, name: str, *, integers: bool = False) -> Tens
     if not value.is_floating_point():
         raise CheckpointError(f"{name}: {key} is {value.dtype}; expected floating-point weights")
     tensor = value.detach().float().contiguous()
-    if not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
+    trained = not integers or key.endswith(("weight", "bias", "running_mean", "running_var"))  # a mask may hold −∞
+    if bad := int((~tensor.isfinite() if trained else tensor.isnan()).sum()):
         raise CheckpointError(f"{name}: {key} has {bad} values that are NaN or infinite: the training diverged")
     if key.endswith("running_var") and tensor.numel() and float(tensor.min()) < 0:  # 0: a channel that never fired
         raise CheckpointError(f"{name}: {key} has a variance of {float(tensor.min()):g}; variances cannot be negative")

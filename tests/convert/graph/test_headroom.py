@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from repmlp_deploy import export
 from repmlp_deploy.convert.graph.headroom import MARGIN, find_headroom
@@ -51,6 +52,20 @@ def test_the_first_value_without_room_is_named_and_float32_values_do_not_count(m
     last = next(node.name for node in model.graph.node if "head" in node.name)
     kept = find_headroom(model, FP16, everything - {last}, inputs(1e6))
     assert kept.node.endswith(last) or kept.module != "conv_embedding.conv"
+
+
+@pytest.mark.parametrize(("mask", "is_enough"), [(-np.inf, True), (np.inf, False), (-1e30, False)])
+def test_masks_of_minus_infinity_have_room(mask: float, is_enough: bool) -> None:
+    """Any type holds them, unlike a large finite number."""
+    border = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3]) for name in ("x", "y")]
+    masked = numpy_helper.from_array(np.array([0, 0, mask], np.float32), "mask")
+    nodes = [helper.make_node("Add", ["x", "mask"], ["y"], name="add")]
+    small = helper.make_model(
+        helper.make_graph(nodes, "g", border[:1], border[1:], [masked]), opset_imports=[helper.make_opsetid("", 20)]
+    )
+    found = find_headroom(small, FP16, (), [[np.ones((2, 3), np.float32)]])
+    assert found.is_enough is is_enough
+    assert found.largest == 1.0 or not is_enough
 
 
 def test_a_value_that_fits_without_the_margin_is_refused_and_keeping_its_block_helps(tmp_path: Path) -> None:

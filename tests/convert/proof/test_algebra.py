@@ -19,6 +19,7 @@ from repmlp_deploy.convert.reparam.fold import fold_affine
 from repmlp_deploy.convert.reparam.merge import merge_branches
 from repmlp_deploy.errors import VerificationError
 from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet, RepMLPNetSpec
+from repmlp_deploy.nets.surgery import in_double
 from support.networks import randomize
 
 Transform = Callable[[nn.Module], nn.Module]
@@ -181,6 +182,29 @@ def test_a_batch_norm_that_is_used_twice_is_drawn_once() -> None:
     assert np.array_equal(outputs[0], run_network(network, x))
 
 
+@pytest.mark.parametrize("shared", [("weight", "bias"), ("running_mean", "running_var")])
+def test_what_batch_norms_share_is_drawn_once(shared: tuple[str, str]) -> None:
+    """A second drawing would change what the first BatchNorm has computed with."""
+    first, second = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    for name in shared:
+        setattr(second, name, getattr(first, name))
+    network = in_double(nn.Sequential(first, nn.ReLU(), second).eval())
+    second = network[2]
+    x = np.random.default_rng(0).standard_normal((2, 4, 3, 3))
+    outputs = redraw_statistics(network, [x])
+    assert np.array_equal(outputs[0], run_network(network, x))
+    assert not torch.equal(second.weight, torch.ones(4))
+    assert not torch.equal(second.running_var, torch.ones(4))
+
+
+def test_what_another_module_shares_with_a_batch_norm_is_not_drawn() -> None:
+    norm, scale = nn.BatchNorm2d(4), nn.GroupNorm(2, 4)
+    norm.weight = scale.weight
+    network = nn.Sequential(scale, norm).eval().double().requires_grad_(requires_grad=False)
+    x = np.random.default_rng(0).standard_normal((2, 4, 3, 3))
+    assert np.array_equal(redraw_statistics(network, [x])[0], run_network(network, x))
+
+
 def test_what_keeps_no_statistics_is_left_alone() -> None:
     bn = nn.BatchNorm2d(4, track_running_stats=False).eval().double()
     before = bn.weight.clone()
@@ -196,6 +220,24 @@ def test_other_weights_are_no_comparison(small_network: RepMLPNet) -> None:
     other.head.weight = nn.Parameter(other.head.weight[:3])
     with pytest.raises(VerificationError, match=r"head.weight has shape \(3, 16\); in float64 \(7, 16\)"):
         compare_weights("merged weights", other, merged.double())
+
+
+def masked(*values: float) -> nn.Module:
+    """A module with a mask as attention has it."""
+    module = nn.Module()
+    module.register_buffer("mask", torch.tensor([[0.0, *values], [0.0, 1.0, 2.0]]))
+    return module
+
+
+def test_what_is_infinite_in_both_is_equal() -> None:
+    hop = compare_weights("folded weights", masked(-torch.inf, torch.inf), masked(-torch.inf, torch.inf).double())
+    assert hop.passed
+    assert hop.max_abs == 0
+    for wrong in ((-torch.inf, -torch.inf), (-torch.inf, 1e30), (torch.nan, torch.inf)):
+        with pytest.raises(VerificationError, match="values that are not finite"):
+            compare_weights("folded weights", masked(*wrong), masked(-torch.inf, torch.inf).double())
+    near = compare_weights("folded weights", masked(-torch.inf, 1.001), masked(-torch.inf, 1.0).double())
+    assert not near.passed
 
 
 @pytest.mark.slow

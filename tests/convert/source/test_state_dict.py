@@ -291,3 +291,11 @@ def test_a_prefix_is_found_without_the_longest_key() -> None:
 def test_an_own_part_called_module_keeps_its_name() -> None:
     content = {"module.weight": torch.ones(1), "head.weight": torch.ones(1)}
     assert own_state_dict(content, content.keys()).tensors.keys() == content.keys()
+
+
+def test_a_mask_of_an_own_network_may_be_infinite_and_weights_may_not() -> None:
+    content = {"mask": torch.tensor([0.0, -torch.inf]), "head.weight": torch.ones(1)}
+    assert torch.equal(own_state_dict(content, content.keys()).tensors["mask"], content["mask"])
+    for key, value in (("mask", torch.nan), ("head.weight", torch.inf)):
+        with pytest.raises(CheckpointError, match=f"{key} has 1 values that are NaN or infinite"):
+            own_state_dict(content | {key: torch.tensor([value])}, content.keys())

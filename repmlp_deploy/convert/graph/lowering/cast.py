@@ -128,11 +128,12 @@ def _in_type(tensor: TensorProto, name: str, precision: Precision) -> TensorProt
     values = numpy_helper.to_array(tensor)
     with np.errstate(over="ignore"):
         low = values.astype(helper.tensor_dtype_to_np_dtype(kind))
-    if np.isfinite(values).all() and not np.isfinite(low.astype(np.float32)).all():
+    beyond = np.isfinite(values) & ~np.isfinite(low.astype(np.float32))
+    if beyond.any():
         instead = f", or use {precision.wider}" if precision.wider else ""
         module = tensor.name.rpartition(".")[0] or tensor.name
         raise VerificationError(
-            f"{tensor.name} holds {float(np.abs(values).max()):.3g}, "
+            f"{tensor.name} holds {float(np.abs(values[beyond]).max()):.3g}, "
             f"beyond {precision.element}'s {precision.largest:g}: pass --keep-fp32 '{module}'{instead}"
         )
     return TensorProto(name=name, data_type=kind, dims=tensor.dims, raw_data=low.tobytes())
