@@ -38,7 +38,7 @@ from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert.capture import captured_output
 from repmlp_deploy.convert.formats.candidate import BY_ACCURACY
 from repmlp_deploy.convert.formats.openvino_float import with_float_nodes
-from repmlp_deploy.convert.formats.openvino_graph import PRODUCTS, products, weights_of
+from repmlp_deploy.convert.formats.openvino_graph import PRODUCTS, products, weights_of, with_all_inputs
 from repmlp_deploy.convert.formats.openvino_levels import arrange_levels
 from repmlp_deploy.convert.graph.lowering.patterns import match_patterns, module_and_parents
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency
@@ -170,7 +170,7 @@ def quantize_ir(  # noqa: PLR0913 - see `build_ir`
 
 def _prepared(graph: bytes, batch: BatchRange, inputs: Mapping[str, Sequence[int]]) -> Any:
     """Return the model of a graph, for the batch sizes that are served."""
-    model = _read(graph)
+    model = with_all_inputs(_read(graph), graph, tuple(inputs))
     n = batch.min if batch.min == batch.max else -1
     model.reshape({name: [n, *shape] for name, shape in inputs.items()})
     if n < 0:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-__all__ = ["PRODUCTS", "constant_of", "is_static", "products", "readers", "weights_of"]
+from repmlp_deploy.errors import MissingDependency
+
+try:
+    import onnx
+except ImportError:
+    raise MissingDependency("onnx", "export") from None
+try:
+    import openvino as ov
+    from openvino import opset15 as ops
+except ImportError:
+    raise MissingDependency("openvino", "openvino") from None
+
+__all__ = ["PRODUCTS", "constant_of", "is_static", "products", "readers", "weights_of", "with_all_inputs"]
 
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 """Operations that hold nearly all of a network's bytes and arithmetic, if their weights are constant."""
@@ -13,6 +25,26 @@ PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 _MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "ShapeOf")
 _STORING = ("Convert", "Reshape")
 _DEQUANTIZING = (*_STORING, "Multiply", "Subtract", "FakeQuantize")
+
+
+def with_all_inputs(model: Any, graph: bytes, names: Sequence[str]) -> Any:
+    """Return a model with every input of the ONNX graph it was read from: OpenVINO drops those that nothing reads.
+
+    Args:
+        model: as it was read.
+        graph: the ONNX model.
+        names: of all inputs, in the order in which they are given.
+    """
+    found = {name: port.get_node() for port in model.inputs for name in port.get_names()}
+    if found.keys() >= set(names):
+        return model
+    for value in onnx.load_from_string(graph).graph.input:
+        if value.name not in found:
+            kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            unread = ops.parameter([-1] * len(value.type.tensor_type.shape.dim), kind, value.name)
+            unread.output(0).get_tensor().set_names({value.name})
+            found[value.name] = unread
+    return ov.Model(model.get_results(), [found[name] for name in names], model.get_friendly_name())
 
 
 def products(model: Any) -> list[Any]:
