@@ -37,7 +37,7 @@ from repmlp_deploy.convert.source.trained import SourceRequest, Trained, find_in
 from repmlp_deploy.convert.step import Tell
 from repmlp_deploy.convert.target.accuracy import OpenLabelled, require_one_class_per_image
 from repmlp_deploy.convert.target.meeting import Goal, artifact_within, set_goal
-from repmlp_deploy.convert.transform import transform_and_prove
+from repmlp_deploy.convert.transform import require_merged_modules, transform_and_prove
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.runtime.choice import with_speeds
 from repmlp_deploy.runtime.images import find_images, normalised
@@ -167,6 +167,7 @@ def _made(  # noqa: PLR0913 - what an export is of
     trained = _loaded(source, own, clock)  # here and not in a caller, whose name for it would keep the weights
     target = Path("artifacts", f"{trained.card.name}-{request.precision}") if out is None else out
     check_output_folder(target)
+    require_merged_modules(trained, request.graph, request.formats, request.merge)
     interface = find_interface(trained)
     samples = _samples(trained, request, interface, clock)
     if request.input == "uint8":

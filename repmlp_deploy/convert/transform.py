@@ -11,7 +11,7 @@ the benchmark's PyTorch rows all use it, so that no one of them can skip a proof
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,7 +33,7 @@ from repmlp_deploy.convert.step import Clock, Step, untimed
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.nets.foreign import holds_blocks
 
-__all__ = ["Form", "Stage", "stages_of", "transform_and_prove"]
+__all__ = ["Form", "Stage", "require_merged_modules", "stages_of", "transform_and_prove"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,18 @@ def stages_of(trained: Trained, graph: str, merge: str = "auto") -> tuple[Stage,
         return merging
     examples = find_interface(trained).examples
     return (*merging, Stage("regions", "merge regions", partial(_with_regions_merged, examples=examples)))
+
+
+def require_merged_modules(trained: Trained, graph: str, formats: Collection[str], merge: str) -> None:
+    """Raise InputError if merged modules are asked for, and nothing but regions of the traced graph would merge."""
+    asked = "--graph merged" if graph == "merged" else "--format checkpoint" if "checkpoint" in formats else ""
+    by_modules = trained.interface is None or is_by_package(merge) or merge == "blocks"
+    if not asked or by_modules or (merge == "auto" and holds_blocks(trained.network)):
+        return
+    raise InputError(
+        f"{asked} needs merged modules. This network has no RepMLP block, and --merge {merge} merges only its traced "
+        f"graph: pass --merge hooks or --merge PACKAGE:FUNCTION, or drop {asked}"
+    )
 
 
 def _with_regions_merged(network: nn.Module, examples: Sequence[Tensor], *, use_up: bool = False) -> nn.Module:

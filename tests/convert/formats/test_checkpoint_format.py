@@ -6,18 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from pydantic import BaseModel
 
 from repmlp_deploy import Predictor, export
+from repmlp_deploy.convert.options import find_named
 from repmlp_deploy.convert.source.trained import load_trained
-from repmlp_deploy.errors import CheckpointError
+from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.families import FAMILIES
 from repmlp_deploy.nets.networks.pure_mlp import PureMLPSpec
 from repmlp_deploy.nets.networks.repmlp_resnet import RepMLPResNetSpec
 from repmlp_deploy.nets.networks.repmlpnet import RepMLPNetSpec
 from support.golden_cases import GoldenCase, assert_matches_golden
 from support.networks import randomize
+from support.standins import STANDINS
 
 RESNET: dict[str, Any] = {"input_size": (32, 32), "depths": (1, 2, 2, 1), "channels": (8, 32, 64, 16), "stem": 8}
 SPECS: list[tuple[str, BaseModel]] = [
@@ -67,6 +70,52 @@ def test_merged_weights_of_another_network_would_be_noticed(tmp_path: Path) -> N
     again = load_trained(tmp_path / "changed.pth", allow_merged=True).network
     with pytest.raises(AssertionError):
         torch.testing.assert_close(again(x), trained(x), rtol=1e-4, atol=1e-5)
+
+
+TIED = """
+import torch
+from torch import nn
+from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2), nn.BatchNorm2d(4))
+        self.block = RepMLPBlock(4, 4, 4, sharesets=2, hidden=2)
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.second.weight = self.first.weight
+        self.example_input = torch.zeros(1, 3, 8, 8)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(self.block(self.stem(x)).mean((2, 3)))))
+"""
+
+
+def test_tied_weights_are_stored_as_safetensors_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the report says that the weights have only blocks merged."""
+    (tmp_path / "tied_for_tests.py").write_text(TIED)
+    monkeypatch.chdir(tmp_path)
+    network = randomize(find_named("--module", "tied_for_tests:Tied")())
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "trained.safetensors")
+    path, factory = tmp_path / "trained.safetensors", "tied_for_tests:Tied"
+    bundle = export(path, module=factory, formats="checkpoint", batch=2, out=tmp_path / "out")
+    saved = safetensors.torch.load_file(bundle.folder / "model.safetensors")
+    assert torch.equal(saved["first.weight"], network.first.weight)
+    assert torch.equal(saved["second.weight"], network.first.weight)
+    said = "model.safetensors has RepMLP's blocks merged; the regions (1) are merged in graphs alone"
+    assert said in bundle.manifest.notes
+
+
+@pytest.mark.parametrize("merge", ["auto", "regions"])
+@pytest.mark.parametrize(("option", "value"), [("formats", "onnx,checkpoint"), ("graph", "merged")])
+def test_weights_are_refused_where_only_the_graph_is_merged(
+    option: str, value: str, merge: str, tmp_path: Path
+) -> None:
+    network = STANDINS["repvgg"]()
+    asked = "--graph merged" if option == "graph" else "--format checkpoint"
+    with pytest.raises(InputError, match=f"{asked} needs merged modules. .*: pass --merge hooks .*, or drop {asked}"):
+        export(network, example_input=network.example_input, merge=merge, out=tmp_path / "out", **{option: value})
 
 
 @pytest.mark.slow
