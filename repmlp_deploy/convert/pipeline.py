@@ -253,9 +253,10 @@ def _samples(trained: Trained, request: Request, interface: Interface, clock: _C
         return None
     with clock.step("read calibration"):
         how = image_preprocessing(trained.card)
+        types = {name: x.numpy().dtype for name, x in zip(interface.inputs, interface.examples, strict=True)}
         if isinstance(given, Mapping):
-            return take_calibration(given, shapes, how)
-        return read_calibration(given, shapes, how)
+            return take_calibration(given, shapes, how, types)
+        return read_calibration(given, shapes, how, types)
 
 
 def _probe(

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,10 @@ class Calibration:
 
 
 def read_calibration(
-    path: str | Path, inputs: Mapping[str, Sequence[int]], preprocessing: Preprocessing | None
+    path: str | Path,
+    inputs: Mapping[str, Sequence[int]],
+    preprocessing: Preprocessing | None,
+    types: Mapping[str, np.dtype[Any]] = MappingProxyType({}),
 ) -> Calibration:
     """Read the samples in `path`.
 
@@ -112,6 +116,7 @@ def read_calibration(
             as they are, under the names of its inputs, or a single array for a network with one input.
         inputs: name of every input to its shape without the batch.
         preprocessing: from an image to the input; None where nobody said what images the network takes.
+        types: name of an input to the type that the network takes; by default floats become float32 and integers stay.
 
     Raises:
         InputError: `path` holds nothing usable; the first thing wrong is named.
@@ -122,13 +127,14 @@ def read_calibration(
         return _read_images(path, inputs, preprocessing)
     if path.suffix.lower() != ".npz" or not path.is_file():
         raise InputError(f"--calibration {path}: expected a folder of images or a .npz file")
-    return _read_arrays(path, inputs, preprocessing)
+    return _read_arrays(path, inputs, preprocessing, types)
 
 
 def take_calibration(
     arrays: Mapping[str, NDArray[Any]],
     inputs: Mapping[str, Sequence[int]],
     preprocessing: Preprocessing | None = None,
+    types: Mapping[str, np.dtype[Any]] = MappingProxyType({}),
 ) -> Calibration:
     """Take samples that are in memory: arrays (n, …) as the network takes them, by the names of its inputs.
 
@@ -136,11 +142,12 @@ def take_calibration(
         arrays: input to samples.
         inputs: see `read_calibration`.
         preprocessing: see `read_calibration`.
+        types: see `read_calibration`.
 
     Raises:
         InputError: they do not fit the network, or are no such images as `preprocessing` makes.
     """
-    return _checked(dict(arrays), inputs, "calibration", "arrays in memory", preprocessing)
+    return _checked(dict(arrays), inputs, "calibration", "arrays in memory", preprocessing, types)
 
 
 def measure_ranges(  # noqa: PLR0913 - how ranges are measured, and on what
@@ -219,21 +226,28 @@ def _read_images(path: Path, inputs: Mapping[str, Sequence[int]], how: Preproces
     return _split({name: samples}, f"--calibration {path}", f"{path.name}/", len(files), how)
 
 
-def _read_arrays(path: Path, inputs: Mapping[str, Sequence[int]], how: Preprocessing | None) -> Calibration:
+def _read_arrays(
+    path: Path,
+    inputs: Mapping[str, Sequence[int]],
+    how: Preprocessing | None,
+    types: Mapping[str, np.dtype[Any]],
+) -> Calibration:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
     except Exception as error:  # noqa: BLE001 - archives make zipfile, zlib and numpy raise whatever they like
         raise InputError(f"--calibration {path} cannot be read: {error or type(error).__name__}") from None
-    return _checked(found, inputs, f"--calibration {path}", f"{path.name} (sha256 {hash_file(path)[:12]})", how)
+    source = f"{path.name} (sha256 {hash_file(path)[:12]})"
+    return _checked(found, inputs, f"--calibration {path}", source, how, types)
 
 
-def _checked(
+def _checked(  # noqa: PLR0913 - what is given, and what it must fit
     found: dict[str, NDArray[Any]],
     inputs: Mapping[str, Sequence[int]],
     what: str,
     source: str,
     how: Preprocessing | None,
+    types: Mapping[str, np.dtype[Any]],
 ) -> Calibration:
     """Return the arrays of the network's inputs."""
     if len(inputs) == len(found) == 1:
@@ -246,19 +260,26 @@ def _checked(
         if values.shape[1:] != tuple(shape) or not len(values):
             expected = ", ".join(str(edge) for edge in shape)
             raise InputError(f"{what}: {name} is {values.shape}; the network takes (N, {expected})")
-        if np.issubdtype(values.dtype, np.floating):
-            values = values.astype(np.float32, copy=False)
-            if not np.isfinite(values).all():
-                raise InputError(f"{what}: {name} has values that are not finite")
-        elif how is not None or not np.issubdtype(values.dtype, np.integer):
-            raise InputError(
-                f"{what}: {name} is {values.dtype}; the network takes float32, normalised: give that, or images"
-            )
+        any_integer = how is None and np.issubdtype(values.dtype, np.integer)
+        kind = types.get(name, values.dtype if any_integer else np.dtype(np.float32))
+        values = _in_type(values, kind, f"{what}: {name}", " normalised: give that, or images" if how else "")
         samples[name] = values[_spaced(len(values), LIMIT + UNSEEN)]
     lengths = sorted({len(found[name]) for name in inputs})
     if len(lengths) > 1:
         raise InputError(f"{what}: its arrays hold {', '.join(map(str, lengths))} samples")
     return _split(samples, what, source, lengths[0], how)
+
+
+def _in_type(values: NDArray[Any], kind: np.dtype[Any], what: str, remark: str) -> NDArray[Any]:
+    """Return the values in the type that the network takes; integers and flags must stay what they are."""
+    floats = np.issubdtype(kind, np.floating)
+    if np.issubdtype(values.dtype, np.floating if floats else np.integer) or (values.dtype == kind == np.bool_):
+        made = values.astype(kind, copy=False)
+        if floats and not np.isfinite(made).all():
+            raise InputError(f"{what} has values that are not finite")
+        if floats or np.array_equal(made, values):
+            return made
+    raise InputError(f"{what} is {values.dtype}; the network takes {kind}{remark and ','}{remark}")
 
 
 def _split(

@@ -104,6 +104,37 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, np
         read_calibration(tmp_path / "x.npz", INPUTS, None)
 
 
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        (np.arange(4, dtype=np.int32), np.int64),
+        (np.arange(4), np.uint8),
+        (np.array([True, False, True, True]), np.bool_),
+        (np.array([1, 0, 0, 1]), np.bool_),
+        (np.arange(4.0), np.float32),
+    ],
+)
+def test_arrays_have_the_type_that_the_network_takes(given: np.ndarray, kind: type[np.generic]) -> None:
+    calibration = take_calibration({"ids": given[:, None]}, {"ids": (1,)}, types={"ids": np.dtype(kind)})
+    assert calibration.samples["ids"].dtype == kind
+    np.testing.assert_array_equal(calibration.samples["ids"][:, 0], given)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        (np.arange(4) + 300, np.uint8, "ids is int64; the network takes uint8"),
+        (np.arange(4), np.bool_, "ids is int64; the network takes bool"),
+        (np.arange(4.0), np.int64, "ids is float64; the network takes int64"),
+        (np.arange(4), np.float32, "ids is int64; the network takes float32$"),
+        (np.arange(4) > 1, np.int64, "ids is bool; the network takes int64"),
+    ],
+)
+def test_arrays_of_another_type_are_refused(given: np.ndarray, kind: type[np.generic], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        take_calibration({"ids": given[:, None]}, {"ids": (1,)}, types={"ids": np.dtype(kind)})
+
+
 def test_arrays_of_different_lengths_are_refused() -> None:
     arrays = {"images": np.zeros((4, 3, 32, 32)), "ids": np.zeros((3, 1))}
     with pytest.raises(InputError, match="its arrays hold 3, 4 samples"):
