@@ -40,7 +40,6 @@ from repmlp_deploy.convert.graph.simplify import SimplificationFailed, Simplifie
 from repmlp_deploy.convert.job import Graphs, Job
 from repmlp_deploy.convert.step import Step
 from repmlp_deploy.errors import InputError, VerificationError
-from repmlp_deploy.nets.blocks.algebra import has_batch_norms
 from repmlp_deploy.precision import PRECISIONS, Precision
 
 __all__ = ["may_trace_fixed", "require_headroom", "trace_for", "verified_graphs"]
@@ -160,7 +159,7 @@ def _exported(job: Job, network: nn.Module, traced: Traced, file: BinaryIO, *, f
             traced,
             input_names=interface.inputs,
             output_names=interface.outputs,
-            optimize=not fixed or has_batch_norms(network),
+            optimize=not fixed or traced.needs_folding,
             opset=job.request.opset,
         )
         model = with_symbolic_batch(model) if job.request.fixed_batch is None else model

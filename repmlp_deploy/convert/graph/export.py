@@ -38,6 +38,7 @@ __all__ = ["TRACED", "Traced", "export_graph", "trace_network", "with_metadata",
 BATCH_AXIS = "batch"
 
 _TALKATIVE = ("torch", "onnxscript", "onnx_ir")
+_FOLDED = ("conv1d", "conv3d", "conv_transpose")  # without a bias, they become a dozen nodes for it
 _TRACED_BATCH = 2  # 0 and 1 would be specialised
 TRACED = BatchRange(min=_TRACED_BATCH, opt=_TRACED_BATCH, max=_TRACED_BATCH)
 """The fixed batch to trace with where the batch is to be made symbolic afterwards."""
@@ -54,6 +55,12 @@ class Traced:
 
     program: torch.export.ExportedProgram
     chatter: str
+
+    @property
+    def needs_folding(self) -> bool:
+        """Whether the exporter must fold: a BatchNorm, or what it writes for convolutions other than conv2d."""
+        kinds = {str(node.target).removeprefix("aten.") for node in self.program.graph.nodes}
+        return any("batch_norm" in kind or kind.startswith(_FOLDED) for kind in kinds)
 
 
 def trace_network(network: nn.Module, examples: Sequence[Tensor], batch: BatchRange) -> Traced:

@@ -6,14 +6,17 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from torch import nn
 
 import repmlp_deploy
+from repmlp_deploy import export
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert.graph import simplify as simplifying
 from repmlp_deploy.convert.graph.export import export_graph, trace_network, with_metadata
 from repmlp_deploy.convert.graph.proto import SCOPES, large_weights, restore_weights, serialize_model, without_weights
 from repmlp_deploy.convert.graph.simplify import SimplificationFailed, simplify_graph
 from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet
+from support.networks import randomize
 
 
 def model_with_weights() -> onnx.ModelProto:
@@ -124,3 +127,20 @@ def test_exporting_prints_nothing_and_names_the_tensors(
     assert [value.name for value in model.graph.input] == ["images"]
     assert [value.name for value in model.graph.output] == ["logits"]
     assert model.opset_import[0].version == 20
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "left"),
+    [
+        (nn.Sequential(nn.Conv1d(3, 4, 3, bias=False), nn.BatchNorm1d(4), nn.ReLU()), (1, 3, 9), ["Conv", "Relu"]),
+        (nn.Sequential(nn.ConvTranspose2d(3, 4, 2, bias=False), nn.ReLU()), (1, 3, 5, 5), ["ConvTranspose", "Relu"]),
+        (nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4)), (1, 3, 5, 5), ["ConvTranspose"]),
+        (nn.Sequential(nn.Conv3d(3, 4, 2), nn.BatchNorm3d(4)), (1, 3, 5, 5, 5), ["Conv"]),
+    ],
+)
+def test_what_regions_leave_is_folded_by_the_exporter(
+    network: nn.Module, shape: tuple[int, ...], left: list[str], tmp_path: Path
+) -> None:
+    """The graph of an export is no larger than the exporter's own."""
+    bundle = export(randomize(network), example_input=torch.zeros(shape), batch="1:2:4", out=tmp_path / "out")
+    assert [node.op_type for node in onnx.load(bundle.folder / "model.onnx").graph.node] == left

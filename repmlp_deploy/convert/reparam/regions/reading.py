@@ -20,8 +20,19 @@ from repmlp_deploy.convert.reparam.regions.tracing import Values, sizes
 __all__ = ["PRODUCTS", "Affine", "Overwritten", "Reading", "Same", "Sum", "grid_of", "read_node", "scale_shift"]
 
 _aten = torch.ops.aten
-PRODUCTS = (_aten.conv2d.default, _aten.linear.default, _aten.matmul.default, _aten.mm.default)
+PRODUCTS = (_aten.conv2d.default, _aten.conv2d.padding, _aten.linear.default, _aten.matmul.default, _aten.mm.default)
 """Operators that multiply by a matrix."""
+
+_FOLDED_LATER = (
+    _aten.conv1d.default,
+    _aten.conv1d.padding,
+    _aten.conv3d.default,
+    _aten.conv3d.padding,
+    _aten.conv_transpose1d.default,
+    _aten.conv_transpose2d.input,
+    _aten.conv_transpose3d.input,
+)
+"""Convolutions that are not read here; the ONNX exporter folds a BatchNorm after them."""
 
 _MAP_AXES = 4  # (N, C, H, W)
 
@@ -116,16 +127,15 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def _conv(node: fx.Node, values: Values) -> Reading | None:
     weight, bias = node.args[1], _argument(node, 2, "bias", None)
-    padding = _argument(node, 4, "padding", 0)
-    if not (values.is_constant(weight) and values.is_constant(bias)) or isinstance(padding, str):
+    if not (values.is_constant(weight) and values.is_constant(bias)):
         return None
-    made = Map(
-        values.constant(weight),
-        int(_argument(node, 6, "groups", 1)),
-        _pair(_argument(node, 3, "stride", 1)),
-        _pair(padding),
-        _pair(_argument(node, 5, "dilation", 1)),
-    )
+    kernel, dilation = values.constant(weight), _pair(_argument(node, 5, "dilation", 1))
+    padding = _argument(node, 4, "padding", 0)
+    if isinstance(padding, str):  # "same" leaves a larger half of an odd padding for the end
+        taps = kernel.shape[2:] if padding == "same" else (1, 1)
+        padding = [d * (k - 1) // 2 for d, k in zip(dilation, taps, strict=True)]
+    groups, stride = int(_argument(node, 6, "groups", 1)), _pair(_argument(node, 3, "stride", 1))
+    made = Map(kernel, groups, stride, _pair(padding), dilation)
     return Affine(node.all_input_nodes[0], made, values.constant(bias), 1)
 
 
@@ -150,6 +160,8 @@ def _batch_norm(node: fx.Node, values: Values) -> Reading | None:
     x, weight, bias, mean, variance, _, eps = node.args
     if not isinstance(x, fx.Node) or not all(values.is_constant(v) for v in (weight, bias, mean, variance)):
         return None
+    if x.target in _FOLDED_LATER and len(x.users) == 1 and values.is_constant(x.args[1]):
+        return None  # as two nodes of its own it could not be folded
     mean, variance = values.constant(mean), values.constant(variance)
     factors = (variance + eps).rsqrt() * (1 if weight is None else values.constant(weight))
     shift = (0 if bias is None else values.constant(bias)) - mean * factors
@@ -294,6 +306,7 @@ def _axes(node: fx.Node) -> int:
 
 _READERS: dict[object, Callable[[fx.Node, Values], Reading | None]] = {
     _aten.conv2d.default: _conv,
+    _aten.conv2d.padding: _conv,
     _aten.linear.default: _linear,
     _aten.matmul.default: _matmul,
     _aten.mm.default: _matmul,

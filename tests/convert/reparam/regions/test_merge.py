@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from repmlp_deploy.convert.reparam.regions.merge import merge_regions, report_of
+from support.networks import randomize
 from support.region_cases import CASES, Case, Parallel, conv_norm
 
 
@@ -61,6 +63,45 @@ def test_a_dense_kernel_is_not_made_of_a_grouped_one_where_that_costs_more() -> 
     report = merge_regions(network, (torch.randn(1, 6, 9, 8),)).report
     assert report.after["products"] == 2
     assert sum(region.macs_after for region in report.regions) <= sum(region.macs_before for region in report.regions)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel_size": 3}, {"kernel_size": 4}, {"kernel_size": (3, 2), "dilation": (2, 1)}],
+    ids=["odd", "even", "dilated"],
+)
+def test_padding_by_name_is_merged(options: dict[str, Any]) -> None:
+    """An even kernel has more padding after the map than before it."""
+
+    def branch(padding: str, **options: Any) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 4, padding=padding, bias=False, **options), nn.BatchNorm2d(4))
+
+    network = randomize(Parallel(one=branch("same", **options), two=branch("valid", kernel_size=1))).double()
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    merged = merge_regions(network, (x,))
+    assert merged.report.after == {"products": 1, "BatchNorms": 0, "additions": 0}
+    assert _distance(merged.value(x), network(x)) <= 1e-14
+
+
+@pytest.mark.parametrize(
+    ("convolution", "norm", "shape"),
+    [
+        (nn.Conv1d(4, 4, 3, padding=1, bias=False), nn.BatchNorm1d(4), (2, 4, 9)),
+        (nn.Conv1d(4, 4, 3, padding="same"), nn.BatchNorm1d(4), (2, 4, 9)),
+        (nn.Conv3d(4, 4, 3, padding=1), nn.BatchNorm3d(4), (2, 4, 5, 4, 3)),
+        (nn.ConvTranspose2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), (2, 4, 9, 8)),
+    ],
+)
+def test_a_norm_is_left_to_the_exporter_after_a_convolution_that_is_not_read(
+    convolution: nn.Module, norm: nn.Module, shape: tuple[int, ...]
+) -> None:
+    """As a product and a sum of its own it could not be folded; and the rest of the network is merged."""
+    branch = nn.Sequential(convolution, norm)
+    network = randomize(Parallel(one=branch, two=nn.Identity())).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    merged = merge_regions(network, (x,))
+    assert merged.report.after == merged.report.before
+    assert _distance(merged.value(x), network(x)) <= 1e-14
 
 
 @pytest.mark.parametrize(
