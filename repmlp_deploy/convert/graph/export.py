@@ -24,7 +24,7 @@ from repmlp_deploy.convert.graph.proto import SCOPES, copy_graph
 from repmlp_deploy.convert.options import DEFAULT_OPSET
 from repmlp_deploy.errors import InputError, MissingDependency, RepMLPError
 from repmlp_deploy.nets.flat import Flat, failing_module
-from repmlp_deploy.text import first_line
+from repmlp_deploy.text import first_line, kind_and_line
 
 try:
     import onnx
@@ -38,6 +38,8 @@ __all__ = ["TRACED", "Traced", "export_graph", "trace_network", "with_metadata",
 BATCH_AXIS = "batch"
 
 _TALKATIVE = ("torch", "onnxscript", "onnx_ir")
+_OPERATOR = re.compile(r"target=torch\.ops\.([\w.]+)")
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _FOLDED = ("conv1d", "conv3d", "conv_transpose")  # without a bias, they become a dozen nodes for it
 _TRACED_BATCH = 2  # 0 and 1 would be specialised
 TRACED = BatchRange(min=_TRACED_BATCH, opt=_TRACED_BATCH, max=_TRACED_BATCH)
@@ -114,7 +116,8 @@ def export_graph(
         opset: of the graph; before 20, GELU is made of other operators.
 
     Raises:
-        RepMLPError: the exporter failed; the message is its own first line.
+        InputError: the exporter cannot convert a node; the message has the operator and the first cause.
+        RepMLPError: it gives no graph, or one of another opset.
     """
     with captured_output(*_TALKATIVE) as chatter:
         try:
@@ -129,7 +132,7 @@ def export_graph(
                 optimize=optimize,
             )
         except Exception as error:
-            raise RepMLPError(f"torch.onnx.export failed: {first_line(error)}; run again with --debug") from error
+            raise InputError(f"torch.onnx.export {_reason(error)}; rewrite it, or run again with --debug") from error
     if exported is None:
         raise RepMLPError(f"torch.onnx.export returned nothing: {chatter.getvalue()[-200:]}")
     graph = exported.model_proto
@@ -140,6 +143,15 @@ def export_graph(
     name_by_module(graph)
     graph.ir_version = helper.find_min_ir_version_for(graph.opset_import)
     return graph
+
+
+def _reason(error: BaseException) -> str:
+    """Return what the exporter could not do, from the innermost cause: its own first line speaks of steps."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    operators = (found.group(1) for one in chain if (found := _OPERATOR.search(str(one))))
+    return f"cannot convert {next(operators, 'the network')}: {_COLOUR.sub('', kind_and_line(chain[-1]))}"
 
 
 def _name_batch(graph: onnx.ModelProto) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from torch import nn
+from torch import Tensor, nn
 
 import repmlp_deploy
 from repmlp_deploy import export
@@ -15,6 +15,7 @@ from repmlp_deploy.convert.graph import simplify as simplifying
 from repmlp_deploy.convert.graph.export import export_graph, trace_network, with_metadata
 from repmlp_deploy.convert.graph.proto import SCOPES, large_weights, restore_weights, serialize_model, without_weights
 from repmlp_deploy.convert.graph.simplify import SimplificationFailed, simplify_graph
+from repmlp_deploy.errors import InputError
 from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet
 from support.networks import randomize
 
@@ -144,3 +145,19 @@ def test_what_regions_leave_is_folded_by_the_exporter(
     """The graph of an export is no larger than the exporter's own."""
     bundle = export(randomize(network), example_input=torch.zeros(shape), batch="1:2:4", out=tmp_path / "out")
     assert [node.op_type for node in onnx.load(bundle.folder / "model.onnx").graph.node] == left
+
+
+class Attention(nn.Module):
+    """Attention as the exporter does not know it: without an axis of heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_an_operator_that_cannot_be_converted_is_named_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        export(Attention().eval(), example_input=torch.zeros(1, 5, 6), out=tmp_path / "out")
+    assert str(caught.value) == (
+        "torch.onnx.export cannot convert aten.scaled_dot_product_attention.default: "
+        "AssertionError: only 4D query, key, and value are supported; rewrite it, or run again with --debug"
+    )
