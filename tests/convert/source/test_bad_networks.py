@@ -170,3 +170,43 @@ def test_the_failing_module_is_the_innermost_one() -> None:
     assert failing_module(outer, lambda: outer(X, X)) == "the network"
     assert failing_module(outer, lambda: None) == "the network"
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in outer.modules())
+
+
+class Levels(nn.Module):
+    """Take 8-bit levels, and name float32 wherever code may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = RepVGGBlock(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        line = torch.linspace(-1, 1, 8)
+        grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).expand(x.shape[0], 8, 8, 2)
+        maps = nn.functional.grid_sample(self.block(x.float() / 255), grid, align_corners=True)
+        means = maps.to(torch.float32).mean((2, 3))
+        return means @ torch.ones(3, 2, dtype=torch.float32) + means.type(torch.float32)[:, :2]
+
+
+@pytest.mark.parametrize("merge", ["auto", "hooks"])
+def test_code_that_names_float32_is_proved_in_float64(merge: str, tmp_path: Path) -> None:
+    example = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+    bundle = export(randomize(Levels()), example_input=example, merge=merge, out=tmp_path / "out")
+    assert bundle.manifest.verdict.passed
+    assert "merged, float64" in {hop.name for hop in bundle.manifest.certificate} or merge == "auto"
+    assert torch.get_default_dtype() == torch.float32
+
+
+class Attribute(nn.Module):
+    """Multiply by a tensor that nobody else knows of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.ones(3, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight)
+
+
+def test_a_tensor_that_stays_float32_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"does not run in float64 on . samples.*\(register_buffer\)"):
+        export(network(Attribute()), example_input=X, out=tmp_path / "out")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from repmlp_deploy.nets.blocks.algebra import BatchNorm
 from repmlp_deploy.nets.flat import Flat, flatten_outputs
+from repmlp_deploy.nets.surgery import computing_like
 from repmlp_deploy.text import kind_and_line
 
 __all__ = ["Call", "dropped_norm", "fault_of", "first_fault", "is_same", "lost_child", "outputs_of", "record_calls"]
@@ -37,7 +38,8 @@ def record_calls(network: nn.Module, wanted: Collection[nn.Module], inputs: Sequ
 
     handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in names]
     try:
-        network(*_cloned(tuple(inputs)))
+        with computing_like(network.parameters()):
+            network(*_cloned(tuple(inputs)))
     finally:
         for handle in handles:
             handle.remove()
@@ -46,7 +48,8 @@ def record_calls(network: nn.Module, wanted: Collection[nn.Module], inputs: Sequ
 
 def outputs_of(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
     """Return every tensor that a module returns for the calls."""
-    answers = (module(*_cloned(call.args), **_cloned(dict(call.kwargs))) for call in calls)
+    with computing_like(module.parameters()):
+        answers = [module(*_cloned(call.args), **_cloned(dict(call.kwargs))) for call in calls]
     return [value for answer in answers for value in flatten_outputs(answer).values()]
 
 
