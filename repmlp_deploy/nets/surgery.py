@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -57,14 +57,17 @@ def _copied(value: Tensor) -> Tensor:
 
 @contextmanager
 def computing_like(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """If one of the tensors is float64, let code that names float32 mean float64, which new tensors then are."""
-    if all(value.dtype != torch.float64 for value in tensors):
+    """If one of the tensors is float64, let code that names float32 mean float64, which new tensors then are.
+
+    Otherwise float32 means float32, inside another such context, too.
+    """
+    before, is_wide = torch.get_default_dtype(), any(value.dtype == torch.float64 for value in tensors)
+    if not is_wide and before != torch.float64:
         yield
         return
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(torch.float64 if is_wide else torch.float32)
     try:
-        with _Float64():
+        with _Float64() if is_wide else nullcontext():
             yield
     finally:
         torch.set_default_dtype(before)
@@ -72,11 +75,13 @@ def computing_like(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 class _Float64(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function of torch with float64 in place of float32."""
+        """Call a function of torch with float64 in place of float32, while that is the default type."""
         del types
-        func = Tensor.double if func is Tensor.float else func
-        named = {key: _widened(value) for key, value in (kwargs or {}).items()}
-        return func(*map(_widened, args), **named)
+        kwargs = kwargs or {}
+        if torch.get_default_dtype() == torch.float64:
+            func = Tensor.double if func is Tensor.float else func
+            args, kwargs = map(_widened, args), {key: _widened(value) for key, value in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 def _widened(value: Any) -> Any:

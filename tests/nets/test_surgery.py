@@ -34,6 +34,9 @@ def test_float32_means_float64_beside_a_tensor_in_float64() -> None:
 
     with computing_like([narrow, wide]):
         assert made() == {torch.float64}
+        with computing_like([narrow]):
+            assert made() == {torch.float32}
+        assert made() == {torch.float64}
     with computing_like([narrow]):
         assert made() == {torch.float32}
     with pytest.raises(KeyError), computing_like([wide]):

@@ -27,6 +27,7 @@ from repmlp_deploy.nets.blocks.checks import Check, Element, Finding, first_find
 from repmlp_deploy.nets.blocks.conv_bn import ChannelAffine
 from repmlp_deploy.nets.flat import flatten_outputs
 from repmlp_deploy.nets.foreign import adopt_blocks
+from repmlp_deploy.nets.surgery import computing_like
 from repmlp_deploy.numerics import allowed_error, compare, noise_floor
 from repmlp_deploy.text import first_line, kind_and_line
 
@@ -104,7 +105,8 @@ def blame_network(trained: nn.Module, candidate: nn.Module, inputs: Sequence[NDA
     precise = copy.deepcopy(trained).double()
     handles = walk.attach(precise)
     try:
-        precise(*(torch.from_numpy(np.ascontiguousarray(x)).to(_wide(x)) for x in inputs))
+        with computing_like(precise.parameters()):
+            precise(*(torch.from_numpy(np.ascontiguousarray(x)).to(_wide(x)) for x in inputs))
     except _FoundError as found:
         return found.blame
     finally:
@@ -183,7 +185,8 @@ class _Walk:
             args, kwargs = self._given.pop()
             outcome = self._outcome(name, args, kwargs, answer)
             if outcome is not None:
-                raise _FoundError(self._blame(name, args, outcome))
+                with computing_like(()):
+                    raise _FoundError(self._blame(name, args, outcome))
 
         return hook
 
@@ -194,7 +197,8 @@ class _Walk:
             pairs = list(zip(_arrays(got), _arrays(answer), strict=True))
         except (RuntimeError, ValueError, TypeError) as failure:
             return _Outcome(None, None, None, f"does not run: {first_line(failure)}")
-        single = self._trained[name](*_narrow(args), **{key: _narrow(value) for key, value in kwargs.items()})
+        with computing_like(()):
+            single = self._trained[name](*_narrow(args), **{key: _narrow(value) for key, value in kwargs.items()})
         for (y, reference), float32 in zip(pairs, _arrays(single), strict=True):
             floor = noise_floor(float32, reference)
             try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from repmlp_deploy import export
+from repmlp_deploy.convert.diagnosis.blame import blame_network
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.nets.flat import Flat, failing_module
 from support.networks import randomize
@@ -194,6 +197,17 @@ def test_code_that_names_float32_is_proved_in_float64(merge: str, tmp_path: Path
     assert bundle.manifest.verdict.passed
     assert "merged, float64" in {hop.name for hop in bundle.manifest.certificate} or merge == "auto"
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_fault_in_code_that_names_float32_is_found() -> None:
+    trained = randomize(Levels())
+    levels = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8)).astype(np.uint8)
+    wrong = copy.deepcopy(trained)
+    assert blame_network(trained, wrong, [levels]) is None
+    wrong.block.rbr_1x1.conv.weight[0] += 0.1
+    found = blame_network(trained, wrong, [levels])
+    assert found is not None
+    assert found.block.startswith("block")
 
 
 class Attribute(nn.Module):
