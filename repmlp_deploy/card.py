@@ -7,7 +7,6 @@ its classes, where its weights are, and what was published about it.
 from __future__ import annotations
 
 import difflib
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -274,7 +273,6 @@ def _exists(path: Path) -> bool:
         return False
 
 
-@cache
 def _read_card(path: Path) -> ModelCard:
     try:
         return ModelCard.model_validate(read_toml(path, _LARGEST_CARD_BYTES))

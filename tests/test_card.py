@@ -87,3 +87,12 @@ def test_a_card_stays_as_it_was_read() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_card("repmlp-digits").name = "other"
     assert isinstance(load_card("repmlp-digits"), ModelCard)
+
+
+def test_a_card_is_what_its_file_says_now_and_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (data_root() / "repmlp-digits.toml").read_text(encoding="utf-8")
+    for folder, mean in (("a", "78.0"), ("b", "11.0"), ("b", "12.0")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        Path("card.toml").write_text(text.replace("78.0", mean), encoding="utf-8")
+        assert load_card("card.toml").preprocessing.mean[0] == float(mean)
