@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from repmlp_deploy.bundle import hash_file
 from repmlp_deploy.card import ModelCard, data_root, load_card, load_labels
 from repmlp_deploy.convert.source.trained import load_trained
 from repmlp_deploy.errors import CardError, InputError
@@ -85,7 +86,8 @@ def inference_model(model: nn.Module | str, image: ImageLike) -> dict[str, Any]:
 def download_weights(card: ModelCard, *, progress: bool = True) -> Path:
     """Return the card's weights on this disk; download them if they are not there.
 
-    A download goes to a temporary file, is checked against the card's SHA-256, and only then takes its name.
+    A download goes to a temporary file, is checked against the card's SHA-256, and only then takes its name. A file
+    that is there is checked too, and downloaded again if it is another.
 
     Raises:
         CardError: the card names no download.
@@ -93,18 +95,21 @@ def download_weights(card: ModelCard, *, progress: bool = True) -> Path:
     """
     if card.weights is None or card.weights.url is None:
         raise CardError(f"{card.name} names no weights to download: pass pretrained='path/to/weights.pth'")
-    url = card.weights.url
-    target = cache_folder() / Path(urlparse(url).path).name
-    if target.is_file():
-        return target
+    url, prefix = card.weights.url, card.weights.sha256_prefix or ""
+    published = Path(urlparse(url).path)
+    # the digest is part of the name: several cards may publish a "weights.pth"
+    name = published.name if prefix in published.stem else f"{published.stem}-{prefix}{published.suffix}"
+    target = cache_folder() / name
     try:
+        if target.is_file() and hash_file(target).startswith(prefix):
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(target), hash_prefix=card.weights.sha256_prefix, progress=progress)
+        torch.hub.download_url_to_file(url, str(target), hash_prefix=prefix, progress=progress)
     except (URLError, TimeoutError) as error:
         reason = getattr(error, "reason", error)
         raise InputError(
             f"could not download {url}: {reason}; fetch it on a machine with a network, "
-            f"then pass pretrained='path/to/{target.name}'"
+            f"then pass pretrained='path/to/{published.name}'"
         ) from None
     except RuntimeError as error:  # the hash
         raise InputError(f"{url} is not what {card.name} names: {error}") from None

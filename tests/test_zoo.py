@@ -92,12 +92,42 @@ def test_weights_are_downloaded_once_and_checked(served: tuple[Path, str], digit
     folder, address = served
     data = digits_checkpoint.read_bytes()
     (folder / "w.safetensors").write_bytes(data)
-    card = card_at(f"{address}/w.safetensors", hashlib.sha256(data).hexdigest()[:8])
+    digest = hashlib.sha256(data).hexdigest()[:8]
+    card = card_at(f"{address}/w.safetensors", digest)
     model = get_model(card, pretrained=True, progress=False)
     assert inference_model(model, SAMPLE)["pred_label"] == 3
-    assert [path.name for path in cache_folder().iterdir()] == ["w.safetensors"]
+    assert [path.name for path in cache_folder().iterdir()] == [f"w-{digest}.safetensors"]
     (folder / "w.safetensors").unlink()
     get_model(card, pretrained=True, progress=False)
+
+
+def test_cards_whose_weights_have_one_file_name_get_their_own(served: tuple[Path, str]) -> None:
+    folder, address = served
+    kept = []
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        (folder / name / "weights.pth").write_text(name)
+        card = card_at(f"{address}/{name}/weights.pth", hashlib.sha256(name.encode()).hexdigest())
+        kept.append(download_weights(card, progress=False).read_text())
+    assert kept == ["a", "b"]
+
+
+def test_a_kept_file_with_another_content_is_downloaded_again(served: tuple[Path, str]) -> None:
+    folder, address = served
+    (folder / "w.pth").write_bytes(b"right")
+    card = card_at(f"{address}/w.pth", hashlib.sha256(b"right").hexdigest()[:8])
+    kept = download_weights(card, progress=False)
+    kept.write_bytes(b"wrong")
+    assert download_weights(card, progress=False).read_bytes() == b"right"
+    kept.write_bytes(b"wrong")
+    (folder / "w.pth").unlink()
+    with pytest.raises(InputError, match="could not download"):
+        download_weights(card, progress=False)
+
+
+def test_a_file_name_that_no_disk_takes_is_one_clear_error(served: tuple[Path, str]) -> None:
+    with pytest.raises(InputError, match="File name too long"):
+        download_weights(card_at(f"{served[1]}/{'n' * 300}.pth", "0" * 8), progress=False)
 
 
 def test_weights_that_are_not_what_the_card_says_are_not_kept(served: tuple[Path, str]) -> None:
