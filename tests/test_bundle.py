@@ -274,6 +274,8 @@ def test_a_manifest_that_is_not_ours_is_refused(bundle_folder: Path, change: obj
 def test_what_is_no_bundle_is_refused(tmp_path: Path, bundle_folder: Path) -> None:
     with pytest.raises(BundleError, match="is no bundle"):
         Bundle.load(tmp_path / "nothing")
+    with pytest.raises(BundleError, match="File name too long"):
+        Bundle.load("n" * 300)
     (bundle_folder / MANIFEST).write_bytes(b"\xff\xfe{")
     with pytest.raises(BundleError, match="is not JSON"):
         Bundle.load(bundle_folder)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from repmlp_deploy.bench.load.ways import Scenario
 from repmlp_deploy.bench.subjects.table import BASELINE, ON_CUDA
-from repmlp_deploy.errors import InputError
+from repmlp_deploy.errors import InputError, input_errors
 from repmlp_deploy.files import read_toml
 from repmlp_deploy.precision import PRECISIONS
 
@@ -110,8 +110,10 @@ def _require_consistent(settings: Settings, named: Mapping[str, Any]) -> None:
     """Raise InputError if a setting contradicts another; `named` are those of the command line."""
     if settings.ckpt is not None and settings.bundle is not None:
         raise InputError("--ckpt and --bundle were both given; one of them says what is measured")
-    if settings.calibration is not None and not settings.calibration.exists():
-        raise InputError(f"--calibration {settings.calibration}: no such folder or file")
+    if settings.calibration is not None:
+        with input_errors(f"--calibration {settings.calibration}"):
+            if not settings.calibration.exists():
+                raise InputError(f"--calibration {settings.calibration}: no such folder or file")
     calibrated = any(name in PRECISIONS and PRECISIONS[name].needs_calibration for name in settings.precision)
     if settings.calibration is not None and not calibrated:
         raise InputError("--calibration is for int8 and fp8: add one of them to --precision, or drop --calibration")

@@ -71,14 +71,15 @@ class Bundle:
         """
         folder = Path(folder)
         path = folder / MANIFEST
-        if not path.is_file():
-            raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}; make one with repmlp-export --ckpt FILE")
         try:
-            data = read_json(path, _LARGEST_MANIFEST_BYTES)
+            there = path.is_file()
+            data = read_json(path, _LARGEST_MANIFEST_BYTES) if there else None
         except OSError as error:
             raise BundleError(f"{path}: {error.strerror or error}") from None
         except ValueError as error:  # too deep, too large, or a number that no manifest has
             raise BundleError(f"{path} is not JSON: {error}") from None
+        if not there:
+            raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}; make one with repmlp-export --ckpt FILE")
         schema = data.get("schema") if isinstance(data, dict) else None
         if schema != SCHEMA:
             raise BundleError(f"{path} has schema {schema!r}; this version reads {SCHEMA}: export the checkpoint again")
@@ -90,10 +91,14 @@ class Bundle:
             raise BundleError(f"{path}: {where}: {first['msg']}") from None
         for entry in _files(manifest):
             file = folder / entry.path
-            if not file.is_file():  # a link is followed: caches of model hubs are links, and what is read has a digest
+            try:  # a link is followed: caches of model hubs are links, and what is read has a digest
+                size = file.stat().st_size if file.is_file() else None
+            except OSError as error:
+                raise BundleError(f"{file}: {error.strerror or error}") from None
+            if size is None:
                 raise BundleError(f"{folder} has no file {entry.path}; export the checkpoint again")
-            if file.stat().st_size != entry.bytes:
-                raise BundleError(f"{file} has {file.stat().st_size} bytes; the manifest says {entry.bytes}")
+            if size != entry.bytes:
+                raise BundleError(f"{file} has {size} bytes; the manifest says {entry.bytes}")
         return cls(manifest, folder)
 
     def read(self, entry: FileEntry) -> bytes:

@@ -12,7 +12,7 @@ from repmlp_deploy.cli.shared.bundle_report import print_hops, print_verdict
 from repmlp_deploy.cli.shared.console import print_json, print_line, run_command, typer
 from repmlp_deploy.cli.shared.progress import progress
 from repmlp_deploy.convert.proof.certificate import recertify
-from repmlp_deploy.errors import InputError, MissingDevice, OutputError, VerificationError
+from repmlp_deploy.errors import InputError, MissingDevice, OutputError, VerificationError, input_errors
 from repmlp_deploy.files import replace_file
 from repmlp_deploy.runtime.runner import RunnerOptions
 
@@ -62,6 +62,8 @@ def verify_command(  # noqa: PLR0913 - one per option
         raise InputError(
             f"{'--card' if card else '--module'} is about the checkpoint, and there is none: pass --ckpt FILE"
         )
+    if ckpt is not None:
+        _require_file(ckpt)
     hops, notes = recertify(loaded, artifact, RunnerOptions(device, threads))
     derived: list[Hop] = []
     if ckpt is not None:
@@ -85,6 +87,13 @@ def verify_command(  # noqa: PLR0913 - one per option
         for note in notes:
             print_line(f"note: {note}")
     _require_verified(bundle, hops, notes)
+
+
+def _require_file(checkpoint: Path) -> None:
+    """Raise before anything is run, not after it, where a checkpoint is not there."""
+    with input_errors(f"--ckpt {checkpoint}"):
+        if not checkpoint.is_file():
+            raise InputError(f"--ckpt {checkpoint}: no such file")
 
 
 def _require_verified(bundle: Path, hops: Sequence[Hop], notes: Sequence[str]) -> None:

@@ -15,9 +15,13 @@ import pytest
 import torch
 
 from repmlp_deploy import Bundle
+from repmlp_deploy.cli import bench as bench_cli
+from repmlp_deploy.cli import build as build_cli
 from repmlp_deploy.cli import export as export_cli
 from repmlp_deploy.cli import inspect as inspect_cli
+from repmlp_deploy.cli import pack as pack_cli
 from repmlp_deploy.cli import predict as predict_cli
+from repmlp_deploy.cli import serve as serve_cli
 from repmlp_deploy.cli import verify as verify_cli
 from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.precision import PRECISIONS, Tolerance
@@ -258,6 +262,31 @@ def test_predicting_what_is_no_bundle_or_no_image(
         assert len(err.splitlines()) == 1
     assert ends_with(predict_cli.predict_command, bundle.folder, SAMPLES[0], "--top", 0) == 2
     assert ends_with(predict_cli.predict_command, bundle.folder, SAMPLES[0], "--device", "cuda") == 4
+
+
+NO_NAME = "n" * 300
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (verify_cli.verify_command, (NO_NAME,)),
+        (verify_cli.verify_command, ("BUNDLE", "--ckpt", NO_NAME)),
+        (build_cli.build_command, (NO_NAME,)),
+        (pack_cli.pack_command, (NO_NAME, "--layout", "ovms", "--out", "out")),
+        (bench_cli.bench_command, ("--bundle", NO_NAME)),
+        (bench_cli.bench_command, ("--precision", "int8", "--calibration", NO_NAME)),
+        (serve_cli.serve_command, (NO_NAME,)),
+        (serve_cli.serve_command, (f"name={NO_NAME}",)),
+        (serve_cli.serve_command, ("--watch", NO_NAME)),
+    ],
+)
+def test_an_input_that_no_disk_can_have_is_an_input(
+    capsys: pytest.CaptureFixture[str], bundle: Bundle, command: object, arguments: tuple[str, ...]
+) -> None:
+    given = [bundle.folder if word == "BUNDLE" else word for word in arguments]
+    assert ends_with(command, *given) == 2
+    assert "File name too long" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("command", ["export", "predict", "inspect", "verify"])
