@@ -114,6 +114,8 @@ class Scenarios:
                         reason = closed
                     elif member.failed:
                         reason = member.failed
+                    elif source == "jpeg":
+                        reason = reason or target.no_pictures
                     yield _Entry(target, name, precision, source, way, member, reason)
 
     def _measure_scenario(self, scenario: Scenario, entries: Sequence[_Entry]) -> None:

@@ -205,6 +205,9 @@ class _Session:
             error,
         )
         for record in records:
+            if record.mode == "end-to-end" and target.no_pictures:
+                record.reason = target.no_pictures
+                continue
             record.member = member
             if error.allowed is not None and error.max_abs > error.allowed:
                 record.status = "failed"

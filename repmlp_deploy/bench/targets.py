@@ -29,12 +29,15 @@ from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.errors import InputError, RepMLPError
 from repmlp_deploy.nets.families import card_spec
 from repmlp_deploy.precision import PRECISIONS
+from repmlp_deploy.runtime.tasks import find_task
 
 __all__ = ["Target", "Unavailable", "counts_key", "find_targets"]
 
 Show = Callable[[str], None]
 
 CALIBRATION_SAMPLES = 32
+
+_IMAGE_AXES = 4
 
 
 class Unavailable(Exception):  # noqa: N818 - an outcome that becomes a row's reason
@@ -79,6 +82,16 @@ class Target:
     input_name: str = "images"
     device: str = "cpu"
     _made: dict[tuple[str, str, str], Bundle | str] = field(default_factory=dict)
+
+    @property
+    def no_pictures(self) -> str:
+        """Why there are no figures from JPEG bytes to classes; empty if there are."""
+        task = self.card.task if self.given is None else self.given.manifest.task
+        if task == "classify":
+            return ""
+        if find_task(task).refusal:
+            return "no card says how images are made"
+        return f"it would end with classes, and the task is {task}"
 
     def job(self, format_name: str, precision: str, threads: int, show: Show) -> Job:
         """Return what a child needs to open a row of this target; make the artifact if no row needed it before.
@@ -305,6 +318,10 @@ def _target_of_card(card: ModelCard, batches: BatchRange, folder: Path) -> Targe
 
 def _target_of_bundle(bundle: Bundle, settings: Settings, folder: Path) -> Target:
     manifest = bundle.manifest
+    takes_images = len(manifest.input.shape) == _IMAGE_AXES and manifest.input.dtype == manifest.preprocessing.input
+    if len(manifest.inputs) > 1 or not takes_images:
+        taken = ", ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in manifest.inputs).replace("None", "N")
+        raise InputError(f"{settings.bundle} takes {taken}; only networks with one input, (N, C, H, W), are measured")
     if not manifest.batch.min <= min(settings.batch) <= max(settings.batch) <= manifest.batch.max:
         raise InputError(
             f"--batch asks for {', '.join(map(str, settings.batch))}; {settings.bundle} serves "

@@ -31,10 +31,12 @@ class Child:
         return run.model_copy(update={"asked_per_s": rate or None}).model_dump()
 
 
-def measure(settings=SETTINGS, *, capacities=None, fails=None, in_time=lambda: True, formats=("onnx",)):
+def measure(  # noqa: PLR0913 - what may be the case
+    settings=SETTINGS, *, capacities=None, fails=None, in_time=lambda: True, formats=("onnx",), no_pictures=""
+):
     asked = []
     batches = SimpleNamespace(min=1, max=8)
-    target = SimpleNamespace(name="net", batches=batches, probe=lambda: "probe.npz")
+    target = SimpleNamespace(name="net", batches=batches, probe=lambda: "probe.npz", no_pictures=no_pictures)
     capacities = capacities or {"single": 20.0, "batched": 70.0, "targeted": 80.0, "streams": 90.0}
     members = [
         SimpleNamespace(format=name, precision="fp32", failed="", child=Child(asked, capacities, fails))
@@ -74,6 +76,13 @@ def test_jpeg_bytes_come_with_end_to_end():
         "tensors",
         "jpeg",
     }
+
+
+def test_a_network_without_pictures_has_no_figures_from_jpeg_bytes():
+    asked, rows = measure(SETTINGS.model_copy(update={"end_to_end": True}), no_pictures="no card")
+    assert {source for _, _, source, _ in asked} == {"tensors"}
+    row = rows["onnx", "server", "jpeg", "single"]
+    assert (row.status, row.reason) == ("unavailable", "no card")
 
 
 def test_nothing_is_run_that_was_not_asked_for():

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from repmlp_deploy.bench import session, targets
 from repmlp_deploy.bench.crew import Child
@@ -16,6 +17,7 @@ from repmlp_deploy.card import data_root
 from repmlp_deploy.cli.bench import bench_command
 from repmlp_deploy.cli.shared.console import _run, typer
 from repmlp_deploy.convert.pipeline import export
+from repmlp_deploy.errors import InputError
 from support.bench_reports import make_report
 
 pytestmark = pytest.mark.slow  # many exports, seconds each
@@ -178,6 +180,28 @@ def test_a_bundle_can_be_measured_without_its_checkpoint(digits_bundle):
     assert rows["onnx"].status == "measured", rows["onnx"].reason
     assert rows["torch-merged"].reason == "a bundle holds no trained network: pass --ckpt"
     assert "not the merged one" in rows["onnx-merged"].reason
+
+
+@pytest.mark.usefixtures("no_peaks")
+def test_a_bundle_without_a_card_has_no_figures_from_jpeg_bytes(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5)).eval()
+    out = export(network, example_input=torch.zeros(1, 3, 16, 16), formats="onnx", out=tmp_path / "dense").folder
+    settings = Settings(bundle=out, formats=("onnx",), seconds=0.05, threads=1, end_to_end=True)
+    steady, from_jpeg = run_benchmark(settings, lambda _: None).rows
+    assert steady.status == "measured", steady.reason
+    assert (from_jpeg.status, from_jpeg.reason) == ("unavailable", "no card says how images are made")
+
+
+def test_a_bundle_that_takes_no_batch_of_images_is_refused(digits_bundle, tmp_path):
+    spec = digits_bundle.manifest.input
+    vectors = (spec.model_copy(update={"shape": (None, 7)}),)
+    pairs = (spec, spec.model_copy(update={"name": "b"}))
+    tokens = (spec.model_copy(update={"dtype": "int64"}),)
+    settings = Settings(bundle=digits_bundle.folder)
+    for inputs in (vectors, pairs, tokens):
+        manifest = digits_bundle.manifest.model_copy(update={"inputs": inputs})
+        with pytest.raises(InputError, match=r"only networks with one input, \(N, C, H, W\), are measured"):
+            targets._target_of_bundle(Bundle(manifest, digits_bundle.folder), settings, tmp_path)
 
 
 @pytest.mark.usefixtures("no_peaks")
