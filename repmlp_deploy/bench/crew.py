@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import select
 import subprocess
 import sys
 import tempfile
 from types import TracebackType
 from typing import Any, Self
+
+from repmlp_deploy.children import child_environment
 
 __all__ = ["Child", "ChildFailed"]
 
@@ -36,7 +37,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env={**os.environ, **dict.fromkeys(limits, str(threads))},
+            env=child_environment(**dict.fromkeys(limits, str(threads))),
             start_new_session=True,  # Ctrl-C is for the parent, which keeps what was measured
         )
 

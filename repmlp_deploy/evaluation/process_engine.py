@@ -8,7 +8,6 @@ made again, so rows are neither lost nor repeated. When the first process dies, 
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+from repmlp_deploy.children import child_environment
 from repmlp_deploy.errors import DeviceError
 from repmlp_deploy.evaluation.filling import Parts, chunks_of, fill_parts
 from repmlp_deploy.evaluation.process_worker import Task
@@ -49,7 +49,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the first process, which ends the others
-            env={**os.environ, "OMP_NUM_THREADS": str(task.how["threads"])},
+            env=child_environment(OMP_NUM_THREADS=str(task.how["threads"])),
         )
         self.chunk = chunk
         self._listener = Thread(target=self._listen, args=(heard,), daemon=True)
