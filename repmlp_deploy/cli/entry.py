@@ -72,18 +72,26 @@ def main() -> NoReturn:
     if given and given[0] in COMMANDS:
         sys.argv = [f"{_program()} {given[0]}", *given[1:]]
         run(given[0])
+    process.prepare_process()
+    try:
+        code = _answer(given)
+    except BaseException as error:  # noqa: BLE001 - see `run`; a completion script loads every command
+        _end_import(error)
+    raise SystemExit(code)
+
+
+def _answer(given: list[str]) -> int:
+    """Print what was asked for without a command, and return the exit code."""
     if given in (["--version"], ["-V"]):
-        sys.stdout.write(f"repmlp-deploy {__version__}\n")
-        raise SystemExit(0)
+        return process.write_output(f"repmlp-deploy {__version__}\n")
     if not given or given[0] in {"-h", "--help"}:
-        sys.stdout.write(_help())
-        raise SystemExit(0 if given else USAGE)
+        return process.write_output(_help()) or (0 if given else USAGE)
     if given[0] == "--completion":
-        _print_completion(given[1:])
+        return _print_completion(given[1:])
     near = difflib.get_close_matches(given[0][:100], COMMANDS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
     sys.stderr.write(f"error: no command {printable(given[0], 100)!r}; {hint}\n")
-    raise SystemExit(USAGE)
+    return USAGE
 
 
 def run(name: str) -> NoReturn:
@@ -113,15 +121,14 @@ def _program() -> str:
     return "python -m repmlp_deploy" if name == "__main__.py" else name
 
 
-def _print_completion(given: list[str]) -> NoReturn:
-    """Print the completion script of a shell."""
+def _print_completion(given: list[str]) -> int:
+    """Print the completion script of a shell, and return the exit code."""
     from repmlp_deploy.cli.shared.completion import SHELLS, completion_script  # noqa: PLC0415 - loads every command
 
     if len(given) != 1 or given[0] not in SHELLS:
         sys.stderr.write(f"error: --completion takes the name of a shell: {', '.join(SHELLS)}\n")
-        raise SystemExit(USAGE)
-    sys.stdout.write(completion_script(given[0]))
-    raise SystemExit(0)
+        return USAGE
+    return process.write_output(completion_script(given[0]))
 
 
 def _help() -> str:

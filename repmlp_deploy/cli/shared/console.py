@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ except ImportError as error:
     raise SystemExit(4) from None
 
 from repmlp_deploy.cli.shared.command import as_command
-from repmlp_deploy.cli.shared.process import end_interrupted, prepare_process, signal_number
+from repmlp_deploy.cli.shared.process import end_interrupted, prepare_process, reader_left, signal_number
 
 __all__ = [
     "INTERRUPTED",
@@ -63,22 +62,21 @@ def _run(command: Any, arguments: list[str]) -> int:
         outcome = command.main(arguments, prog_name=Path(sys.argv[0]).name, standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
-        return _reader_left()
+        return reader_left()
     except SystemExit as ended:  # what rich and click make of a broken pipe
         if isinstance(ended.__context__, BrokenPipeError):
-            return _reader_left()
+            return reader_left()
         raise
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - the last line of defence: a traceback is no message
-        return _failed(error)
+        code = _failed(error)
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would try once more at its end, and take another exit code
+            reader_left()
+        return code
     if outcome == INTERRUPTED:  # what typer makes of an interrupt
         return end_interrupted()
     return outcome if isinstance(outcome, int) else 0
-
-
-def _reader_left() -> int:
-    """Drop the rest of a report whose reader went away, as `head` does: that is no error."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def _failed(error: BaseException) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +53,28 @@ def test_the_script_is_printed_and_another_shell_is_refused(
         entry.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: --completion takes the name of a shell: bash, zsh, fish\n"
+
+
+@pytest.mark.parametrize("asked", [["--version"], ["--help"], ["--completion", "bash"], ["inspect", "--help"]])
+def test_a_full_disk_is_one_line_and_a_reader_that_left_is_none(asked: list[str]) -> None:
+    command = [sys.executable, "-m", "repmlp_deploy", *asked]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
+    assert (done.returncode, done.stderr) == (5, "error: output: No space left on device\n")
+    end, left = os.pipe()
+    os.close(end)
+    done = subprocess.run(command, stdout=left, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
+    os.close(left)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_closed_output_is_one_that_nobody_reads() -> None:
+    for asked in ("--version", "inspect nothing.pth"):
+        script = f"{sys.executable} -m repmlp_deploy {asked} >&-"
+        done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+        assert done.returncode == (0 if asked == "--version" else 2)
+        assert done.stderr.count("\n") == (0 if asked == "--version" else 1)
 
 
 def test_a_command_whose_packages_are_missing_is_completed_without_options(monkeypatch: pytest.MonkeyPatch) -> None:
