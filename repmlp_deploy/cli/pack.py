@@ -12,6 +12,9 @@ from repmlp_deploy.serving.repository import LAYOUTS, Choice, ImageStep, find_la
 
 __all__ = ["main"]
 
+_TAKEN_BY = {"--max-delay-ms": ("triton", "kserve"), "--storage": ("kserve",)}
+_DELAY_MS = 2.0
+
 
 def main() -> None:
     """Run the command of this process."""
@@ -25,7 +28,9 @@ def pack_command(  # noqa: PLR0913 - one per option
     artifact: Annotated[str | None, typer.Option("--format", help="Artifact; default: the server's first.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model; default: the bundle's.")] = None,
     model_version: Annotated[int, typer.Option(help="Version of the model, a positive number.")] = 1,
-    max_delay_ms: Annotated[float, typer.Option(help="Triton: how long a request may wait to fill a batch.")] = 2.0,
+    max_delay_ms: Annotated[
+        float | None, typer.Option(help="Triton, KServe: how long a request may wait to fill a batch; default 2.")
+    ] = None,
     storage: Annotated[
         str | None,
         typer.Option(metavar="URI", help="KServe: where the cluster finds the repository, such as pvc://models."),
@@ -42,10 +47,16 @@ def pack_command(  # noqa: PLR0913 - one per option
 ) -> None:
     """Pack a bundle's verified artifact for Triton, OpenVINO Model Server or KServe."""
     found = find_layout(layout)
+    for option, value in (("--max-delay-ms", max_delay_ms), ("--storage", storage)):
+        if value is not None and layout not in _TAKEN_BY[option]:
+            raise InputError(
+                f"{option} says nothing to {found.server}: it is for --layout {' or '.join(_TAKEN_BY[option])}"
+            )
+    delay = _DELAY_MS if max_delay_ms is None else max_delay_ms
     loaded = Bundle.load(bundle)
     print_warnings(loaded.manifest.warnings)
     images = _image_step(loaded.manifest) if preprocess else None
-    packed = found.pack(Choice(loaded, artifact, name, model_version, max_delay_ms, storage, images))
+    packed = found.pack(Choice(loaded, artifact, name, model_version, delay, storage, images))
     write_packed(packed, out)
     if json:
         about = {"out": str(out), "layout": layout, "model": packed.model, "version": packed.version}

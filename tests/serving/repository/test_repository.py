@@ -136,6 +136,15 @@ def test_the_ensemble_takes_images_to_the_logits_of_the_predictor(
     np.testing.assert_allclose(known[output["name"]], expected, rtol=0, atol=1e-5)
 
 
+def test_an_option_of_another_server_is_refused(
+    both: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(both.folder, "--layout", "ovms", "--max-delay-ms", 9, "--out", tmp_path / "models") == 2
+    assert "--max-delay-ms says nothing to OpenVINO Model Server: it is for --layout triton" in capsys.readouterr().err
+    assert run(both.folder, "--layout", "triton", "--storage", "pvc://x", "--out", tmp_path / "models") == 2
+    assert "--storage says nothing to NVIDIA Triton" in capsys.readouterr().err
+
+
 def test_preprocessing_that_cannot_be_packed_is_refused(
     both: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
