@@ -51,6 +51,8 @@ def verify_command(  # noqa: PLR0913 - one per option
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Check every file of a bundle, and compare its artifacts with the trained network's outputs again."""
+    about = {"--ckpt": ckpt, "--card": card, "--module": module, "--device": device, "--threads": threads}
+    _require_used({name for name, value in about.items() if value is not None}, engine_report, bisect=bisect)
     loaded = Bundle.load(bundle)
     if engine_report is not None:
         _write_engine_report(loaded, engine_report, artifact, as_json=json)
@@ -87,6 +89,17 @@ def verify_command(  # noqa: PLR0913 - one per option
         for note in notes:
             print_line(f"note: {note}")
     _require_verified(bundle, hops, notes)
+
+
+def _require_used(given: set[str], engine_report: Path | None, *, bisect: bool) -> None:
+    """Raise InputError where an option would say nothing."""
+    if engine_report is not None and (given or bisect):
+        unused = ", ".join(sorted(given | {"--bisect"} if bisect else given))
+        raise InputError(f"--engine-report only writes a script: leave {unused} out")
+    if bisect and given & {"--device", "--threads"}:
+        raise InputError("--bisect knows where to run what: leave --device and --threads out")
+    if "--ckpt" not in given and given & {"--card", "--module"}:
+        raise InputError("--card and --module are about the checkpoint of --ckpt, and there is none")
 
 
 def _require_file(checkpoint: Path) -> None:

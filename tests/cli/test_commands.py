@@ -264,6 +264,23 @@ def test_predicting_what_is_no_bundle_or_no_image(
     assert ends_with(predict_cli.predict_command, bundle.folder, SAMPLES[0], "--device", "cuda") == 4
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--card", "repmlp-digits"), "--card and --module are about the checkpoint of --ckpt, and there is none"),
+        (("--module", "a:b"), "--card and --module are about the checkpoint of --ckpt, and there is none"),
+        (("--bisect", "--engine-report", "x.py"), "--engine-report only writes a script: leave --bisect out"),
+        (("--engine-report", "x.py", "--device", "cpu", "--bisect"), "leave --bisect, --device out"),
+        (("--bisect", "--ckpt", "x.pth", "--threads", "1"), "leave --device and --threads out"),
+    ],
+)
+def test_verifying_refuses_what_it_would_not_use(
+    capsys: pytest.CaptureFixture[str], bundle: Bundle, arguments: tuple[str, ...], said: str
+) -> None:
+    assert ends_with(verify_cli.verify_command, bundle.folder, *arguments) == 2
+    assert said in capsys.readouterr().err
+
+
 NO_NAME = "n" * 300
 
 
