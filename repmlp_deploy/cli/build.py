@@ -49,11 +49,11 @@ def build_command(  # noqa: PLR0913 - one per option
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Build TensorRT engines from a bundle's verified ONNX graph, and put them into the bundle."""
-    wanted = parse_formats(formats or "trt-rtx")
+    wanted = parse_formats("trt-rtx" if formats is None else formats)
     tuning = words.Tuning(workspace_gb, tf32, optimization_level, timing_cache, verbosity)
     reach = words.Reach(version_compatible, hardware_compatible, compute_capability, refittable, strip_weights)
     engine = words.read_engine_options(wanted, () if batch is None else parse_profiles(batch), tuning, reach)
-    if refit_from is not None and (formats or engine.asked()):
+    if refit_from is not None and (formats is not None or engine.asked()):
         raise InputError("--refit-from keeps engines as they were built: leave --format and engine options out")
     if refit_from is None and weights is not None:
         raise InputError("--weights is about the checkpoint of --refit-from, and there is none")

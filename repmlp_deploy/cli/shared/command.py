@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 from repmlp_deploy import __version__
+from repmlp_deploy.errors import InputError
 
 __all__ = ["EXAMPLES", "GROUPS", "Command", "as_command", "group_of", "is_quiet"]
 
@@ -56,6 +57,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Title of a group to the options in it, without their dashes."""
 
 OTHERS = "Options"
+
+LISTS = ("batch", "compute-capability", "format", "formats", "models", "precision", "scenario")
+"""Options that take words separated by commas, in at least one command; in no command a word of them is empty."""
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -168,6 +172,18 @@ class Command(TyperCommand):
             inside = [one for one in options if group_of(long_name(one)) == title]
             if inside:
                 yield title, inside
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises:
+            InputError: a list has an empty word.
+        """
+        for option in (one for one in self.get_params(ctx) if one.param_type_name == "option"):
+            value = ctx.params.get(option.name)
+            if long_name(option) in LISTS and isinstance(value, str) and not all(map(str.strip, value.split(","))):
+                raise InputError(f"--{long_name(option)} is {value!r}, which has an empty word: leave out its comma")
+        return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, and every group of options under its title."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from repmlp_deploy.cli.shared.command import EXAMPLES, GROUPS, OTHERS, as_comman
 from repmlp_deploy.cli.shared.completion import command_of
 from repmlp_deploy.cli.shared.console import run_command, typer
 from repmlp_deploy.cli.shared.progress import progress
+from repmlp_deploy.errors import InputError
 
 
 def help_of(name: str, columns: int = 80) -> list[str]:
@@ -68,6 +70,16 @@ def test_every_command_has_examples_with_options_that_it_has(name: str) -> None:
         program, *words = example.split()
         assert program == f"repmlp-{name}"
         assert {word for word in words if word.startswith("-")} <= known
+
+
+@pytest.mark.parametrize("given", ["", "onnx,", ",onnx", "onnx, ,trt"])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("inspect", "doctor", "bench")])
+def test_an_empty_word_of_a_list_is_refused_by_name(name: str, given: str) -> None:
+    command = command_of(name)
+    with command.make_context("x", ["--format", given], resilient_parsing=True) as context:
+        context.resilient_parsing = False
+        with pytest.raises(InputError, match=re.escape(f"--format is {given!r}, which has an empty word")):
+            command.invoke(context)
 
 
 def test_every_command_says_the_version(capsys: pytest.CaptureFixture[str]) -> None:
