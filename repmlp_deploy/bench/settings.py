@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,6 +23,15 @@ _LARGEST_SUITE_BYTES = 1 << 20
 
 _OPTIONS = {"limit_seconds": "limit", "idle_ms": "idle", "end_to_end": "end-to-end", "p99_ms": "p99"}
 """Setting to its option, where the names differ."""
+
+_SOURCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "ckpt": ("ckpt", "card", "model", "calibration"),
+        "bundle": ("bundle",),
+        "models": ("models", "calibration"),
+    }
+)
+"""What says which network is measured, to the settings that belong to it."""
 
 _LARGEST_COUNT = 65_536
 _LARGEST_AMOUNT = 1e6
@@ -58,7 +68,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     models: Annotated[tuple[str, ...], Field(min_length=1)] = (DEFAULT_MODEL,)
-    formats: tuple[str, ...] | None = None
+    formats: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     precision: Annotated[tuple[str, ...], Field(min_length=1)] = ("fp32", "bf16")
     device: Literal["cpu", "cuda"] = "cpu"
     batch: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
@@ -96,7 +106,7 @@ def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
             raise InputError(f"--suite {suite}: {getattr(error, 'strerror', None) or error}") from None
     named = {name: _parsed(name, value) for name, value in given.items() if value is not None}
     try:
-        settings = Settings.model_validate(_with_defaults(found | named))
+        settings = Settings.model_validate(_with_defaults(_without_other_source(found, named) | named))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
@@ -110,6 +120,10 @@ def _require_consistent(settings: Settings, named: Mapping[str, Any]) -> None:
     """Raise InputError if a setting contradicts another; `named` are those of the command line."""
     if settings.ckpt is not None and settings.bundle is not None:
         raise InputError("--ckpt and --bundle were both given; one of them says what is measured")
+    if settings.bundle is not None and settings.calibration is not None:
+        raise InputError(
+            "--calibration is for an export; the bundle of --bundle is measured as it is: leave one of them out"
+        )
     if settings.calibration is not None:
         with input_errors(f"--calibration {settings.calibration}"):
             if not settings.calibration.exists():
@@ -127,6 +141,15 @@ def _require_consistent(settings: Settings, named: Mapping[str, Any]) -> None:
         raise InputError("--models is for seeded networks; with --ckpt or --bundle leave it out")
 
 
+def _without_other_source(found: dict[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a suite's settings without those of another network than the command line names."""
+    source = next((name for name in _SOURCES if name in named), None)
+    if source is None:
+        return found
+    others = {setting for name in _SOURCES if name != source for setting in _SOURCES[name]}
+    return {name: value for name, value in found.items() if name not in others.difference(_SOURCES[source])}
+
+
 def _with_defaults(chosen: dict[str, Any]) -> dict[str, Any]:
     """Return the settings with the precisions that are usual on the device, where none are named."""
     return {"precision": ON_CUDA} | chosen if chosen.get("device") == "cuda" else chosen
@@ -136,7 +159,7 @@ def _parsed(name: str, value: Any) -> Any:
     """Read a setting of the command line, and its list if it is one."""
     if not isinstance(value, str) or name not in ("models", "formats", "precision", "batch", "scenario"):
         return value
-    words = tuple(dict.fromkeys(word.strip() for word in value.split(",") if word.strip()))
+    words = tuple(dict.fromkeys(word.strip() for word in value.split(",")))
     if name != "batch":
         return words
     if not words or not all(_is_count(word) for word in words):

@@ -75,7 +75,31 @@ def test_the_command_line_wins_over_the_suite(tmp_path):
     assert (settings.models, settings.batch, settings.seconds) == (("repmlp-digits",), (2,), 3)
 
 
-@pytest.mark.parametrize("text", ["batches = [1]", "batch = []", "batch = [0]", "seconds = -1", "not toml"])
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"ckpt": Path("x.pth")}, {"ckpt": Path("x.pth"), "bundle": None, "calibration": Path("/")}),
+        ({"bundle": Path("x")}, {"ckpt": None, "card": None, "bundle": Path("x"), "calibration": None}),
+        ({"models": "repmlp-digits"}, {"ckpt": None, "bundle": None, "models": ("repmlp-digits",)}),
+        ({}, {"calibration": Path("/")}),
+    ],
+)
+@pytest.mark.parametrize(
+    "source", ['bundle = "b"', 'ckpt = "c.pth"\ncard = "repmlp-digits"', 'models = ["repmlp-digits"]']
+)
+def test_a_network_of_the_command_line_takes_the_place_of_the_suites(tmp_path, source, given, kept):
+    suite = tmp_path / "s.toml"
+    calibration = "" if "bundle" in source else 'calibration = "/"\n'
+    suite.write_text(f'{source}\nbatch = [4]\nprecision = ["int8"]\n{calibration}')
+    settings = read_settings(suite, given)
+    expected = kept | ({} if calibration else {"calibration": None})
+    assert settings.batch == (4,)
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["batches = [1]", "batch = []", "formats = []", "batch = [0]", "seconds = -1", "not toml"]
+)
 def test_a_wrong_suite_is_refused(tmp_path, text):
     suite = tmp_path / "s.toml"
     suite.write_text(text)
@@ -86,6 +110,8 @@ def test_a_wrong_suite_is_refused(tmp_path, text):
 def test_contradictory_settings_are_refused():
     with pytest.raises(InputError, match="both given"):
         read_settings(None, {"ckpt": "a.pth", "bundle": "b"})
+    with pytest.raises(InputError, match="the bundle of --bundle is measured as it is"):
+        read_settings(None, {"bundle": Path("b"), "calibration": Path("/"), "precision": "int8"})
     with pytest.raises(InputError, match="--models"):
         read_settings(None, {"ckpt": "a.pth", "models": "repmlp-digits"})
     with pytest.raises(InputError, match="--p99 is the limit of the server scenario"):
