@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _LARGEST_THRESHOLD = 10_000
+_THRESHOLD = 10.0
 
 
 def main() -> None:
@@ -87,7 +88,9 @@ def bench_command(  # noqa: PLR0913 - one per option
     markdown: Annotated[Path | None, typer.Option("--markdown", help="The tables as Markdown.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="One self-contained page with figures.")] = None,
     compare: Annotated[Path | None, typer.Option(metavar="OLD.json", help="Earlier report to compare with.")] = None,
-    threshold: Annotated[float, typer.Option(help="Change of latency in percent that --compare reports.")] = 10.0,
+    threshold: Annotated[
+        float | None, typer.Option(help="Change of latency in percent that --compare reports; default 10.")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Measure latency, memory and multiply-adds of a RepMLP network in every format, against the machine's limit."""
@@ -113,12 +116,15 @@ def bench_command(  # noqa: PLR0913 - one per option
         "bundle": bundle,
         "calibration": calibration,
     }
-    if not 0 < threshold <= _LARGEST_THRESHOLD:
+    if threshold is not None and compare is None:
+        raise InputError("--threshold is about the earlier report of --compare, and there is none")
+    percent = _THRESHOLD if threshold is None else threshold
+    if not 0 < percent <= _LARGEST_THRESHOLD:
         raise InputError(f"--threshold is {threshold:g}; expected percents, up to {_LARGEST_THRESHOLD}")
     old, report = _measured(suite, given, outputs, compare)
     _print_report(report, outputs)
     if old is not None:
-        _compare(old, report, str(compare), threshold)
+        _compare(old, report, str(compare), percent, beside_json=_is_stdout(json))
     if report.interrupted:
         sys.stderr.write("interrupted: the report is of what had been measured\n")
         raise typer.Exit(INTERRUPTED)
@@ -128,8 +134,7 @@ def _measured(
     suite: Path | None, given: dict[str, Any], outputs: dict[str, Path | None], compare: Path | None
 ) -> tuple[Report | None, Report]:
     """Return the earlier report to compare with, if any, and the new one."""
-    for path in outputs.values():
-        _check_writable(path)
+    _check_outputs(outputs)
     with progress() as show:
         show("loading")
         # seconds of imports: not for --help or a path that cannot be written
@@ -154,7 +159,7 @@ def _print_report(report: Report, outputs: dict[str, Path | None]) -> None:
         "markdown": lambda: to_markdown(report),
         "html": lambda: _page(report),
     }
-    on_stdout = str(outputs["json"]) == "-"
+    on_stdout = _is_stdout(outputs["json"])
     if on_stdout:
         print_json(report.model_dump(mode="json"))
     else:
@@ -173,8 +178,8 @@ def _page(report: Report) -> str:
     return to_html(report)
 
 
-def _compare(old: Report, new: Report, name: str, threshold: float) -> None:
-    """Print what changed.
+def _compare(old: Report, new: Report, name: str, threshold: float, *, beside_json: bool) -> None:
+    """Print what changed; on stderr if stdout has the report as JSON.
 
     Raises:
         VerificationError: something became slower.
@@ -183,23 +188,35 @@ def _compare(old: Report, new: Report, name: str, threshold: float) -> None:
 
     found = compare_reports(old, new, threshold / 100)
     table = comparison_table(found)
-    print_table(table.title, table.columns, table.rows, left=table.left)
+    print_table(table.title, table.columns, table.rows, left=table.left, stderr=beside_json)
     for note in found.notes:
-        print_line(f"note: {note}")
+        print_line(f"note: {note}", stderr=beside_json)
     slower = [f"{c.row.name} at batch {c.row.batch} ({100 * (c.ratio - 1):+.0f} %)" for c in found.slower]
     slower += [f"all rows ({100 * (found.drift - 1):+.0f} %)"] if found.drifted else []
     if slower:
         raise VerificationError(f"slower than {name}, beyond noise and {threshold:g} %: {', '.join(slower)}")
 
 
-def _check_writable(path: Path | None) -> None:
-    """Raise before the run, not after it, where a report could not be written."""
-    if path is None or str(path) == "-":
-        return
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file")
-    if not path.resolve().parent.is_dir():
-        raise OutputError(f"could not write {path}: {path.resolve().parent} does not exist")
+def _is_stdout(path: Path | None) -> bool:
+    return str(path) == "-"
+
+
+def _check_outputs(outputs: dict[str, Path | None]) -> None:
+    """Raise before the run, not after it, where a report could not be written, or another would be written over it."""
+    options: dict[Path, str] = {}
+    for name, path in outputs.items():
+        if path is None or (name == "json" and _is_stdout(path)):
+            continue
+        if _is_stdout(path):
+            raise InputError(f"--{name} -: only --json goes to stdout; name a file")
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name a file")
+        target = path.resolve()
+        if not target.parent.is_dir():
+            raise OutputError(f"could not write {path}: {target.parent} does not exist")
+        if target in options and (target.is_file() or not target.exists()):  # a device takes several
+            raise InputError(f"--{options[target]} and --{name} are both {path}; name two files")
+        options[target] = name
 
 
 def _write(path: Path, text: str) -> None:

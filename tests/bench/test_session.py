@@ -15,10 +15,10 @@ from repmlp_deploy.bench.settings import Settings
 from repmlp_deploy.bundle import Bundle
 from repmlp_deploy.card import data_root
 from repmlp_deploy.cli.bench import bench_command
-from repmlp_deploy.cli.shared.console import _run, typer
 from repmlp_deploy.convert.pipeline import export
 from repmlp_deploy.errors import InputError
 from support.bench_reports import make_report
+from support.commands import ends_with
 
 pytestmark = pytest.mark.slow  # many exports, seconds each
 
@@ -259,9 +259,7 @@ def test_a_child_that_dies_is_a_row_and_not_the_end(digits_bundle, monkeypatch):
 
 
 def _bench(*arguments):
-    app = typer.Typer(add_completion=False)
-    app.command()(bench_command)
-    return _run(typer.main.get_command(app), list(arguments))
+    return ends_with(bench_command, *arguments)
 
 
 def test_the_command_writes_every_report_and_compares(tmp_path, monkeypatch, capsys):
@@ -280,7 +278,34 @@ def test_the_command_writes_every_report_and_compares(tmp_path, monkeypatch, cap
     assert _bench("--compare", str(files["csv"])) == 2
     assert _bench("--json", str(tmp_path / "absent" / "r.json")) == 5
     assert _bench("--batch", "0") == 2
-    assert _bench("--threshold", "0") == 2
+    assert _bench("--threshold", "0", "--compare", str(files["json"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--csv", "-"), "--csv -: only --json goes to stdout"),
+        (("--markdown", "-"), "--markdown -: only --json goes to stdout"),
+        (("--json", "x", "--csv", "./x"), "--json and --csv are both x; name two files"),
+        (("--threshold", "5"), "--threshold is about the earlier report of --compare"),
+        (("--formats", ","), "--formats is ',', which has an empty word"),
+    ],
+)
+def test_an_option_that_would_be_lost_is_refused(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session, "run_benchmark", lambda *_: pytest.fail("measured for nothing"))
+    assert _bench(*arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_json_on_stdout_stays_json_beside_a_comparison(tmp_path, monkeypatch, capsys):
+    (tmp_path / "old.json").write_text(make_report(seed=1).to_json())
+    monkeypatch.setattr(session, "run_benchmark", lambda *_: make_report(seed=2))
+    assert _bench("--json", "-", "--compare", str(tmp_path / "old.json")) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["schema_version"] == 1
+    assert "against the earlier run" in err
 
 
 def test_a_package_that_only_the_page_needs_is_missed_before_anything_is_measured(tmp_path, monkeypatch, capsys):

@@ -116,6 +116,7 @@ def print_table(  # noqa: PLR0913 - what is shown, and how
     *,
     left: int = 1,
     narrow: Sequence[str] = (),
+    stderr: bool = False,
     styles: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Print a table.
@@ -126,9 +127,10 @@ def print_table(  # noqa: PLR0913 - what is shown, and how
         rows: a cell for every column.
         left: how many columns are text; the others are figures.
         narrow: the columns that a terminal of less than `_WIDE` characters shows; by default all.
+        stderr: print it there, because a program reads stdout.
         styles: a cell's text to its style, where the output shows colours.
     """
-    console = Console()
+    console = Console(stderr=stderr)
     if not console.is_terminal:
         console.width = max(160, console.width)
     elif console.width < _WIDE and narrow:
@@ -147,9 +149,10 @@ def print_verdict_line(text: str, *, passed: bool) -> None:
     Console(soft_wrap=True, highlight=False).print(Text(printable(text), style="green" if passed else "bold red"))
 
 
-def print_line(text: str, *, limit: int | None = None) -> None:
-    """Print one line of a report, safe to show whatever it quotes."""
-    sys.stdout.write(f"{printable(text) if limit is None else printable(text, limit)}\n")
+def print_line(text: str, *, limit: int | None = None, stderr: bool = False) -> None:
+    """Print one line of a report, safe to show whatever it quotes; on stderr if a program reads stdout."""
+    stream = sys.stderr if stderr else sys.stdout
+    stream.write(f"{printable(text) if limit is None else printable(text, limit)}\n")
 
 
 def print_warnings(warnings: Sequence[str]) -> None:
