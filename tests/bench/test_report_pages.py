@@ -11,8 +11,10 @@ import pytest
 
 from repmlp_deploy.bench.measure.results import Report
 from repmlp_deploy.bench.report.page import headlines, to_html
-from repmlp_deploy.bench.report.plots import COLOURS, MARKERS, report_plots
+from repmlp_deploy.bench.report.plots import COLOURS, MARKERS, look_of, report_plots
 from repmlp_deploy.bench.report.tables import facts, tables, to_csv, to_markdown
+from repmlp_deploy.bench.subjects.table import chosen_rows
+from repmlp_deploy.precision import PRECISIONS
 from support.bench_reports import MEDIANS, make_report, make_scenarios
 
 CHROMIUM = next(
@@ -159,6 +161,9 @@ def test_every_reference_inside_a_figure_has_its_target():
 
 def test_formats_differ_in_colour_and_in_marker():
     assert len(set(COLOURS)) == len(COLOURS) == len(MARKERS) == len(set(MARKERS))
+    rows = chosen_rows(None, tuple(PRECISIONS))
+    assert len(rows) > len(COLOURS)
+    assert len({look_of(i) for i in range(len(rows))}) == len(rows)
 
 
 def test_the_headline_names_the_fastest_row_and_how_sure_that_is():

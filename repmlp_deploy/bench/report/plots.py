@@ -1,6 +1,7 @@
 """Figures of a report, as SVG text that needs no file, font or script beside it.
 
-Colours are Okabe and Ito's, told apart by readers of any colour vision; each format also has a marker of its own.
+Colours are Okabe and Ito's, told apart by readers of any colour vision. Each row also has a marker, and
+no two rows have both in common.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ try:
 except ImportError:
     raise MissingDependency("matplotlib", "bench") from None
 
-__all__ = ["Plot", "report_plots"]
+__all__ = ["Plot", "look_of", "report_plots"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C7A00", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
@@ -56,10 +57,15 @@ class Plot:
 Look = Mapping[str, tuple[str, str]]
 
 
+def look_of(i: int) -> tuple[str, str]:
+    """Return colour and marker of the `i`-th row; when the colours come again, each has the next marker."""
+    return COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]
+
+
 def report_plots(report: Report) -> list[Plot]:
     """Draw latency distributions, throughput over batch, rooflines, and speed against error."""
     names = list(dict.fromkeys(row.name for row in report.rows))
-    look = {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
+    look = {name: look_of(i) for i, name in enumerate(names)}
     plots: list[tuple[str, Figure]] = []
     with mpl.rc_context(_STYLE):
         for title, rows in groups(report):
