@@ -181,6 +181,38 @@ def test_a_row_that_failed_is_told_by_the_exit_code(
     assert json.loads((tmp_path / "report.json").read_text())["lines"][0]["runtime"] == "trt"
 
 
+def test_an_error_of_pytorch_is_a_line_and_no_pass(bundle: Bundle) -> None:
+    def opened(_network: torch.nn.Module, _precision: str) -> NetworkSubject:
+        raise RuntimeError("CUDA out of memory\nTried to allocate")
+
+    line = measure_pytorch(bundle, "merged", torch.nn.Linear(1, 1), "fp32", opened=opened)
+    assert line == Line("torch merged", "fp32", reason="RuntimeError: CUDA out of memory", defect=True)
+    assert not Record(**{**RECORD.__dict__, "lines": (*RECORD.lines, line)}).passed
+
+
+def test_an_export_that_fails_in_any_way_costs_its_own_lines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, precision: str, **_more: object) -> Bundle:
+        raise RuntimeError(precision)
+
+    monkeypatch.setattr(gpu_report, "export", fail)
+    found = list(gpu_report.lines("repmlp-digits", "a GPU", "8.9"))
+    assert [line.reason for line in found] == [f"RuntimeError: {name}" for name in gpu_report.PRECISIONS]
+
+
+def test_what_was_measured_is_kept_when_the_run_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lines(*_: object) -> Iterator[Line]:
+        yield from RECORD.lines
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_report, "find_gpus", lambda: (Gpu("a GPU", "8.9"),))
+    monkeypatch.setattr(gpu_report, "driver", lambda: "a driver")
+    monkeypatch.setattr(gpu_report, "lines", lines)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_report.main(["--out", str(tmp_path / "report.md")])
+    assert "tensorrt is not installed" in (tmp_path / "report.md").read_text()
+    assert len(json.loads((tmp_path / "report.json").read_text())["lines"]) == len(RECORD.lines)
+
+
 def test_a_report_in_which_nothing_ran_did_not_pass() -> None:
     assert not Record(**{**RECORD.__dict__, "lines": RECORD.lines[1:]}).passed
 

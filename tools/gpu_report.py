@@ -4,10 +4,11 @@ It needs no network. For every NVIDIA builder that is installed and every precis
 weights, builds the engine for this GPU, compares it with the trained network again at every batch size (the rows of the
 certificate, run on the GPU), and times calls from arrays on the host to arrays on the host: with memory of cuda-python
 with and without CUDA graphs, and with PyCUDA's. ONNX Runtime's CUDA provider is measured beside them, and the merged
-and folded network in PyTorch in fp32, tf32, fp16 and bf16. What cannot be run is a line with its reason. The roofline
-is the least time that the published peaks of the card allow, where `gpu_roofline.py` knows it.
+and folded network in PyTorch in fp32, tf32, fp16 and bf16. What cannot be run is a line with its reason, and the report
+is written after every line. The roofline is the least time that the published peaks of the card allow, where
+`gpu_roofline.py` knows it.
 
-Exit codes: 0; 3 if a row failed, after the report was written; 4 without a GPU.
+Exit codes: 0; 3 if a row failed or a line met a defect, after the report was written; 4 without a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,6 +48,7 @@ from repmlp_deploy.convert.reparam.fold import fold_affine
 from repmlp_deploy.convert.reparam.merge import merge_branches
 from repmlp_deploy.convert.rework.add_engine import add_engines
 from repmlp_deploy.errors import MissingDependency, RepMLPError
+from repmlp_deploy.files import replace_file
 from repmlp_deploy.runtime.runner import EngineSettings, RunnerOptions
 from repmlp_deploy.runtime.tasks import find_task
 
@@ -103,6 +105,7 @@ class Line:
         rows: of the certificate that ran on the GPU: name, batch, error, allowed, passed.
         latencies: by batch size.
         reason: why nothing ran; empty if it did.
+        defect: whether the reason is none that this package knows, such as an error of PyTorch.
     """
 
     runtime: str
@@ -110,6 +113,15 @@ class Line:
     rows: tuple[tuple[str, int | None, float, float, bool | None], ...] = ()
     latencies: tuple[Latency, ...] = ()
     reason: str = ""
+    defect: bool = False
+
+    @classmethod
+    def of_error(cls, runtime: str, precision: str, error: Exception) -> Line:
+        """Return the line of what could not be measured."""
+        if isinstance(error, RepMLPError):
+            return cls(runtime, precision, reason=str(error))
+        said = (str(error).splitlines() or [""])[0]
+        return cls(runtime, precision, reason=f"{type(error).__name__}: {said}", defect=True)
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,9 @@ class Record:
 
     @property
     def passed(self) -> bool:
-        """Whether something ran and no row failed."""
+        """Whether something ran, no row failed, and no line met a defect."""
+        if any(line.defect for line in self.lines):
+            return False
         verdicts = [row[4] for line in self.lines for row in line.rows if row[4] is not None]
         return bool(verdicts) and all(verdicts)
 
@@ -164,8 +178,8 @@ def measure(  # noqa: PLR0913 - what is measured, and how
                 return Line(runtime, precision, reason="; ".join(notes) or "it did not run")
             with Predictor(bundle, format=artifact_format, device=device, engine=engine) as predictor:
                 latencies = tuple(_latencies(predictor.logits, bundle, precision, clock, gpu))
-    except RepMLPError as error:
-        return Line(runtime, precision, reason=str(error))
+    except Exception as error:  # noqa: BLE001 - whatever a runtime raises is the reason of its line
+        return Line.of_error(runtime, precision, error)
     return Line(runtime, precision, _rows(judged), latencies)
 
 
@@ -204,8 +218,8 @@ def measure_pytorch(  # noqa: PLR0913 - what is measured, and how
         certifier = Certifier(bundle.probe(), batch_sizes(bundle.manifest.batch), class_axes=axes, outputs=names)
         hops = certifier.measure(f"torch {form}", lambda *inputs: [subject.run(inputs[0])], kind)
         latencies = tuple(_latencies(subject.run, bundle, precision, clock, gpu, subject.device_ms))
-    except RepMLPError as error:
-        return Line(f"torch {form}", precision, reason=str(error))
+    except Exception as error:  # noqa: BLE001 - as in `measure`
+        return Line.of_error(f"torch {form}", precision, error)
     return Line(f"torch {form}", precision, _rows(hops), latencies)
 
 
@@ -278,7 +292,7 @@ def to_markdown(record: Record) -> str:
     ]
     for line in record.lines:
         if line.reason:
-            out.append(f"| {line.runtime} | {line.precision} | not run: {line.reason} | | | | | | |")
+            out.append(f"| {line.runtime} | {line.precision} | not run: {line.reason.replace('|', '/')} | | | | | | |")
             continue
         worst = max(line.rows, key=lambda row: row[2] / row[3])
         passed = f"{sum(bool(row[4]) for row in line.rows)} of {len(line.rows)}"
@@ -324,8 +338,8 @@ def lines(model: str, gpu: str, capability: str) -> Iterator[Line]:
         with tempfile.TemporaryDirectory(prefix="repmlp-gpu-") as folder:
             try:
                 bundle = export(network, precision=precision, batch="1:8:64", out=Path(folder, "b"), **given)
-            except RepMLPError as error:
-                yield Line("export", precision, reason=str(error))
+            except Exception as error:  # noqa: BLE001 - as in `measure`
+                yield Line.of_error("export", precision, error)
                 continue
             if precision == "fp32":
                 yield from _pytorch_lines(network, bundle, gpu)
@@ -334,16 +348,21 @@ def lines(model: str, gpu: str, capability: str) -> Iterator[Line]:
                 options = EngineOptions(compute_capabilities=() if FLAVOURS[name].needs_gpu else (capability,))
                 try:
                     made = add_engines(Path(folder, "b"), [name], options, out=Path(folder, name))
-                except RepMLPError as error:
-                    yield Line(name, precision, reason=str(error))
+                except Exception as error:  # noqa: BLE001 - as in `measure`
+                    yield Line.of_error(name, precision, error)
                     continue
                 for engine in settings_of_engines():
                     yield measure(made, name, precision, gpu=gpu, engine=engine)
 
 
 def _pytorch_lines(network: nn.Module, bundle: Bundle, gpu: str) -> Iterator[Line]:
-    merged = merge_branches(network)
-    for form, made in {"merged": merged, "folded": fold_affine(merged)}.items():
+    try:
+        merged = merge_branches(network)
+        forms = {"merged": merged, "folded": fold_affine(merged)}
+    except Exception as error:  # noqa: BLE001 - as in `measure`
+        yield Line.of_error("torch", "fp32", error)
+        return
+    for form, made in forms.items():
         for precision in DTYPES:
             yield measure_pytorch(bundle, form, made, precision, gpu=gpu)
 
@@ -367,11 +386,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dt.datetime.now(dt.UTC).date().isoformat(),
         platform.platform(),
     )
-    found = tuple(lines(options.model, gpus[0].name, gpus[0].capability))
-    record = Record(options.model, *about, dict(_versions()), found)
-    options.out.write_text(to_markdown(record), encoding="utf-8")
-    options.out.with_suffix(".json").write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
-    sys.stdout.write(f"{options.out}: {len(found)} lines\n")
+    record = Record(options.model, *about, dict(_versions()), ())
+    for line in lines(options.model, gpus[0].name, gpus[0].capability):
+        record = replace(record, lines=(*record.lines, line))
+        replace_file(options.out, to_markdown(record).encode())
+        replace_file(options.out.with_suffix(".json"), json.dumps(asdict(record), indent=1).encode())
+    sys.stdout.write(f"{options.out}: {len(record.lines)} lines\n")
     return 0 if record.passed else 3
 
 
