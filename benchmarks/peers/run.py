@@ -10,11 +10,13 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-PEERS = ("ours.py", "naive_onnx.py", "torch_compile.py", "mmpretrain_inference.py")
+OURS = "ours.py"
+PEERS = (OURS, "naive_onnx.py", "torch_compile.py", "mmpretrain_inference.py")
 
 
 def ask(python: str, script: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -32,6 +34,15 @@ def ask(python: str, script: str, options: argparse.Namespace) -> dict[str, Any]
     return answer
 
 
+def summary(theirs: Mapping[int, float], ours: Mapping[int, float]) -> str:
+    """Return the median of a peer's milliseconds, and its ratio to ours over the rounds that both have."""
+    middle = f"p50 {statistics.median(theirs.values()):9.2f} ms"
+    ratios = [theirs[i] / ours[i] for i in theirs if i in ours]
+    if not ratios:
+        return f"{middle}, no ratio: this project ran in none of its rounds"
+    return f"{middle}, {statistics.median(ratios):6.2f} times ours ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
 def main() -> None:
     """Run the rounds, print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -43,7 +54,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--python", default=sys.executable, help="interpreter for the mmpretrain peer")
     options = parser.parse_args()
-    rounds: dict[str, list[float]] = {}
+    times: dict[str, dict[int, float]] = {}
+    names: dict[str, str] = {}
     for i in range(options.rounds):
         for script in PEERS:
             sys.stderr.write(f"... round {i + 1} of {options.rounds}: {script}\n")
@@ -51,15 +63,12 @@ def main() -> None:
             if "missing" in found:
                 sys.stderr.write(f"{found['peer']}: not run: {found['missing']}\n")
             else:
-                rounds.setdefault(found["peer"], []).append(found["p50_ms"])
-    if not rounds:
+                names[script] = found["peer"]
+                times.setdefault(script, {})[i] = found["p50_ms"]
+    if not times:
         raise SystemExit("no peer could run")
-    ours = next(iter(rounds.values()))
-    for peer, times in rounds.items():
-        ratios = [theirs / mine for theirs, mine in zip(times, ours, strict=False)]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        middle = statistics.median(times)
-        sys.stdout.write(f"{peer:30} p50 {middle:9.2f} ms, {statistics.median(ratios):6.2f} times ours ({spread})\n")
+    for script in (one for one in PEERS if one in times):
+        sys.stdout.write(f"{names[script]:30} {summary(times[script], times.get(OURS, {}))}\n")
 
 
 if __name__ == "__main__":
