@@ -82,7 +82,7 @@ class Worker:
         return Error(max_abs=result.max_abs, max_rel=result.max_rel, top1=result.top1, allowed=allowed).model_dump()
 
     def warm(self, batch: int, mode: str, seconds: float, gap_ms: float) -> dict[str, Any]:
-        """Warm up, and start the peak of resident memory again."""
+        """Begin the peak of resident memory anew, without what loading took, and warm up."""
         machine.reset_peak()
         return warm_up(self._call(batch, mode), seconds, gap_ms=gap_ms).model_dump()
 
@@ -91,7 +91,7 @@ class Worker:
         return time_calls(self._call(batch, mode), seconds, gap_ms=gap_ms, least=least)
 
     def memory(self) -> int:
-        """Return the peak of resident memory since the last warm-up, in bytes."""
+        """Return the peak of resident memory since the last warm-up began, in bytes."""
         return machine.peak_bytes()
 
     def device(self, batch: int) -> dict[str, float]:

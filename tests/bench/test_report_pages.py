@@ -12,7 +12,7 @@ import pytest
 from repmlp_deploy.bench.measure.results import Report
 from repmlp_deploy.bench.report.page import headlines, to_html
 from repmlp_deploy.bench.report.plots import COLOURS, MARKERS, look_of, report_plots
-from repmlp_deploy.bench.report.tables import facts, tables, to_csv, to_markdown
+from repmlp_deploy.bench.report.tables import conventions, facts, tables, to_csv, to_markdown
 from repmlp_deploy.bench.subjects.table import chosen_rows
 from repmlp_deploy.precision import PRECISIONS
 from support.bench_reports import MEDIANS, make_report, make_scenarios
@@ -97,6 +97,7 @@ def test_what_a_reader_must_know_is_said():
     assert "something to know" in said
     assert "interrupted" in said
     assert "governor not readable" in said
+    assert any("from its warm-up on" in line for line in conventions(make_report()))
 
 
 def test_scenarios_have_a_table_per_source_with_the_first_way_as_base():

@@ -57,7 +57,8 @@ class Memory(_Frozen):
     """Resident memory of the row's own process.
 
     Attributes:
-        peak_bytes: the largest while loading and running at this batch.
+        peak_bytes: the largest while warming up and running at this batch; what loading took and gave back is not in
+            it, except where the system cannot begin a peak anew, as on Windows and macOS.
         imports_bytes: with the runtime imported and nothing loaded: the libraries' share.
     """
 

@@ -102,7 +102,8 @@ def conventions(report: Report) -> list[str]:
         "error: largest absolute difference from the trained network in float64, on the probe's inputs.",
         "of roof: attained over the smaller of the precision's peak and intensity × bandwidth, measured in this run.",
         "Multiply-adds are what papers call FLOPs; GFLOP/s count two operations each.",
-        "Cold start: in a new process, files in the page cache. Peak memory: resident, of the row's own process.",
+        "Cold start: in a new process, files in the page cache.",
+        "Peak memory: resident, of the row's own process, from its warm-up on; loading is in it on Windows and macOS.",
     ]
     if report.scenarios:
         said += [
