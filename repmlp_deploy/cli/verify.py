@@ -60,10 +60,6 @@ def verify_command(  # noqa: PLR0913 - one per option
     if bisect:
         _bisect(loaded, ckpt, card, module, artifact, as_json=json)
         return
-    if ckpt is None and (card or module):
-        raise InputError(
-            f"{'--card' if card else '--module'} is about the checkpoint, and there is none: pass --ckpt FILE"
-        )
     if ckpt is not None:
         _require_file(ckpt)
     hops, notes = recertify(loaded, artifact, RunnerOptions(device, threads))
@@ -98,8 +94,9 @@ def _require_used(given: set[str], engine_report: Path | None, *, bisect: bool) 
         raise InputError(f"--engine-report only writes a script: leave {unused} out")
     if bisect and given & {"--device", "--threads"}:
         raise InputError("--bisect knows where to run what: leave --device and --threads out")
-    if "--ckpt" not in given and given & {"--card", "--module"}:
-        raise InputError("--card and --module are about the checkpoint of --ckpt, and there is none")
+    alone = sorted(given & {"--card", "--module"}) if "--ckpt" not in given else []
+    if alone:
+        raise InputError(f"{alone[0]} is about the checkpoint, and there is none: pass --ckpt FILE")
 
 
 def _require_file(checkpoint: Path) -> None:

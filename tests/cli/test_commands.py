@@ -267,8 +267,8 @@ def test_predicting_what_is_no_bundle_or_no_image(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--card", "repmlp-digits"), "--card and --module are about the checkpoint of --ckpt, and there is none"),
-        (("--module", "a:b"), "--card and --module are about the checkpoint of --ckpt, and there is none"),
+        (("--card", "repmlp-digits"), "is about the checkpoint, and there is none: pass --ckpt FILE"),
+        (("--module", "a:b"), "is about the checkpoint, and there is none: pass --ckpt FILE"),
         (("--bisect", "--engine-report", "x.py"), "--engine-report only writes a script: leave --bisect out"),
         (("--engine-report", "x.py", "--device", "cpu", "--bisect"), "leave --bisect, --device out"),
         (("--bisect", "--ckpt", "x.pth", "--threads", "1"), "leave --device and --threads out"),
