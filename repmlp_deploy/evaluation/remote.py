@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import re
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -19,13 +18,12 @@ import pyarrow as pa
 import pyarrow.fs
 
 from repmlp_deploy.errors import ImageError, InputError
+from repmlp_deploy.reading import is_hidden, tried
 from repmlp_deploy.text import first_line
 
 __all__ = ["RemoteFile", "RemoteStore", "is_uri"]
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(/?)")
-_TRIES = 4
-_FIRST_WAIT_SECONDS = 0.2  # then twice as long every time
 
 
 def is_uri(data: str | PurePath) -> bool:
@@ -58,20 +56,17 @@ class RemoteFile:
             ImageError: there is no such file, or it is too large.
             InputError: the file system fails, several times: no fault of the image, so the run ends and can go on.
         """
-        for turn in range(_TRIES):
-            if turn:
-                time.sleep(_FIRST_WAIT_SECONDS * 2 ** (turn - 1))
-            try:
-                with self.filesystem.open_input_file(self.path) as file:
-                    size = file.size()
-                    if size > self.most_bytes:
-                        raise ImageError(f"{self.path} has {size:,} bytes; expected at most {self.most_bytes:,}")
-                    return bytes(file.read())
-            except FileNotFoundError:
-                raise ImageError(f"{self.path}: no such file") from None
-            except (OSError, pa.ArrowException) as error:
-                failure = error
-        raise InputError(f"{self.path} could not be read {_TRIES} times: {first_line(failure)}; run again to go on")
+        try:
+            return tried(self._content, self.path, pa.ArrowException)
+        except FileNotFoundError:
+            raise ImageError(f"{self.path}: no such file") from None
+
+    def _content(self) -> bytes:
+        with self.filesystem.open_input_file(self.path) as file:
+            size = file.size()
+            if size > self.most_bytes:
+                raise ImageError(f"{self.path} has {size:,} bytes; expected at most {self.most_bytes:,}")
+            return bytes(file.read())
 
 
 @dataclass(frozen=True)
@@ -107,15 +102,15 @@ class RemoteStore:
     def images(self, path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str] | None:
         """Return the names of the image files below a folder, sorted, and a hash of what is known of them.
 
-        Hidden files are left out. None for a file.
+        Hidden files and folders are left out. None for a file.
         """
         if self.filesystem.get_file_info(path).type != pa.fs.FileType.Directory:
             return None
         selector = pa.fs.FileSelector(path, recursive=True)
         files = [one for one in self.filesystem.get_file_info(selector) if one.type == pa.fs.FileType.File]
-        wanted = [one for one in files if one.path.lower().endswith(suffixes) and one.base_name[0] != "."]
-        wanted.sort(key=lambda one: one.path.split("/"))
-        return [posixpath.relpath(one.path, path) for one in wanted], _hash(wanted)
+        inside = [(posixpath.relpath(one.path, path), one) for one in files if one.path.lower().endswith(suffixes)]
+        wanted = sorted((pair for pair in inside if not is_hidden(pair[0])), key=lambda pair: pair[0].split("/"))
+        return [name for name, _ in wanted], _hash(one for _, one in wanted)
 
     def fingerprint(self, path: str, *about: str) -> str:
         """Return a hash of a file's name, length and time."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from repmlp_deploy.card import Preprocessing, Resize
-from repmlp_deploy.errors import ImageError
+from repmlp_deploy.errors import ImageError, InputError
+from repmlp_deploy.reading import files_below, read_whole
 
 __all__ = [
     "DECODE_MODES",
@@ -55,6 +55,7 @@ _Sized = tuple[Image.Image, _Size]
 _Out = NDArray[Any] | None
 
 MAX_PIXELS = 100_000_000  # after every step; Pillow needs 400 MB for as many. A file of 20 KB can claim more.
+MAX_BYTES = 1 << 30  # of a file
 MAX_EDGE = 1_000_000  # Pillow's tables for resizing grow with the edge, whatever the other edge is
 
 MAX_SCANS = 100  # of a JPEG, each over every pixel; progressive files have about ten. One of 66 KB can hold thousands.
@@ -96,6 +97,7 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
     Raises:
         ImageError: the file is missing, is no regular file, is no raster image, is truncated, has floating-point
             levels, or decodes to more than `MAX_PIXELS`.
+        InputError: the file cannot be read for a reason that is no fault of the image, such as a failing disk.
     """
     return _opened(source, own=False)[0]
 
@@ -104,13 +106,15 @@ def _opened(source: str | os.PathLike[str] | bytes, resize: Resize | None = None
     """Return the RGB image, decoded smaller if `resize` allows it, and the file's upright (height, width)."""
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
+        # the whole file: a disk that fails while Pillow reads is no fault of the image
+        content = source if isinstance(source, bytes) else read_whole(Path(source), MAX_BYTES)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours, and an error
-            with Image.open(_stream(source), formats=RASTER_FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=RASTER_FORMATS) as image:
                 return _upright_rgb(image, name, resize, own=own)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
-    except ImageError:
+    except InputError:
         raise
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not a readable image: its format is none of {', '.join(RASTER_FORMATS)}") from None
@@ -119,12 +123,17 @@ def _opened(source: str | os.PathLike[str] | bytes, resize: Resize | None = None
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Return the image files in a folder and the folders inside it, sorted; hidden files and folders are left out.
+    """Return the image files in a folder and the folders inside it, sorted; see `files_below`.
 
     What has an image's name and is no file, such as a dangling link, is among them: reading it names it in an error.
+
+    Raises:
+        InputError: one of the folders cannot be read.
     """
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
-    return sorted(path for path in files if "/." not in f"/{path.relative_to(folder).as_posix()}")
+    try:
+        return sorted(path for path in files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
+    except OSError as error:
+        raise InputError(f"the folder {error.filename or folder} cannot be read: {error.strerror or error}") from None
 
 
 def to_image(source: ImageLike, *, array_order: str = "RGB") -> Image.Image:
@@ -279,15 +288,6 @@ def _from_array(levels: NDArray[Any], order: str) -> Image.Image:
     _refuse_large(levels.shape[1], levels.shape[0], "the image array")
     ordered = levels[:, :, ::-1] if order == "BGR" and colour else levels
     return Image.fromarray(np.ascontiguousarray(ordered)).convert("RGB")
-
-
-def _stream(source: str | os.PathLike[str] | bytes) -> Path | io.BytesIO:
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    path = Path(source)
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe waits for a writer; a device may never end
-        raise ImageError(f"{path} is not a readable image: it is a folder, a pipe or a device; give a file")
-    return path
 
 
 def _refuse_large(width: int, height: int, name: str) -> None:

@@ -213,6 +213,16 @@ def with_labels(bundle, labels):
     return Bundle(bundle.manifest.model_copy(update={"labels": labels}), bundle.folder).manifest
 
 
+def test_links_to_folders_are_followed(digits, tmp_path):
+    plain = small_folder(tmp_path / "plain")
+    (tmp_path / "linked").mkdir()
+    for folder in plain.iterdir():
+        (tmp_path / "linked" / folder.name).symlink_to(folder)
+    (plain / "7" / "more").symlink_to(plain / "8")
+    counts = [len(read_dataset(tmp_path / name, digits.manifest).samples) for name in ("plain", "linked")]
+    assert counts == [22, 22]
+
+
 def test_folders_are_matched_by_name_number_or_order(digits, tmp_path):
     folder = small_folder(tmp_path / "data", per_class=1)
     names = tuple("abcdefghij")

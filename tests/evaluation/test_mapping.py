@@ -16,7 +16,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from repmlp_deploy import Bundle, Predictor
+from repmlp_deploy import Bundle, Predictor, reading
 from repmlp_deploy.cli.map import map_command
 from repmlp_deploy.errors import InputError, OutputError
 from repmlp_deploy.evaluation import filling, mapping
@@ -209,6 +209,33 @@ def test_a_row_without_an_image_and_a_missing_file_are_rows(predictor, tmp_path)
     first, second = pq.read_table(tmp_path / "out.parquet")["error"].to_pylist()
     assert first == "row 0 holds no image"
     assert "no such file" in second
+
+
+def test_a_disk_that_fails_ends_the_run_instead_of_becoming_a_row(images, predictor, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading.time, "sleep", lambda _seconds: None)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(next(images.rglob("001.png")).read_bytes())
+    read_bytes = Path.read_bytes
+
+    def failing(path):
+        if path.suffix == ".png":
+            raise OSError(5, "Input/output error")
+        return read_bytes(path)
+
+    source, out = open_source(str(tmp_path / "in")), tmp_path / "out.parquet"
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(InputError, match=r"a\.png could not be read 4 times"):
+        map_images(predictor, source, out)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert map_images(predictor, source, out).errors == 0, "the same command goes on"
+
+
+def test_links_to_folders_are_followed(images, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in "012":
+        (tmp_path / "in" / name).symlink_to(images / name)
+    linked, plain = (open_source(str(folder)) for folder in (tmp_path / "in", images))
+    assert [item.key for item in linked.items(0)] == [item.key for item in plain.items(0)]
 
 
 def test_the_command_counts_and_refuses(images, bundle, tmp_path, capsys):

@@ -12,9 +12,8 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
-from repmlp_deploy import Bundle, Predictor
+from repmlp_deploy import Bundle, Predictor, reading
 from repmlp_deploy.errors import ImageError, InputError
-from repmlp_deploy.evaluation import remote
 from repmlp_deploy.evaluation.mapping import map_images
 from repmlp_deploy.evaluation.remote import RemoteFile, RemoteStore
 from repmlp_deploy.evaluation.sources import open_source
@@ -32,6 +31,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image.save(folder / f"d{i % 2}" / f"{i:02d}.png")
     (folder / "d1" / "03.png").write_bytes(b"no image")
     (folder / "d1" / ".hidden.png").write_bytes(b"")
+    (folder / ".thumbnails" / "d0").mkdir(parents=True)
+    (folder / ".thumbnails" / "d0" / "00.png").write_bytes(b"")
     (folder / "notes.txt").write_text("d0/00.png\nd1/01.png\nd1/gone.png\n")
     return folder
 
@@ -99,7 +100,7 @@ def test_what_is_too_large_is_not_read_and_a_failure_ends_the_run(images: Path, 
     with pytest.raises(ValueError, match="larger than 5 bytes"):
         store.text(f"{path}/notes.txt", 5)
     calls, waits = [], []
-    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    monkeypatch.setattr(reading.time, "sleep", waits.append)
 
     class Failing:
         def open_input_file(self, path: str) -> io.BytesIO:

@@ -2,14 +2,16 @@ import contextlib
 import io
 import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from repmlp_deploy import reading
 from repmlp_deploy.card import Preprocessing, Resize
-from repmlp_deploy.errors import ImageError
+from repmlp_deploy.errors import ImageError, InputError
 from repmlp_deploy.runtime import images
 from repmlp_deploy.runtime.images import find_images, open_image, preprocess, to_image
 
@@ -235,3 +237,32 @@ def test_hidden_files_and_what_lies_in_hidden_folders_is_not_found(tmp_path: Pat
     (hidden / "j.png").touch()
     assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == ["a.png", "b/c.JPG"]
     assert find_images(hidden) == [hidden / "j.png"], "a hidden folder that was named is meant"
+
+
+def test_an_unreadable_folder_and_a_failing_disk_are_no_fault_of_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photo: Image.Image
+) -> None:
+    def refusing(place: str) -> object:
+        raise PermissionError(13, "Permission denied", place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError, match=rf"the folder {re.escape(str(tmp_path))} cannot be read: Permission denied"):
+        find_images(tmp_path)
+    monkeypatch.setattr(reading.time, "sleep", lambda _seconds: None)
+    photo.save(tmp_path / "a.png")
+
+    def failing(_path: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(InputError, match="could not be read 4 times") as found:
+        open_image(tmp_path / "a.png")
+    assert not isinstance(found.value, ImageError)
+
+
+def test_images_behind_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.png").touch()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "other")
+    assert find_images(tmp_path / "in") == [tmp_path / "in" / "link" / "a.png"]

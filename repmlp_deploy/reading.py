@@ -1,0 +1,140 @@
+"""Read what lies on the disks of others: folders with links, files on disks that fail, paths that lead nowhere.
+
+Nothing that cannot be read is left out silently, and a fault of a disk is never one of a file's content.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from repmlp_deploy.errors import InputError
+from repmlp_deploy.text import first_line
+
+__all__ = ["files_below", "is_hidden", "read_whole", "state_of", "tried"]
+
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""What the system says of a name that no file has."""
+
+_TRIES = 4
+_FIRST_WAIT_SECONDS = 0.2  # then twice as long every time
+
+
+def state_of(path: Path, called: object) -> os.stat_result | None:
+    """Return what the system knows of a file or folder; None if there is none of that name.
+
+    `Path.exists` and its like raise OSError for a name that is too long, or in a folder that this user may not search.
+
+    Args:
+        path: what a user named.
+        called: what to call it in the error.
+
+    Raises:
+        InputError: this user may not know, or the disk fails.
+    """
+    try:
+        return path.stat()
+    except ValueError:  # a zero byte in the name
+        return None
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return None
+        raise InputError(f"{called} cannot be read: {error.strerror or error}") from None
+
+
+def is_hidden(path: str) -> bool:
+    """Return whether a path inside a folder, with slashes, is of a hidden file or leads through a hidden folder."""
+    return any(part.startswith(".") and part not in {".", ".."} for part in path.split("/"))
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and in the folders inside it, in no order; hidden files and folders are left out.
+
+    Links to folders are followed, except one to a folder that it lies in. What is no folder is a file here, such as a
+    dangling link.
+
+    Raises:
+        OSError: a folder cannot be read; nothing is left out silently.
+    """
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [(str(folder), ())]  # a folder, and those it lies in
+    while waiting:
+        place, above = waiting.pop()
+        state = os.stat(place)  # noqa: PTH116 - a Path for every folder takes longer than reading it
+        here = (state.st_dev, state.st_ino)
+        if here in above:
+            continue
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                if _is_folder(entry):
+                    waiting.append((entry.path, (*above, here)))
+                else:
+                    yield Path(entry.path)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself dangles
+            return False
+        raise
+
+
+def read_whole(path: Path, most_bytes: int) -> bytes:
+    """Return the content of a file that may lie on a disk that fails now and then.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no regular file, or is larger than `most_bytes`; the message says which.
+        InputError: the disk fails every time, or this user may not read the file.
+    """
+    return tried(partial(_read, path, most_bytes), path)
+
+
+def _read(path: Path, most_bytes: int) -> bytes:
+    try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # opening a pipe waits for a writer; a device may never end
+            raise ValueError("it is a folder, a pipe or a device; give a file")
+        if state.st_size > most_bytes:
+            raise ValueError(f"it has {state.st_size:,} bytes; at most {most_bytes:,} are read")
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            raise FileNotFoundError(*error.args) from None
+        raise
+
+
+def tried(read: Callable[[], bytes], name: object, *failures: type[Exception]) -> bytes:
+    """Return what `read` returns. A disk or a network that fails is tried again a few times.
+
+    Args:
+        read: reads a file.
+        name: of the file.
+        failures: errors, besides OSError, that say so.
+
+    Raises:
+        FileNotFoundError: there is no such file, as `read` says.
+        InputError: it fails every time, or this user may not read the file.
+    """
+    for turn in range(_TRIES):
+        if turn:
+            time.sleep(_FIRST_WAIT_SECONDS * 2 ** (turn - 1))
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except PermissionError as error:
+            raise InputError(f"{name} cannot be read: {error.strerror or first_line(error)}") from None
+        except Exception as error:
+            if not isinstance(error, (OSError, *failures)):
+                raise
+            failure = error
+    raise InputError(f"{name} could not be read {_TRIES} times: {first_line(failure)}; run again to go on")
