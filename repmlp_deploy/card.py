@@ -319,4 +319,4 @@ def load_labels(card: ModelCard) -> tuple[str, ...] | None:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
         raise CardError(f"{card.name}: no label list {card.labels!r}; known: {known}")
-    return tuple(path.read_text(encoding="utf-8").splitlines())
+    return tuple(path.read_text(encoding="utf-8-sig").splitlines())

@@ -64,7 +64,7 @@ def cache_folder(*parts: str) -> Path:
 
 
 def read_text(path: Path, most_bytes: int) -> str:
-    """Return the text of a small file that somebody else may have written.
+    """Return the text of a small file that somebody else may have written, without a byte order mark.
 
     Raises:
         OSError: it cannot be read.
@@ -77,7 +77,7 @@ def read_text(path: Path, most_bytes: int) -> str:
     if len(data) > most_bytes:
         raise ValueError(f"it is larger than {most_bytes:,} bytes")
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # editors on Windows begin a file with the mark
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text: {error.reason} at byte {error.start}") from None
 

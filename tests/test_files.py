@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from repmlp_deploy.card import read_labels
 from repmlp_deploy.convert.formats.tensorrt.timing_cache import default_timing_cache
 from repmlp_deploy.evaluation.loop import state_folder
-from repmlp_deploy.files import cache_folder, replace_file
+from repmlp_deploy.evaluation.remote import RemoteStore
+from repmlp_deploy.files import cache_folder, read_json, read_text, read_toml, replace_file
 
 
 def test_a_reader_sees_the_old_content_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,6 +27,16 @@ def test_a_reader_sees_the_old_content_or_the_new(tmp_path: Path, monkeypatch: p
         replace_file(path, b"newer")
     assert path.read_bytes() == b"new"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, text in (("list", "a.png 1\ncat\n"), ("json", '{"a": 1}'), ("toml", "a = 1")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert read_text(tmp_path / "list", 100) == "a.png 1\ncat\n"
+    assert read_json(tmp_path / "json", 100) == read_toml(tmp_path / "toml", 100) == {"a": 1}
+    assert read_labels(tmp_path / "list") == ("a.png 1", "cat")
+    store, path = RemoteStore.of((tmp_path / "list").as_uri())
+    assert store.text(path, 100) == "a.png 1\ncat\n"
 
 
 def test_every_cache_follows_one_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ class RemoteStore:
         return opened
 
     def text(self, path: str, most_bytes: int) -> str:
-        """Return the text of a file.
+        """Return the text of a file, without a byte order mark.
 
         Raises:
             ValueError: it is larger than `most_bytes`, or is no UTF-8.
@@ -130,7 +130,7 @@ class RemoteStore:
         with self.filesystem.open_input_file(path) as file:
             if file.size() > most_bytes:
                 raise ValueError(f"it is larger than {most_bytes:,} bytes")
-            return bytes(file.read()).decode()
+            return bytes(file.read()).decode("utf-8-sig")
 
     def file(self, root: str, name: str, most_bytes: int) -> RemoteFile | ImageError:
         """Return a file of this file system; what somebody wrote into a list opens no other one.
