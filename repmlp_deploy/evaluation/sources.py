@@ -14,7 +14,7 @@ import glob
 import hashlib
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from repmlp_deploy.errors import ImageError, InputError
 from repmlp_deploy.evaluation.remote import RemoteFile, RemoteStore, is_uri
 from repmlp_deploy.evaluation.tables import TABLE_SUFFIXES, count_rows, find_column, read_column
 from repmlp_deploy.files import read_text
+from repmlp_deploy.reading import is_hidden
 from repmlp_deploy.runtime.images import IMAGE_SUFFIXES, find_images
 
 __all__ = ["Item", "Source", "open_source"]
@@ -107,8 +108,7 @@ def _of_path(data: str, column: str | None) -> Source:
         return _of_files(path, [file.relative_to(path).as_posix() for file in find_images(path)])
     name = path.name.lower()
     if name.endswith(_TAR_SUFFIXES):
-        count = sum(1 for _ in _members(partial(_open, path), stream=False))
-        return Source(count, _fingerprint([path]), partial(_tar_items, data, partial(_open, path), stream=False))
+        return _of_tar(data, partial(_open, path), _fingerprint([path]), stream=False)
     if name.endswith(TABLE_SUFFIXES):
         used = find_column(data, column)
         return Source(count_rows(data), _fingerprint([path], used), partial(_table_items, data, used, None))
@@ -132,9 +132,7 @@ def _of_uri(data: str, column: str | None) -> Source:
         keys, about = listed
         return Source(len(keys), about, partial(_remote_items, store, path, keys), readers)
     if name.endswith(_TAR_SUFFIXES):
-        opened = partial(store.stream, path)
-        count = sum(1 for _ in _members(opened, stream=True))
-        return Source(count, store.fingerprint(path), partial(_tar_items, data, opened, stream=True), readers)
+        return _of_tar(data, partial(store.stream, path), store.fingerprint(path), stream=True)
     if name.endswith(TABLE_SUFFIXES):
         used = find_column(path, column, store.filesystem)
         count, items = count_rows(path, store.filesystem), partial(_table_items, path, used, store)
@@ -162,20 +160,52 @@ def _members(opened: Callable[[], BinaryIO], *, stream: bool) -> Iterator[tuple[
     with opened() as file, tarfile.open(fileobj=file, mode="r|*" if stream else "r:*") as archive:
         while (member := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined] # tarfile remembers every member otherwise
-            if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
-                yield archive, member
+            yield archive, member
 
 
-def _tar_items(data: str, opened: Callable[[], BinaryIO], first: int, *, stream: bool) -> Iterator[Item]:
+def _is_image(member: tarfile.TarInfo) -> bool:
+    """Return whether a member has an image's name and may be one; macOS adds a hidden file to every one."""
+    can_be = member.isfile() or member.islnk() or member.issym()
+    return can_be and member.name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(member.name)
+
+
+def _of_tar(data: str, opened: Callable[[], BinaryIO], fingerprint: str, *, stream: bool) -> Source:
+    count, linked = 0, set()
+    for _, member in _members(opened, stream=stream):
+        if _is_image(member):
+            count += 1
+            if member.islnk():
+                linked.add(member.linkname)
+    items = partial(_tar_items, data, opened, stream=stream, linked=frozenset(linked))
+    return Source(count, fingerprint, items, _REMOTE_READERS if stream else 1)
+
+
+def _tar_items(
+    data: str, opened: Callable[[], BinaryIO], first: int, *, stream: bool, linked: frozenset[str]
+) -> Iterator[Item]:
+    """Yield the images of an archive; `linked` names the members that hard links share their content with."""
+    number, contents = 0, dict[str, tarfile.TarInfo]()
     try:
-        for i, (archive, member) in enumerate(_members(opened, stream=stream)):
-            if i >= first:
-                yield Item(member.name, _extracted(archive, member))
+        for archive, member in _members(opened, stream=stream):
+            if member.isfile() and member.name in linked and not stream:
+                contents[member.name] = member
+            if not _is_image(member):
+                continue
+            if number >= first:
+                yield Item(member.name, _extracted(archive, member, contents))
+            number += 1
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise InputError(f"--data {data} cannot be read: {error}") from None
 
 
-def _extracted(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | ImageError:
+def _extracted(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, contents: Mapping[str, tarfile.TarInfo]
+) -> bytes | ImageError:
+    if not member.isfile():
+        if not member.islnk() or member.linkname not in contents:
+            how = "--hard-dereference" if member.islnk() else "--dereference"
+            return ImageError(f"{member.name} is a link to {member.linkname} in the archive: pack it with tar {how}")
+        member = contents[member.linkname]
     if member.size > _LARGEST_IMAGE_BYTES:
         return ImageError(f"{member.name} has {member.size:,} bytes; expected at most {_LARGEST_IMAGE_BYTES:,}")
     file = archive.extractfile(member)

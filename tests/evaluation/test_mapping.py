@@ -18,7 +18,7 @@ import pytest
 
 from repmlp_deploy import Bundle, Predictor, reading
 from repmlp_deploy.cli.map import map_command
-from repmlp_deploy.errors import InputError, OutputError
+from repmlp_deploy.errors import ImageError, InputError, OutputError
 from repmlp_deploy.evaluation import filling, mapping
 from repmlp_deploy.evaluation.filling import bundle_digest
 from repmlp_deploy.evaluation.mapping import map_images
@@ -236,6 +236,30 @@ def test_links_to_folders_are_followed(images, tmp_path):
         (tmp_path / "in" / name).symlink_to(images / name)
     linked, plain = (open_source(str(folder)) for folder in (tmp_path / "in", images))
     assert [item.key for item in linked.items(0)] == [item.key for item in plain.items(0)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_links_in_an_archive_have_rows_and_hidden_names_have_none(stream, images, tmp_path):
+    """Hard links give the content they share, where the archive can be read again; `./` hides nothing."""
+    encoded = next(images.rglob("001.png")).read_bytes()
+    (tmp_path / "blob").write_bytes(encoded)
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(tmp_path / "blob", "./blob")
+        archive.add(tmp_path / "blob", "./._a.png")
+        archive.add(tmp_path / "blob", "./a.png")
+        for name, kind, target in (("b", tarfile.LNKTYPE, "./blob"), ("c", tarfile.SYMTYPE, "a.png")):
+            member = tarfile.TarInfo(f"./{name}.png")
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+        archive.add(tmp_path / "blob", "./d.png")
+    source = open_source((tmp_path / "x.tar").as_uri() if stream else str(tmp_path / "x.tar"))
+    items = list(source.items(0))
+    assert [item.key for item in items] == ["./a.png", "./b.png", "./c.png", "./d.png"]
+    assert source.count == 4
+    assert [item.content for item in items if isinstance(item.content, bytes)] == [encoded] * (2 if stream else 3)
+    assert "is a link to a.png in the archive: pack it with tar --dereference" in str(items[2].content)
+    assert isinstance(items[1].content, ImageError) == stream
+    assert [item.key for item in source.items(2)] == ["./c.png", "./d.png"]
 
 
 def test_the_command_counts_and_refuses(images, bundle, tmp_path, capsys):
