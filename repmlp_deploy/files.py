@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 __all__ = [
     "cache_folder",
@@ -146,22 +146,42 @@ def put_file(written: Path, target: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock `path`.lock beside `path`; a process that dies releases it.
+    """Hold the lock `path`.lock beside `path`, in a folder that is made; a process that dies releases it.
+
+    Whoever holds it may remove it with its folder.
 
     Raises:
         OSError: it cannot be made.
     """
-    with path.with_name(f"{path.name}.lock").open("a+b") as file:
-        if sys.platform == "win32":
-            import msvcrt  # noqa: PLC0415 - Windows alone has it
+    lock = path.with_name(f"{path.name}.lock")
+    held = False
+    while not held:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("a+b") as file:
+            _wait_for(file)
+            held = _is_there(file, lock)
+            if held:
+                yield
 
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-        else:
-            import fcntl  # noqa: PLC0415 - Windows has none
 
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _wait_for(file: BinaryIO) -> None:
+    if sys.platform == "win32":
+        import msvcrt  # noqa: PLC0415 - Windows alone has it
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+    else:
+        import fcntl  # noqa: PLC0415 - Windows has none
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _is_there(file: BinaryIO, path: Path) -> bool:
+    """Return whether an open file is still the one of this name: its last holder may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_new(path: Path, content: bytes) -> None:

@@ -20,7 +20,7 @@ from repmlp_deploy.errors import InputError, OutputError
 from repmlp_deploy.evaluation.filling import Parts, bundle_digest, fill_parts
 from repmlp_deploy.evaluation.remote import is_uri
 from repmlp_deploy.evaluation.sources import Source
-from repmlp_deploy.evaluation.tables import count_errors, merge_tables, read_job, result_schema
+from repmlp_deploy.evaluation.tables import count_errors, has_rows, merge_tables, read_job, result_schema
 from repmlp_deploy.files import locked, put_file, read_text, replace_file
 from repmlp_deploy.runtime.predictor import Predictor
 
@@ -80,7 +80,8 @@ def map_images(  # noqa: PLR0913 - what to run, on what, to where, and how
         engine: makes the parts; by default this process.
 
     Raises:
-        InputError: `out` or its parts are of another job; or images have no prediction in the bundle's task.
+        InputError: `out` or its parts are of another job, or are damaged; or images have no prediction in the bundle's
+            task.
         OutputError: it cannot be written.
     """
     manifest = predictor.manifest
@@ -97,7 +98,8 @@ def map_images(  # noqa: PLR0913 - what to run, on what, to where, and how
     folder = out.with_name(f"{out.name}.parts")
     parts = Parts(folder, job, digest, source.count, size, top, batch)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if out.is_file() and not fresh:
+            _is_done(out, job)  # before anything is written
         with locked(folder / "job"):
             if out.is_file() and not fresh and _is_done(out, job):
                 _discard(folder)
@@ -153,6 +155,9 @@ def _claim(folder: Path, job: str, *, fresh: bool) -> None:
 
 
 def _discard(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.suffix != ".lock":  # last: whoever waits for the lock begins when it is gone
+            path.unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -160,7 +165,7 @@ def _run(
     engine: Engine, predictor: Predictor, source: Source, parts: Parts, progress: Progress | None
 ) -> tuple[int, int]:
     """Have an engine write every part that is missing; return (images that were done before, errors of this run)."""
-    missing = [i for i in parts.numbers() if not parts.path(i).is_file()]
+    missing = [i for i in parts.numbers() if not has_rows(parts.path(i), parts.images_of(i))]
     resumed = parts.count - sum(parts.images_of(i) for i in missing)
     done, errors = resumed, 0
     for part, failed in engine(predictor, source, parts, missing) if missing else ():

@@ -11,12 +11,14 @@ import pyarrow.dataset
 import pyarrow.parquet
 
 from repmlp_deploy.errors import InputError
+from repmlp_deploy.text import first_line
 
 __all__ = [
     "TABLE_SUFFIXES",
     "count_errors",
     "count_rows",
     "find_column",
+    "has_rows",
     "merge_tables",
     "read_column",
     "read_job",
@@ -67,6 +69,10 @@ def read_job(path: Path) -> str | None:
         metadata = pa.parquet.read_schema(path).metadata or {}
     except pa.ArrowInvalid:
         return None
+    except OSError as error:
+        if error.errno is None:  # damaged, in pyarrow's words
+            return None
+        raise
     return metadata[_JOB].decode(errors="replace") if _JOB in metadata else None
 
 
@@ -85,21 +91,43 @@ def merge_tables(parts: Sequence[Path], schema: Any, path: Path) -> int:
     One part is in memory at a time.
 
     Raises:
-        OSError: it cannot be written, or a part cannot be read.
+        OSError: it cannot be written.
+        InputError: a part is damaged; it is removed.
     """
     errors = 0
     with pa.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         for part in parts:
-            table = pa.parquet.read_table(part, schema=schema)
+            try:
+                table = pa.parquet.read_table(part, schema=schema)
+            except (pa.ArrowException, OSError) as error:
+                part.unlink(missing_ok=True)
+                raise InputError(
+                    f"{part} was damaged, and is removed ({first_line(error)}): run the same command to make it again"
+                ) from None
             errors += _errors_of(table)
             writer.write_table(table)
     return errors
 
 
 def count_errors(path: Path) -> int:
-    """Return how many rows of a result have an error."""
-    with pa.parquet.ParquetFile(path) as file:
-        return sum(_errors_of(batch) for batch in file.iter_batches(columns=["error"]))
+    """Return how many rows of a result have an error.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        with pa.parquet.ParquetFile(path) as file:
+            return sum(_errors_of(batch) for batch in file.iter_batches(columns=["error"]))
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is damaged ({first_line(error)}): pass --fresh to make it again") from None
+
+
+def has_rows(path: Path, count: int) -> bool:
+    """Return whether there is a parquet file of so many rows; its values are not read."""
+    try:
+        return bool(pa.parquet.read_metadata(path).num_rows == count)
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _errors_of(rows: Any) -> int:

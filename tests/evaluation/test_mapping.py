@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +179,66 @@ def test_jobs_do_not_mix(images, predictor, tmp_path):
     with pytest.raises(InputError, match="exists"):
         map_images(predictor, source, listed)
     assert listed.read_text() == "no table"
+    assert not (tmp_path / "notes.txt.parts").exists()
+
+
+def parts_of_a_stopped_run(source, predictor, out):
+    """Stop a run when all of its parts are made; return them."""
+
+    def stop(done, total, _errors):
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        map_images(predictor, source, out, progress=stop)
+    return sorted(out.with_name(f"{out.name}.parts").glob("*.parquet"))
+
+
+def test_a_damaged_part_is_made_again(images, predictor, tmp_path):
+    out, source = tmp_path / "out.parquet", open_source(str(images))
+    first, second, third, *_ = parts_of_a_stopped_run(source, predictor, out)
+    first.write_bytes(first.read_bytes()[:-20])
+    second.write_bytes(b"")
+    content = bytearray(third.read_bytes())
+    content[4:60] = bytes(56)  # pages, which are not read before the parts are joined
+    third.write_bytes(content)
+    with pytest.raises(InputError, match=r"was damaged, and is removed .*: run the same command to make it again"):
+        map_images(predictor, source, out)
+    assert map_images(predictor, source, out).resumed == COUNT - 32
+    require_right(pq.read_table(out), [item.content for item in source.items(0)], predictor)
+
+
+def test_a_damaged_result_is_said(images, predictor, tmp_path):
+    out, source = tmp_path / "out.parquet", open_source(str(images))
+    map_images(predictor, source, out)
+    content = bytearray(out.read_bytes())
+    group = pq.read_metadata(out).row_group(0)
+    errors = group.column(group.num_columns - 1)
+    assert errors.path_in_schema == "error"
+    start = errors.dictionary_page_offset or errors.data_page_offset
+    content[start : start + errors.total_compressed_size] = bytes(errors.total_compressed_size)
+    out.write_bytes(content)
+    with pytest.raises(InputError, match=r"is damaged .*: pass --fresh"):
+        map_images(predictor, source, out)
+    assert map_images(predictor, source, out, fresh=True).count == COUNT
+
+
+def test_a_run_that_waited_for_another_goes_on(images, predictor, tmp_path):
+    """The first run removes the folder with the lock that the second waits for."""
+    out, source, found = tmp_path / "out.parquet", open_source(str(images)), []
+
+    def wait(_done, _total, _errors):
+        if not found:
+            found.append(pool.submit(map_images, predictor, source, out, fresh=True))
+            while not found[0].running():
+                time.sleep(0.01)
+            time.sleep(0.2)
+
+    with ThreadPoolExecutor(1) as pool:
+        map_images(predictor, source, out, progress=wait)
+        assert found[0].result(timeout=60).count == COUNT
+    require_right(pq.read_table(out), [item.content for item in source.items(0)], predictor)
+    assert not (tmp_path / "out.parquet.parts").exists()
 
 
 def test_a_changed_image_is_another_job(images, tmp_path):
