@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 _SAVE_SECONDS = 2.0
+_SCORE_SECONDS = 1.0
 _LARGEST_STATE_BYTES = 1 << 28
 _ENOUGH = 100  # images below which one of them is more than a point
 
@@ -74,6 +75,22 @@ class _State:
     unreadable: list[str] = field(default_factory=list)
 
 
+class _Shown:
+    """The score that is shown meanwhile, computed now and then: that of pairs is of all of them, every time."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally, self._scores, self._due = tally, dict[str, Any](), time.monotonic()
+
+    def scores(self) -> Mapping[str, Any]:
+        """Return the score, which may be a few seconds old."""
+        begun = time.monotonic()
+        if begun >= self._due:
+            self._scores = {self._tally.main: self._tally.scores()[self._tally.main]}
+            now = time.monotonic()
+            self._due = now + max(_SCORE_SECONDS, 10 * (now - begun))
+        return self._scores
+
+
 def evaluate(  # noqa: PLR0913 - what meets here
     runs: Mapping[str, Run],
     manifest: Manifest,
@@ -98,7 +115,7 @@ def evaluate(  # noqa: PLR0913 - what meets here
         batch: images a batch, default the best of the bundle.
         workers: threads that decode; default: one per processor.
         skip_unreadable: count images that cannot be read instead of stopping.
-        progress: told after every batch.
+        progress: told after every batch, with scores that may be a few seconds old.
         engine: runs and counts the batches; by default this process.
 
     Raises:
@@ -109,6 +126,8 @@ def evaluate(  # noqa: PLR0913 - what meets here
     started = time.perf_counter()
     tallies = {name: TALLIES[manifest.task](manifest.classes) for name in runs}
     state = _restored(state_file, key, tallies, len(dataset.samples))
+    _require_readable(state.unreadable, skip=skip_unreadable)
+    shown = _Shown(next(iter(tallies.values())))
     resumed = state.done
     saved = time.monotonic()
     per_batch = max(1, (batch or manifest.batch.opt) // len(dataset.samples[0].images))
@@ -117,8 +136,7 @@ def evaluate(  # noqa: PLR0913 - what meets here
         for judged in engine(Judging(manifest, per_batch, workers, skip_unreadable), runs, rest):
             _count(judged, tallies, state, skip_unreadable=skip_unreadable)
             if progress is not None:
-                first = next(iter(tallies.values()))
-                progress(state.done, len(dataset.samples), {first.main: first.scores()[first.main]})
+                progress(state.done, len(dataset.samples), shown.scores())
             if time.monotonic() - saved >= _SAVE_SECONDS:
                 _save(state_file, key, state, tallies)
                 saved = time.monotonic()
@@ -149,19 +167,24 @@ def state_folder() -> Path:
 
 def _count(judged: Judged, tallies: Mapping[str, Tally], state: _State, *, skip_unreadable: bool) -> None:
     """Count a batch everywhere, or nowhere."""
-    if judged.broken and not skip_unreadable:
-        raise ImageError(f"{judged.broken[0]}; pass --skip-unreadable to leave such images out")
-    before, done, unreadable = {name: tally.state() for name, tally in tallies.items()}, state.done, state.unreadable
+    _require_readable(judged.broken, skip=skip_unreadable)
+    marks, done, unreadable = {name: tally.mark() for name, tally in tallies.items()}, state.done, len(state.unreadable)
     try:
         for name, counts in judged.counts.items():
             tallies[name].merge(counts)
-        state.unreadable = [*unreadable, *judged.broken]
+        state.unreadable += judged.broken
         state.done = done + judged.samples
     except BaseException:  # an interruption between two tallies would make them differ
         for name, tally in tallies.items():
-            tally.restore(before[name])
-        state.done, state.unreadable = done, unreadable
+            tally.undo(marks[name])
+        del state.unreadable[unreadable:]
+        state.done = done
         raise
+
+
+def _require_readable(broken: Sequence[str], *, skip: bool) -> None:
+    if broken and not skip:
+        raise ImageError(f"{broken[0]}; pass --skip-unreadable to leave such images out")
 
 
 def discard_state(path: Path) -> None:

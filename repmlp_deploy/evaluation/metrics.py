@@ -63,6 +63,14 @@ class Tally(Protocol):
         """Add counts of `state()` of the batches that come next."""
         ...
 
+    def mark(self) -> Any:
+        """Return what `undo` needs; its size does not depend on how much was counted."""
+        ...
+
+    def undo(self, mark: Any) -> None:
+        """Forget what was counted since `mark()`."""
+        ...
+
 
 class ClassTally:
     """Top-1 and top-5 accuracy; among equal logits the smaller class comes first, as in `argmax`."""
@@ -107,6 +115,14 @@ class ClassTally:
     def merge(self, state: Mapping[str, Any]) -> None:
         """Add the counts of `state`."""
         self._counts = {key: count + int(state[key]) for key, count in self._counts.items()}
+
+    def mark(self) -> dict[str, int]:
+        """Return the counts."""
+        return dict(self._counts)
+
+    def undo(self, mark: dict[str, int]) -> None:
+        """Go back to the counts of `mark()`."""
+        self._counts = dict(mark)
 
 
 def _per_class(logits: F32) -> F32:
@@ -173,6 +189,14 @@ class MaskTally:
         self._agreed += int(state["agreed"])
         self._compared += int(state["compared"])
 
+    def mark(self) -> tuple[NDArray[np.int64], int, int, int]:
+        """Return a copy of the matrix, and the counts."""
+        return self._pixels.copy(), self._count, self._agreed, self._compared
+
+    def undo(self, mark: tuple[NDArray[np.int64], int, int, int]) -> None:
+        """Go back to the matrix and the counts of `mark()`."""
+        self._pixels, self._count, self._agreed, self._compared = mark
+
 
 class PairTally:
     """Verification accuracy, from the cosine of every pair."""
@@ -215,6 +239,15 @@ class PairTally:
         self._cosines += state["cosines"]
         self._same += state["same"]
         self._trained += state["trained"]
+
+    def mark(self) -> tuple[int, int, int]:
+        """Return how many cosines there are."""
+        return len(self._cosines), len(self._same), len(self._trained)
+
+    def undo(self, mark: tuple[int, int, int]) -> None:
+        """Remove the cosines that came after `mark()`."""
+        cosines, same, trained = mark
+        del self._cosines[cosines:], self._same[same:], self._trained[trained:]
 
 
 TALLIES: Mapping[str, type[ClassTally | MaskTally | PairTally]] = {

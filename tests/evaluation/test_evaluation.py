@@ -1,5 +1,6 @@
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from repmlp_deploy.card import data_root
 from repmlp_deploy.cli.eval import eval_command
 from repmlp_deploy.cli.shared.console import _run, typer
 from repmlp_deploy.errors import ImageError, InputError, OutputError
-from repmlp_deploy.evaluation.datasets import read_dataset
+from repmlp_deploy.evaluation import loop
+from repmlp_deploy.evaluation.datasets import Dataset, Sample, read_dataset
+from repmlp_deploy.evaluation.judging import Judged
 from repmlp_deploy.evaluation.loop import evaluate, state_key
-from repmlp_deploy.evaluation.metrics import ClassTally, MaskTally, best_threshold, verification
+from repmlp_deploy.evaluation.metrics import TALLIES, ClassTally, MaskTally, PairTally, best_threshold, verification
 from support.task_cases import save_network, small_network
 from train_digits import digit_images, split_indices
 
@@ -200,6 +203,67 @@ def test_unreadable_images_stop_or_are_counted(digits, tmp_path, capsys):
     code, _, said = run(capsys, digits.folder, "--data", folder, "--skip-unreadable")
     assert code == 2
     assert "none of 20" in said
+
+
+def test_a_state_with_unreadable_images_needs_the_option_again(digits, tmp_path):
+    folder = small_folder(tmp_path / "data")
+    (folder / "0" / "0.png").write_bytes(b"no image")
+    dataset, state = read_dataset(folder, digits.manifest), tmp_path / "state.json"
+    how = {"state_file": state, "key": "k", "batch": 4}
+
+    def stop(done, _total, _scores):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with Predictor(digits) as predictor:
+        runs = {"onnx": predictor.logits}
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(runs, digits.manifest, dataset, skip_unreadable=True, progress=stop, **how)
+        with pytest.raises(ImageError, match=r"0\.png.*pass --skip-unreadable"):
+            evaluate(runs, digits.manifest, dataset, **how)
+        found = evaluate(runs, digits.manifest, dataset, skip_unreadable=True, **how)
+    assert (found.resumed, found.count, len(found.unreadable)) == (8, 19, 1)
+
+
+@pytest.mark.parametrize("task", TALLIES)
+def test_what_was_counted_since_a_mark_is_undone(task):
+    count = {
+        "classify": {"count": 3, "top1": 2, "top5": 3, "agreed": 1, "compared": 1},
+        "segment": {"pixels": [[1, 2], [3, 4]], "count": 1, "agreed": 2, "compared": 3},
+        "embed": {"cosines": [0.5, 0.1], "same": [1, 0], "trained": [0.9, 0.8, 0.7, 0.6]},
+    }[task]
+    tally = TALLIES[task](2)
+    tally.merge(count)
+    mark = tally.mark()
+    tally.merge(count)
+    assert tally.state() != count
+    tally.undo(mark)
+    assert tally.state() == count
+    tally.merge(count)
+    assert tally.state() != count
+
+
+def test_scores_that_are_shown_are_not_computed_for_every_batch(monkeypatch, tmp_path):
+    """The score of pairs is of all of them, so one per batch takes time that grows with the square of their number."""
+    calls, states = [], []
+    samples = tuple(Sample((tmp_path, tmp_path), i % 2) for i in range(400))
+    scores, state = PairTally.scores, PairTally.state
+    monkeypatch.setattr(PairTally, "scores", lambda self: calls.append(1) or scores(self))
+    monkeypatch.setattr(PairTally, "state", lambda self: states.append(1) or state(self))
+    monkeypatch.setattr(loop, "_SCORE_SECONDS", 1000)
+
+    def engine(_how, _runs, rest):
+        for sample in rest:
+            yield Judged(1, (), {"x": {"cosines": [0.5], "same": [sample.target], "trained": []}})
+
+    manifest, told = SimpleNamespace(task="embed", classes=0, batch=SimpleNamespace(opt=2)), []
+    found = evaluate(
+        {"x": None}, manifest, Dataset(samples, ""), engine=engine, progress=lambda *said: told.append(said)
+    )
+    assert (len(told), found.count) == (400, 400)
+    assert "accuracy" in told[-1][2]
+    assert len(calls) == 2, "the first, and the result"
+    assert not states, "what was counted is copied for no batch"
 
 
 def test_an_image_error_names_the_file(digits, tmp_path):
