@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +34,7 @@ from repmlp_deploy.evaluation.loop import (
     state_folder,
     state_key,
 )
+from repmlp_deploy.reading import state_of
 from repmlp_deploy.runtime.images import normalised
 from repmlp_deploy.runtime.predictor import Predictor
 from repmlp_deploy.text import printable
@@ -54,6 +57,11 @@ def eval_command(  # noqa: PLR0913 - one per option
     ] = None,
     ckpt: Annotated[
         Path | None, typer.Option(help="The trained checkpoint: score it too, and count agreement with it.")
+    ] = None,
+    card: Annotated[str | None, typer.Option(help="Its card, if models/ has none of the bundle's name.")] = None,
+    module: Annotated[
+        str | None,
+        typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="Function that returns the network, if it is your own."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; default: the best here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one inference.")] = None,
@@ -78,6 +86,7 @@ def eval_command(  # noqa: PLR0913 - one per option
             raise InputError(f"{option} is {value}; it must be at least 1")
     if engine not in {"local", "ray"}:
         raise InputError(f"--engine is {printable(engine)}; expected local or ray")
+    origin = _origin(ckpt, card, module)
     loaded = Bundle.load(bundle)
     print_warnings(loaded.manifest.warnings)
     dataset = read_dataset(data, loaded.manifest)
@@ -87,17 +96,16 @@ def eval_command(  # noqa: PLR0913 - one per option
             stack.enter_context(Predictor(loaded, format=name, device=device, threads=threads)) for name in wanted
         ]
         runs: dict[str, Run] = {predictor.format: predictor.logits for predictor in predictors}
-        sha256 = hash_file(ckpt) if ckpt is not None and ckpt.is_file() else ""
-        key = state_key(loaded.manifest, tuple(runs), dataset, ckpt_sha256=sha256)
-        if ckpt is not None:
-            runs[TRAINED] = _trained_run(ckpt, loaded)
+        key = state_key(loaded.manifest, tuple(runs), dataset, trained=origin and origin.identity())
+        if origin is not None:
+            runs[TRAINED] = origin.run(loaded)
         file = state if state is not None else state_folder() / f"{key[:32]}.json"
         if fresh:
             discard_state(file)
         how: dict[str, Any] = {"batch": batch, "workers": workers, "skip_unreadable": skip_unreadable}
         if engine == "ray":
             names = [predictor.format for predictor in predictors]
-            opened = partial(_opened, bundle.resolve(), names, device, threads or 1, ckpt and ckpt.resolve())
+            opened = partial(_opened, bundle.resolve(), names, device, threads or 1, origin)
             how |= {"workers": None, "engine": _judges(opened, device, threads, workers)}
         found = _evaluated(runs, loaded, dataset, file, key, how)
     about = {"bundle": str(bundle), "task": loaded.manifest.task, "data": str(data), "read": dataset.remark}
@@ -110,15 +118,83 @@ def eval_command(  # noqa: PLR0913 - one per option
         print_line(f"{data}: {dataset.remark}")
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """The trained network that a bundle is compared with; can be sent to another process.
+
+    Attributes:
+        ckpt: its checkpoint, a path from the root.
+        card: see `load_origin`.
+        module: see `load_origin`.
+    """
+
+    ckpt: Path
+    card: str | None
+    module: str | None
+
+    def identity(self) -> tuple[str, str | None, str | None]:
+        """Return what its outputs depend on."""
+        return hash_file(self.ckpt), self.card, self.module
+
+    def run(self, bundle: Bundle) -> Run:
+        """Return the network, in float32.
+
+        Raises:
+            InputError: it takes other images than the bundle (CheckpointError among them: it cannot be read).
+        """
+        import torch  # noqa: PLC0415 - only with --ckpt
+
+        from repmlp_deploy.convert.proof.probe import run_network  # noqa: PLC0415 - loads torch
+        from repmlp_deploy.convert.rework.locate import load_origin  # noqa: PLC0415 - loads torch
+
+        trained = load_origin(bundle, self.ckpt, self.card, self.module)
+        network, takes = trained.network, bundle.manifest.image_size
+        fits = trained.card.input_size == takes and trained.card.task == bundle.manifest.task
+        if not fits and trained.interface is None:  # a network of one's own was called with the bundle's inputs
+            size, wanted = "x".join(map(str, trained.card.input_size)), "x".join(map(str, takes))
+            raise InputError(
+                f"--ckpt {self.ckpt} is made to {trained.card.task} {size} images; {bundle.manifest.name} to "
+                f"{bundle.manifest.task} {wanted}: give the checkpoint that the bundle was made of"
+            )
+        how = bundle.manifest.preprocessing
+
+        def run(batch: Any) -> Any:
+            batch = normalised(batch, how) if how.input == "uint8" else batch
+            with torch.no_grad():
+                outputs = run_network(network, batch)
+            return np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, np.float32)
+
+        return run
+
+
+def _origin(ckpt: Path | None, card: str | None, module: str | None) -> _Origin | None:
+    """Return the trained network that was named, if there is one.
+
+    Raises:
+        InputError: its checkpoint is not there, or none was given.
+    """
+    if ckpt is None:
+        for option, value in (("--card", card), ("--module", module)):
+            if value is not None:
+                raise InputError(f"{option} is about the trained network: pass --ckpt FILE, too")
+        return None
+    state = state_of(ckpt, f"--ckpt {ckpt}")
+    if state is None:
+        raise InputError(f"--ckpt {ckpt}: no such file")
+    if not stat.S_ISREG(state.st_mode):
+        raise InputError(f"--ckpt {ckpt} is not a regular file; expected a checkpoint")
+    return _Origin(ckpt.resolve(), card, module)
+
+
 def _opened(
-    bundle: Path, formats: Sequence[str], device: str | None, threads: int, ckpt: Path | None
+    bundle: Path, formats: Sequence[str], device: str | None, threads: int, origin: _Origin | None
 ) -> dict[str, Run]:
     """Return what runs the artifacts of a bundle and its checkpoint: for an actor, which keeps them open."""
     loaded = Bundle.load(bundle)
     runs: dict[str, Run] = {
         name: Predictor(loaded, format=name, device=device, threads=threads, check=True).logits for name in formats
     }
-    return runs if ckpt is None else runs | {TRAINED: _trained_run(ckpt, loaded)}
+    return runs if origin is None else runs | {TRAINED: origin.run(loaded)}
 
 
 def _judges(
@@ -148,35 +224,6 @@ def _evaluated(  # noqa: PLR0913 - what an evaluation is of, and where it can go
     except KeyboardInterrupt:
         sys.stderr.write(f"error: interrupted; run again to go on from {file}\n")
         raise typer.Exit(INTERRUPTED) from None
-
-
-def _trained_run(ckpt: Path, bundle: Bundle) -> Run:
-    """Return the trained network of a checkpoint, in float32.
-
-    Raises:
-        InputError: it takes other images than the bundle (CheckpointError among them: it cannot be read).
-    """
-    import torch  # noqa: PLC0415 - only with --ckpt
-
-    from repmlp_deploy.convert.source.trained import load_trained  # noqa: PLC0415 - loads torch
-
-    trained = load_trained(ckpt, allow_merged=True)
-    network, takes = trained.network, bundle.manifest.image_size
-    if trained.card.input_size != takes or trained.card.task != bundle.manifest.task:
-        size, wanted = "x".join(map(str, trained.card.input_size)), "x".join(map(str, takes))
-        raise InputError(
-            f"--ckpt {ckpt} is made to {trained.card.task} {size} images; {bundle.manifest.name} to "
-            f"{bundle.manifest.task} {wanted}: give the checkpoint that the bundle was made of"
-        )
-
-    how = bundle.manifest.preprocessing
-
-    def run(batch: Any) -> Any:
-        batch = normalised(batch, how) if how.input == "uint8" else batch
-        with torch.no_grad():
-            return np.asarray(network(torch.from_numpy(batch)).numpy(), np.float32)
-
-    return run
 
 
 def _brief(scores: Mapping[str, Any]) -> str:

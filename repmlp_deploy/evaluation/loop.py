@@ -152,11 +152,18 @@ def evaluate(  # noqa: PLR0913 - what meets here
     return Evaluation(scores, scored, tuple(state.unreadable), resumed, time.perf_counter() - started)
 
 
-def state_key(manifest: Manifest, formats: Sequence[str], dataset: Dataset, *, ckpt_sha256: str = "") -> str:
-    """Return the hash of everything that a result depends on."""
+def state_key(manifest: Manifest, formats: Sequence[str], dataset: Dataset, *, trained: Any = None) -> str:
+    """Return the hash of everything that a result depends on.
+
+    Args:
+        manifest: of the bundle.
+        formats: the artifacts.
+        dataset: what they are judged on.
+        trained: what the trained network's outputs depend on, as JSON can hold it.
+    """
     artifacts = [[name, manifest.artifacts[name].sha256] for name in formats]
     about = [manifest.name, manifest.task, artifacts, manifest.preprocessing.model_dump(mode="json")]
-    text = json.dumps([about, manifest.labels, dataset.digest(), ckpt_sha256])
+    text = json.dumps([about, manifest.labels, dataset.digest(), trained])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -11,12 +12,15 @@ from repmlp_deploy import Bundle, Predictor, export
 from repmlp_deploy.card import data_root
 from repmlp_deploy.cli.eval import eval_command
 from repmlp_deploy.cli.shared.console import _run, typer
+from repmlp_deploy.convert.source.description import Description
 from repmlp_deploy.errors import ImageError, InputError, OutputError
 from repmlp_deploy.evaluation import loop
 from repmlp_deploy.evaluation.datasets import Dataset, Sample, read_dataset
 from repmlp_deploy.evaluation.judging import Judged
 from repmlp_deploy.evaluation.loop import evaluate, state_key
 from repmlp_deploy.evaluation.metrics import TALLIES, ClassTally, MaskTally, PairTally, best_threshold, verification
+from support.networks import randomize
+from support.own_networks import Scorer
 from support.task_cases import save_network, small_network
 from train_digits import digit_images, split_indices
 
@@ -103,6 +107,32 @@ def test_the_held_out_digits_score_what_training_measured(digits, held_out, caps
     assert "99.78 %" in out
 
 
+def test_a_network_of_ones_own_is_scored_beside_its_bundle(tmp_path, capsys):
+    network = randomize(Scorer())
+    torch.save(network.state_dict(), tmp_path / "own.pth")
+    factory = "support.own_networks:Scorer"
+    described = Description(mean=(128.0,) * 3, std=(64.0,) * 3)
+    bundle = export(tmp_path / "own.pth", module=factory, description=described, batch="1:2:4", out=tmp_path / "bundle")
+    listed = tmp_path / "list.txt"
+    for i in range(3):
+        Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    listed.write_text("".join(f"{i}.png {i % 2}\n" for i in range(3)))
+    told = (bundle.folder, "--data", listed, "--json")
+    code, out, err = run(capsys, *told, "--ckpt", tmp_path / "own.pth", "--module", factory)
+    assert code == 0, err
+    assert json.loads(out)["scores"]["onnx"]["agreement"] == 1
+    for options, message in (
+        (("--ckpt", tmp_path / "own.pth"), "pass --module PACKAGE.MODULE:FACTORY"),
+        (("--module", factory), "pass --ckpt FILE"),
+        (("--card", "x"), "pass --ckpt FILE"),
+        (("--ckpt", tmp_path / "gone.pth"), "no such file"),
+        (("--ckpt", tmp_path), "is not a regular file"),
+    ):
+        code, _, err = run(capsys, *told, *options)
+        assert code == 2
+        assert message in err
+
+
 def test_wrong_labels_are_counted_wrong(digits, held_out, tmp_path, capsys):
     images = sorted(held_out.glob("3/*.png"))[:10]
     lines = [f"{path} {3 if i < 4 else 5}" for i, path in enumerate(images)]
@@ -162,7 +192,7 @@ def test_a_state_of_other_data_is_not_used(digits, held_out, tmp_path):
 def test_the_key_follows_data_and_checkpoint(digits, tmp_path):
     folder = small_folder(tmp_path / "data")
     keys = [state_key(digits.manifest, ["onnx"], read_dataset(folder, digits.manifest))]
-    keys.append(state_key(digits.manifest, ["onnx"], read_dataset(folder, digits.manifest), ckpt_sha256="a"))
+    keys.append(state_key(digits.manifest, ["onnx"], read_dataset(folder, digits.manifest), trained="a"))
     Image.new("L", (9, 9)).save(folder / "0" / "0.png")
     keys.append(state_key(digits.manifest, ["onnx"], read_dataset(folder, digits.manifest)))
     assert len(set(keys)) == 3
@@ -330,7 +360,9 @@ def test_bad_options_are_refused(digits, held_out, segmenter, capsys):
     assert run(capsys, digits.folder / "none", "--data", held_out)[0] == 2
     code, _, said = run(capsys, digits.folder, "--data", held_out, "--ckpt", segmenter[0])
     assert code == 2
-    assert "made of" in said
+    assert "is a pspnet; the card repmlp-digits describes a repmlpnet" in said
+    code, _, said = run(capsys, segmenter[1].folder, "--data", held_out, "--ckpt", DIGITS)
+    assert code == 2
 
 
 def test_masks_are_scored_by_intersection_over_union(segmenter, tmp_path, capsys):
