@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from repmlp_deploy.cli.shared.bundle_report import print_details, print_sensitiv
 from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, print_warnings, run_command, typer
 from repmlp_deploy.convert.options import parse_size
 from repmlp_deploy.errors import CheckpointError, InputError
+from repmlp_deploy.reading import state_of
 
 __all__ = ["main"]
 
@@ -45,7 +47,7 @@ def inspect_command(  # noqa: PLR0913 - one per option
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Describe a checkpoint or a bundle: layout, architecture, parameters, hops."""
-    choices = {
+    choices: dict[str, Any] = {
         "module": module,
         "model": model,
         "card": card,
@@ -55,17 +57,10 @@ def inspect_command(  # noqa: PLR0913 - one per option
         "input_size": None if input_size is None else parse_size(input_size),
     }
     description = said.read_description(mean, std, resize, crop, labels, scores)
-    if path.is_dir():
-        _require_no_choice(path, choices | description | {"write_card": write_card})
-        bundle = Bundle.load(path)
-        for entry in bundle.files():
-            bundle.read(entry)
-        if json:
-            print_json({"kind": "bundle", **bundle.manifest.as_json()})
-        else:
-            print_details(bundle)
-            print_sensitivity(bundle)
-            print_summary(bundle)
+    state = state_of(path, path)
+    if state is not None and stat.S_ISDIR(state.st_mode):
+        _require_none(path, {**choices, **description, "write_card": write_card})
+        _print_bundle(Bundle.load(path), as_json=json)
         return
     report = _describe(path, choices, description, write_card)
     print_warnings(report["warnings"])
@@ -79,11 +74,24 @@ def inspect_command(  # noqa: PLR0913 - one per option
         print_line(f"wrote {write_card}; correct it, and pass it with --card {write_card}")
 
 
-def _require_no_choice(bundle: Path, choices: dict[str, Any]) -> None:
-    """Raise InputError if something was said that only a checkpoint leaves open."""
-    given = next((name for name, value in choices.items() if value not in (None, ())), None)
-    if given is not None:
-        raise InputError(f"--{given.replace('_', '-')} is about a checkpoint, and {bundle} is a folder: drop it")
+def _require_none(path: Path, options: dict[str, Any]) -> None:
+    """Raise if an option was given that says something about a checkpoint."""
+    for name, value in options.items():
+        if value not in (None, ()):
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} is about a checkpoint; {path} is a folder: leave it out, or give a file")
+
+
+def _print_bundle(bundle: Bundle, *, as_json: bool) -> None:
+    """Check every file of a bundle, and print what it is."""
+    for entry in bundle.files():
+        bundle.read(entry)
+    if as_json:
+        print_json({"kind": "bundle", **bundle.manifest.as_json()})
+    else:
+        print_details(bundle)
+        print_sensitivity(bundle)
+        print_summary(bundle)
 
 
 def _describe(

@@ -138,6 +138,16 @@ def test_a_refit_keeps_what_the_bundle_knows(
     assert renewed.labels == bundle.manifest.labels
 
 
+def test_inspect_refuses_options_of_a_checkpoint_for_a_bundle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (("--write-card", tmp_path / "c.toml"), ("--mean", "1,2,3"), ("--state-key", "x"), ("--ignore", "x"))
+    for option, value in options:
+        assert run(inspect_command, tmp_path, option, value) == 2
+        assert f"{option} is about a checkpoint; {tmp_path} is a folder" in capsys.readouterr().err
+    assert not (tmp_path / "c.toml").exists()
+
+
 def test_options_and_cards_say_the_same(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = tmp_path / "names.txt"
     names.write_text("\n".join("abcdefghij"))
