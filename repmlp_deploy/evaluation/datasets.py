@@ -10,6 +10,7 @@ Paths in a text file are relative to its folder, and hold no blanks unless the f
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 from repmlp_deploy.bundle import Manifest
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.files import read_text
+from repmlp_deploy.reading import state_of
 from repmlp_deploy.runtime.images import IMAGE_SUFFIXES, find_images
 
 __all__ = ["DATASETS", "Dataset", "Sample", "read_dataset"]
@@ -57,7 +59,8 @@ class Dataset:
         digest = hashlib.sha256()
         for sample in self.samples:
             for path in (*sample.images, *([] if sample.mask is None else [sample.mask])):
-                digest.update(f"{path.resolve()}|{_state(path)}|".encode())
+                name = os.path.realpath(path)  # Path.resolve raises where a link leads to itself
+                digest.update(f"{name}|{_state(path)}|".encode("utf-8", "surrogateescape"))
             digest.update(f"{sample.target}\n".encode())
         return digest.hexdigest()
 
@@ -76,7 +79,7 @@ def read_dataset(path: Path, manifest: Manifest, option: str = "--data") -> Data
     if manifest.task not in DATASETS:
         raise InputError(f"{manifest.name} has task {manifest.task}; repmlp-eval knows {', '.join(DATASETS)}")
     called = f"{option} {path}"
-    if not path.exists():
+    if state_of(path, called) is None:
         raise InputError(f"{called}: no such file or folder")
     try:
         dataset = DATASETS[manifest.task](path, manifest, called)

@@ -24,6 +24,7 @@ from repmlp_deploy.evaluation.datasets import Dataset, read_dataset
 from repmlp_deploy.evaluation.judging import TRAINED, Engine, Judged, Judging, Run, judge
 from repmlp_deploy.evaluation.metrics import TALLIES, Tally
 from repmlp_deploy.files import cache_folder, read_json, replace_file
+from repmlp_deploy.reading import state_of
 from repmlp_deploy.runtime.images import network_input
 
 __all__ = [
@@ -216,7 +217,7 @@ def _read_state(path: Path) -> Mapping[str, Any] | None:
             return {**data, "done": int(data["done"]), "unreadable": [str(error) for error in data["unreadable"]]}
         raise ValueError("other keys")  # noqa: TRY301 - one more way to be no state
     except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        if not path.exists():
+        if state_of(path, path) is None:
             return None
         raise _no_state(path, error) from None
 

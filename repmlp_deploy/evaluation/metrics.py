@@ -9,6 +9,7 @@ the threshold that is best on nine is judged on the tenth, and the ten accuracie
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.evaluation.datasets import Sample
+from repmlp_deploy.reading import state_of
 from repmlp_deploy.runtime.images import RASTER_FORMATS
 from repmlp_deploy.runtime.tasks import embeddings_from_outputs, masks_from_logits
 
@@ -292,7 +294,8 @@ def _read_mask(sample: Sample, shape: tuple[int, ...], classes: int) -> NDArray[
     """Return the class ids of a sample, checked."""
     if sample.mask is None:
         raise InputError(f"{sample.images[0]} has no mask")
-    if not sample.mask.is_file():  # opening a pipe waits for a writer
+    state = state_of(sample.mask, sample.mask)
+    if state is None or not stat.S_ISREG(state.st_mode):  # opening a pipe waits for a writer
         raise InputError(f"{sample.mask} is no readable mask: it is missing, or is no regular file")
     try:
         with Image.open(sample.mask, formats=RASTER_FORMATS) as image:

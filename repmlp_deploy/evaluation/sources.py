@@ -24,7 +24,7 @@ from repmlp_deploy.errors import ImageError, InputError
 from repmlp_deploy.evaluation.remote import RemoteFile, RemoteStore, is_uri
 from repmlp_deploy.evaluation.tables import TABLE_SUFFIXES, count_rows, find_column, read_column
 from repmlp_deploy.files import read_text
-from repmlp_deploy.reading import is_hidden
+from repmlp_deploy.reading import is_hidden, state_of
 from repmlp_deploy.runtime.images import IMAGE_SUFFIXES, find_images
 
 __all__ = ["Item", "Source", "open_source"]
@@ -99,9 +99,10 @@ def open_source(data: str, column: str | None = None) -> Source:
 
 def _of_path(data: str, column: str | None) -> Source:
     path = Path(data)
-    if not path.exists() and not glob.has_magic(data):
+    there = state_of(path, f"--data {data}") is not None
+    if not there and not glob.has_magic(data):
         raise InputError(f"--data {data}: no such file or folder")
-    if not path.exists():
+    if not there:
         found = sorted(glob.glob(data, recursive=True))  # noqa: PTH207 - may be absolute
         return _of_files(Path(), [name for name in found if name.lower().endswith(IMAGE_SUFFIXES)])
     if path.is_dir():

@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,6 +174,28 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(digits, held_out, t
     assert resumed.resumed + sum(rest) == 450
     assert resumed.resumed >= 220
     assert not state.exists()
+
+
+def test_names_that_are_no_text_and_paths_that_lead_nowhere(digits, tmp_path, capsys, monkeypatch):
+    folder = small_folder(tmp_path / "data", per_class=1)
+    (folder / "0" / "0.png").rename(folder / "0" / os.fsdecode(b"caf\xe9.png"))
+    (folder / "1" / "loop.png").symlink_to("loop.png")
+    code, out, err = run(capsys, digits.folder, "--data", folder, "--skip-unreadable", "--json")
+    assert code == 0, err
+    assert (json.loads(out)["count"], len(json.loads(out)["unreadable"])) == (10, 1)
+    assert run(capsys, digits.folder, "--data", "x" * 300)[0] == 2
+    assert run(capsys, digits.folder, "--data", folder, "--ckpt", "x" * 300)[0] == 2
+    stat = Path.stat
+
+    def refusing(path, **how):
+        if path == folder:
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refusing)
+    code, _, err = run(capsys, digits.folder, "--data", folder)
+    assert code == 2
+    assert f"--data {folder} cannot be read: Permission denied" in err
 
 
 def test_a_state_of_other_data_is_not_used(digits, held_out, tmp_path):
