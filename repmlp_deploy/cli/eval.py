@@ -15,7 +15,6 @@ import numpy as np
 
 from repmlp_deploy.bundle import Bundle, hash_file
 from repmlp_deploy.cli.shared.console import (
-    INTERRUPTED,
     print_json,
     print_line,
     print_table,
@@ -222,8 +221,8 @@ def _evaluated(  # noqa: PLR0913 - what an evaluation is of, and where it can go
 
             return evaluate(runs, bundle.manifest, dataset, state_file=file, key=key, progress=show, **how)
     except KeyboardInterrupt:
-        sys.stderr.write(f"error: interrupted; run again to go on from {file}\n")
-        raise typer.Exit(INTERRUPTED) from None
+        sys.stderr.write(f"note: run the same command again to go on from {printable(file)}\n")
+        raise
 
 
 def _brief(scores: Mapping[str, Any]) -> str:

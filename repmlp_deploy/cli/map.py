@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 from repmlp_deploy.bundle import Bundle
-from repmlp_deploy.cli.shared.console import INTERRUPTED, print_json, print_line, print_warnings, run_command, typer
+from repmlp_deploy.cli.shared.console import print_json, print_line, print_warnings, run_command, typer
 from repmlp_deploy.cli.shared.progress import counting
 from repmlp_deploy.errors import InputError, optional_imports
 from repmlp_deploy.evaluation.mapping import Engine, map_images
@@ -70,8 +70,8 @@ def map_command(  # noqa: PLR0913 - one per option
 
             found = map_images(predictor, source, out, top=top, batch=batch, fresh=fresh, progress=show, engine=made)
     except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted; run the same command again to go on\n")
-        raise typer.Exit(INTERRUPTED) from None
+        sys.stderr.write("note: run the same command again to go on\n")
+        raise
     seconds = round(time.monotonic() - started, 3)
     if json:
         about = {"bundle": str(bundle), "data": data, "out": str(out)}

@@ -11,6 +11,7 @@ from sklearn.datasets import load_sample_images
 
 from repmlp_deploy import Bundle, Predictor, export
 from repmlp_deploy.card import data_root
+from repmlp_deploy.cli import eval as eval_cli
 from repmlp_deploy.cli.eval import eval_command
 from repmlp_deploy.cli.shared.console import _run, typer
 from repmlp_deploy.convert.source.description import Description
@@ -196,6 +197,17 @@ def test_names_that_are_no_text_and_paths_that_lead_nowhere(digits, tmp_path, ca
     code, _, err = run(capsys, digits.folder, "--data", folder)
     assert code == 2
     assert f"--data {folder} cannot be read: Permission denied" in err
+
+
+def test_an_interruption_is_one_error(digits, held_out, capsys, monkeypatch):
+    def stop(*_said, **_how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_cli, "evaluate", stop)
+    code, _, err = run(capsys, digits.folder, "--data", held_out)
+    assert code == 130
+    assert err.count("error: ") == 1
+    assert "note: run the same command again to go on from " in err
 
 
 def test_a_state_of_other_data_is_not_used(digits, held_out, tmp_path):

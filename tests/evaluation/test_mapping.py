@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from repmlp_deploy import Bundle, Predictor, reading
+from repmlp_deploy.cli import map as map_cli
 from repmlp_deploy.cli.map import map_command
 from repmlp_deploy.errors import ImageError, InputError, OutputError
 from repmlp_deploy.evaluation import filling, mapping
@@ -336,6 +337,16 @@ def test_the_command_counts_and_refuses(images, bundle, tmp_path, capsys):
     capsys.readouterr()
     assert ends_with(map_command, *given[:-1]) == 0
     assert "note: 3 without a prediction, 0 of them new;" in capsys.readouterr().out
+
+
+def test_an_interruption_is_one_error(images, bundle, tmp_path, capsys, monkeypatch):
+    def stop(*_said, **_how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(map_cli, "map_images", stop)
+    out = tmp_path / "out.parquet"
+    assert ends_with(map_command, bundle.folder, "--data", images, "--out", out, "--format", "onnx") == 130
+    assert capsys.readouterr().err == "note: run the same command again to go on\nerror: interrupted\n"
 
 
 def test_without_pyarrow_the_remedy_is_named(images, bundle, tmp_path):
