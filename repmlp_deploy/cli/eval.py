@@ -89,6 +89,7 @@ def eval_command(  # noqa: PLR0913 - one per option
     loaded = Bundle.load(bundle)
     print_warnings(loaded.manifest.warnings)
     dataset = read_dataset(data, loaded.manifest)
+    print_warnings(dataset.warnings)
     wanted = [None] if formats is None else list(dict.fromkeys(part.strip() for part in formats.split(",")))
     with ExitStack() as stack:
         predictors = [

@@ -49,10 +49,12 @@ class Dataset:
     Attributes:
         samples: what is to be judged.
         remark: how it was read, for the report.
+        warnings: what may make every score wrong.
     """
 
     samples: tuple[Sample, ...]
     remark: str
+    warnings: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Return a SHA-256 of the files' names, lengths, times and targets; contents are not read."""
@@ -101,24 +103,29 @@ def _read_classes(path: Path, manifest: Manifest, called: str) -> Dataset:
     folders = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not folders:
         raise InputError(f"{called} has no folders; expected one per class, or a list file of lines `path label`")
-    ids, remark = _match_folders([folder.name for folder in folders], manifest.labels, classes, called)
+    ids, remark, warnings = _match_folders([folder.name for folder in folders], manifest.labels, classes, called)
     samples = tuple(
         Sample((image,), target) for folder, target in zip(folders, ids, strict=True) for image in find_images(folder)
     )
-    return Dataset(samples, remark)
+    return Dataset(samples, remark, warnings)
 
 
 def _match_folders(
     names: Sequence[str], labels: Sequence[str] | None, classes: int, called: str
-) -> tuple[list[int], str]:
-    """Return the class id of every folder: by its name, by its number, or by its place in sorted order."""
-    known = _ids_by_name(labels)
-    if any(name in known for name in names):
-        return [_id_of(name, known, f"{called}: folder") for name in names], "folders matched by name"
+) -> tuple[list[int], str, tuple[str, ...]]:
+    """Return the class id of every folder, by its name, its number or its place in sorted order; how; and warnings."""
+    known = _Names(labels)
+    if any(known.ids(name) for name in names):
+        return [_id_of(name, known, f"{called}: folder") for name in names], "folders matched by name", ()
     if all(_is_number(name) and int(name) < classes for name in names):
-        return [int(name) for name in names], "folders matched by number"
+        return [int(name) for name in names], "folders matched by number", ()
     if len(names) == classes:
-        return list(range(classes)), "folders matched by sorted order"
+        first = "class 0" if labels is None else f"class 0, {labels[0]}"
+        warning = (
+            f"{called}: no folder has the name of a class, so they are the classes in sorted order, beginning with "
+            f"{names[0]} for {first}: rename them to labels or class numbers if that is wrong"
+        )
+        return list(range(classes)), "folders matched by sorted order", (warning,)
     raise InputError(
         f"{called} has {len(names)} class folders, none with a label as its name; the network has {classes} "
         "classes: rename the folders, or give a list file of lines `path label`"
@@ -126,11 +133,11 @@ def _match_folders(
 
 
 def _read_class_list(path: Path, labels: Sequence[str] | None, classes: int) -> Dataset:
-    known = _ids_by_name(labels)
+    known = _Names(labels)
     samples = []
     for where, fields in _lines(path, 2):
         image, label = fields
-        target = int(label) if _is_number(label) and label not in known else _id_of(label, known, f"{where}: label")
+        target = int(label) if _is_number(label) and not known.ids(label) else _id_of(label, known, f"{where}: label")
         if target >= classes:
             raise InputError(f"{where}: label is {target}; the network has classes 0 to {classes - 1}")
         samples.append(Sample((path.parent / image,), target))
@@ -177,16 +184,28 @@ def _is_number(word: str) -> bool:
     return word.isascii() and word.isdecimal() and len(word) <= _MOST_DIGITS
 
 
-def _ids_by_name(labels: Sequence[str] | None) -> dict[str, list[int]]:
-    """Map labels to class ids; a few ImageNet labels name two classes."""
-    ids: dict[str, list[int]] = {}
-    for i, label in enumerate(labels or ()):
-        ids.setdefault(label, []).append(i)
-    return ids
+class _Names:
+    """The class ids of labels; a few ImageNet labels name two classes."""
+
+    def __init__(self, labels: Sequence[str] | None) -> None:
+        self._exact: dict[str, list[int]] = {}
+        self._folded: dict[str, list[int]] = {}
+        for i, label in enumerate(labels or ()):
+            self._exact.setdefault(label, []).append(i)
+            self._folded.setdefault(_folded(label), []).append(i)
+
+    def ids(self, name: str) -> Sequence[int]:
+        """Return the classes that a name means; a label that is written in the same way comes first."""
+        return self._exact.get(name, self._folded.get(_folded(name), ()))
 
 
-def _id_of(name: str, known: Mapping[str, Sequence[int]], what: str) -> int:
-    ids = known.get(name, ())
+def _folded(name: str) -> str:
+    """Return a name without what people write in different ways: upper case, and blanks or underscores."""
+    return name.replace("_", " ").casefold()
+
+
+def _id_of(name: str, known: _Names, what: str) -> int:
+    ids = known.ids(name)
     if len(ids) == 1:
         return ids[0]
     reason = f"names {len(ids)} classes" if ids else "is no label of the network"

@@ -291,7 +291,8 @@ class LabelledImages:
         self._dataset, self._manifest = dataset, manifest
         self.source = f"{path.name}: {dataset.remark}"
         self.count = len(dataset.samples)
-        self.warnings = (*_few(self.count), *_overlap([sample.images[0] for sample in dataset.samples], calibration))
+        images = [sample.images[0] for sample in dataset.samples]
+        self.warnings = (*dataset.warnings, *_few(self.count), *_overlap(images, calibration))
 
     def right(self, run: Run, tell: Callable[[int, int], None]) -> int:
         """Return for how many images the largest output is that of the label.

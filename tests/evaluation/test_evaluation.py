@@ -365,6 +365,33 @@ def test_folders_are_matched_by_name_number_or_order(digits, tmp_path):
     by_order = read_dataset(folder, with_labels(digits, names))
     assert by_order.remark == "folders matched by sorted order"
     assert [sample.target for sample in by_order.samples] == list(range(10))
+    assert by_name.warnings == by_number.warnings == ()
+    assert "in sorted order, beginning with n0 for class 0, a: rename them" in by_order.warnings[0]
+
+
+def test_names_of_classes_may_differ_in_case_and_underscores(digits, tmp_path):
+    folder = small_folder(tmp_path / "data", per_class=1)
+    names = ("tabby cat", "Dog", "cat", "Cat", *"efghij")
+    for digit, name in enumerate(("Tabby_Cat", "dog", "cat", "Cat", *"EFGHIJ")):
+        (folder / str(digit)).rename(folder / name)
+    found = read_dataset(folder, with_labels(digits, names))
+    assert found.remark == "folders matched by name"
+    named = {sample.images[0].parent.name: sample.target for sample in found.samples}
+    assert [named[name] for name in ("Tabby_Cat", "dog", "cat", "Cat", "E")] == [0, 1, 2, 3, 4]
+    (tmp_path / "list.txt").write_text(f"{next(folder.rglob('*.png'))}\tTABBY CAT\n")
+    assert read_dataset(tmp_path / "list.txt", with_labels(digits, names)).samples[0].target == 0
+    (folder / "cat").rename(folder / "CAT")
+    with pytest.raises(InputError, match="'CAT' names 2 classes: use class numbers"):
+        read_dataset(folder, with_labels(digits, names))
+
+
+def test_an_order_that_is_taken_for_the_classes_is_a_warning(digits, tmp_path, capsys):
+    folder = small_folder(tmp_path / "data", per_class=1)
+    for digit in range(10):
+        (folder / str(digit)).rename(folder / f"n{digit}")
+    code, _, err = run(capsys, digits.folder, "--data", folder)
+    assert code == 0
+    assert err.startswith(f"warning: --data {folder}: no folder has the name of a class")
 
 
 @pytest.mark.parametrize(
