@@ -26,7 +26,7 @@ from repmlp_deploy.runtime.predictor import Predictor
 
 __all__ = ["Engine", "Mapped", "Progress", "map_images"]
 
-PART = 512  # images at most; what a killed run does again
+PART = 512  # images at most, rounded up to whole batches; what a killed run does again
 _LEAST_PART = 32
 _PARTS = 64  # or more, so that several processes end at about the same time
 _LARGEST_JOB_BYTES = 1 << 16

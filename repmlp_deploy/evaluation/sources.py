@@ -84,7 +84,7 @@ def open_source(data: str, column: str | None = None) -> Source:
         column: of a table; by default `image`, `bytes` or `path`, whichever comes first.
 
     Raises:
-        InputError: there is nothing of that name, or it holds no images.
+        InputError: there is nothing of that name, it holds no images, or a column of no table is named.
     """
     try:
         source = _of_uri(data, column) if is_uri(data) else _of_path(data, column)
@@ -92,6 +92,8 @@ def open_source(data: str, column: str | None = None) -> Source:
         raise
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
         raise InputError(f"--data {data} cannot be read: {error}") from None
+    if column is not None and (not data.lower().endswith(TABLE_SUFFIXES) or Path(data).is_dir()):
+        raise InputError(f"--column {column} names a column of a table; --data {data} is none: leave it out")
     if not source.count:
         raise InputError(f"--data {data} holds no images; expected {', '.join(IMAGE_SUFFIXES)} files")
     return source

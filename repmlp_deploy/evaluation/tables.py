@@ -146,11 +146,32 @@ def find_column(path: str, name: str | None, filesystem: Any = None) -> str:
         wanted = f"no column {name}" if name is not None else f"no column {' or '.join(_COLUMNS)}"
         raise InputError(f"--data {path} has {wanted}; it has {', '.join(schema.names)}: name one with --column")
     kind = schema.field(found).type
-    types = pa.types
-    text = types.is_string(kind) or types.is_large_string(kind)
-    if not (text or types.is_binary(kind) or types.is_large_binary(kind) or types.is_struct(kind)):
-        raise InputError(f"--data {path}: column {found} is {kind}; expected encoded images, paths, or both")
+    if not (_is_text(kind) or _is_bytes(kind) or _is_both(kind)):
+        raise InputError(
+            f"--data {path}: column {found} is {kind}; expected encoded images, paths, or both (struct<bytes, path>)"
+        )
     return found
+
+
+def _is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_bytes(kind: Any) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_both(kind: Any) -> bool:
+    """Return whether a column holds structures with encoded images, paths, or both; one of them may be empty."""
+    if not pa.types.is_struct(kind):
+        return False
+    fields = {field.name: field.type for field in kind}
+    given = [
+        (right, fields[name])
+        for name, right in (("bytes", _is_bytes), ("path", _is_text))
+        if name in fields and not pa.types.is_null(fields[name])
+    ]
+    return bool(given) and all(right(field) for right, field in given)
 
 
 def count_rows(path: str, filesystem: Any = None) -> int:

@@ -264,6 +264,31 @@ def test_unusable_sources_are_one_line(tmp_path):
         open_source(str(tmp_path / "ids.parquet"))
     with pytest.raises(InputError, match="column id is int64"):
         open_source(str(tmp_path / "ids.parquet"), "id")
+    (tmp_path / "folder.parquet").mkdir()
+    (tmp_path / "list.txt").write_text("a.png")
+    for name in ("folder.parquet", "list.txt"):
+        with pytest.raises(InputError, match=r"--column id names a column of a table; --data .* is none"):
+            open_source(str(tmp_path / name), "id")
+
+
+@pytest.mark.parametrize(
+    ("value", "usable"),
+    [
+        ({"bytes": b"x", "path": "a.png"}, True),
+        ({"bytes": None, "path": "a.png"}, True),
+        ({"bytes": b"x"}, True),
+        ({"data": b"x"}, False),
+        ({"bytes": [1, 2], "path": "a.png"}, False),
+        ({"bytes": None, "path": None}, False),
+    ],
+)
+def test_a_structure_without_bytes_or_path_is_refused(value, usable, tmp_path):
+    pq.write_table(pa.table({"image": [value]}), tmp_path / "x.parquet")
+    if usable:
+        assert open_source(str(tmp_path / "x.parquet")).count == 1
+    else:
+        with pytest.raises(InputError, match=r"column image is struct<.*; expected encoded images, paths, or both"):
+            open_source(str(tmp_path / "x.parquet"))
 
 
 def test_a_row_without_an_image_and_a_missing_file_are_rows(predictor, tmp_path):
