@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -105,6 +106,7 @@ def _of_path(data: str, column: str | None) -> Source:
     if not there and not glob.has_magic(data):
         raise InputError(f"--data {data}: no such file or folder")
     if not there:
+        _require_readable(data)
         found = sorted(glob.glob(data, recursive=True))  # noqa: PTH207 - may be absolute
         return _of_files(Path(), [name for name in found if name.lower().endswith(IMAGE_SUFFIXES)])
     if path.is_dir():
@@ -116,6 +118,16 @@ def _of_path(data: str, column: str | None) -> Source:
         used = find_column(data, column)
         return Source(count_rows(data), _fingerprint([path], used), partial(_table_items, data, used, None))
     return _of_files(path.parent, _lines(read_text(path, _LARGEST_LIST_BYTES)))
+
+
+def _require_readable(pattern: str) -> None:
+    """Raise OSError if a folder in which a glob looks cannot be read: `glob` passes over it."""
+    parts = pattern.replace(os.sep, "/").split("/")
+    for i, part in enumerate(parts):
+        if glob.has_magic(part):
+            inside = "/".join([*parts[: i + (part == "**")], ""])
+            for folder in glob.iglob(inside, recursive=True):  # noqa: PTH207 - may be absolute
+                os.scandir(folder).close()
 
 
 def _of_files(root: Path, keys: list[str]) -> Source:

@@ -350,6 +350,21 @@ def test_links_in_an_archive_have_rows_and_hidden_names_have_none(stream, images
     assert [item.key for item in source.items(2)] == ["./c.png", "./d.png"]
 
 
+@pytest.mark.parametrize("pattern", ["**/*.png", "*/*.png", "2/*.png"])
+def test_a_glob_passes_over_no_folder_that_cannot_be_read(pattern, images, monkeypatch):
+    scandir = os.scandir
+
+    def refusing(place):
+        if str(place).rstrip("/").endswith("/2"):
+            raise PermissionError(13, "Permission denied", place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError, match=r"cannot be read: .*Permission denied: .*/2"):
+        open_source(f"{images}/{pattern}")
+    assert open_source(f"{images}/1/*.png").count
+
+
 def test_the_command_counts_and_refuses(images, bundle, tmp_path, capsys):
     out = tmp_path / "out.parquet"
     given = (bundle.folder, "--data", images, "--out", out, "--format", "onnx", "--json")
