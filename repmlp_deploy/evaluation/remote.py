@@ -11,14 +11,14 @@ import posixpath
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.fs
 
 from repmlp_deploy.errors import ImageError, InputError
-from repmlp_deploy.reading import is_hidden, tried
+from repmlp_deploy.reading import files_below, is_hidden, tried
 from repmlp_deploy.text import first_line
 
 __all__ = ["RemoteFile", "RemoteStore", "is_uri"]
@@ -106,8 +106,10 @@ class RemoteStore:
         """
         if self.filesystem.get_file_info(path).type != pa.fs.FileType.Directory:
             return None
-        selector = pa.fs.FileSelector(path, recursive=True)
-        files = [one for one in self.filesystem.get_file_info(selector) if one.type == pa.fs.FileType.File]
+        below: Any = pa.fs.FileSelector(path, recursive=True)
+        if isinstance(self.filesystem, pa.fs.LocalFileSystem):  # which follows links round and round
+            below = [str(file) for file in files_below(Path(path))]
+        files = [one for one in self.filesystem.get_file_info(below) if one.type == pa.fs.FileType.File]
         inside = [(posixpath.relpath(one.path, path), one) for one in files if one.path.lower().endswith(suffixes)]
         wanted = sorted((pair for pair in inside if not is_hidden(pair[0])), key=lambda pair: pair[0].split("/"))
         return [name for name, _ in wanted], _hash(one for _, one in wanted)

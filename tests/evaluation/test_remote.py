@@ -70,6 +70,14 @@ def test_a_uri_gives_the_table_of_the_path(kind: str, images: Path, bundle: Bund
     assert tables[0].equals(tables[1])
 
 
+def test_a_loop_of_links_ends(images: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(images / "d0")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    keys = [item.key for item in open_source(tmp_path.as_uri()).items(0)]
+    assert keys == [item.key for item in open_source(str(tmp_path)).items(0)]
+    assert len(keys) == COUNT / 2
+
+
 def test_a_file_system_of_ones_own_works(images: Path, bundle: Bundle, tmp_path: Path):
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
