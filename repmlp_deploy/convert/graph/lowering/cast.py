@@ -26,6 +26,8 @@ except ImportError:
 
 __all__ = ["cast_graph", "float_tensors"]
 
+_CRASHES = "ONNX Runtime crashes with it in fp16"
+_MATRIX = 2  # axes of one
 _TYPED = ("Cast", "CastLike", "ConstantOfShape", "If", "Loop", "Range", "Scan")
 
 
@@ -49,6 +51,17 @@ class _Casting:
             self.cast[name, wanted] = result
         return self.cast[name, wanted]
 
+    def lower_outputs(self, made: NodeProto, floats: AbstractSet[str], outputs: AbstractSet[str]) -> None:
+        """Note that what a node gives has the low type; an output of the graph is cast back."""
+        low = TensorProto.DataType.Value(self.precision.onnx_type)
+        for i, name in enumerate(list(made.output)):
+            if name in floats and name in outputs:
+                made.output[i] = f"{name}_low"
+                self.nodes.append(helper.make_node("Cast", [made.output[i]], [name], name=f"{name}_cast", to=1))
+                self.cast[name, low] = made.output[i]
+            elif name in floats:
+                self.types[name] = low
+
     def weight_as(self, tensor: TensorProto, wanted: int) -> str:
         """Return the name of a float32 initializer in a type, converted at most once."""
         if wanted == TensorProto.FLOAT:
@@ -68,9 +81,10 @@ def cast_graph(graph: onnx.ModelProto, precision: Precision, kept_names: Abstrac
     work = _Casting(precision, dict.fromkeys(floats, TensorProto.FLOAT))
     outputs = {value.name for value in graph.graph.output}
     counts: Counter[str] = Counter()
-    kept = []
+    kept, crashing = [], _crashing(graph) if low == TensorProto.FLOAT16 else set()
     for node in graph.graph.node:
         reason = _why_float32(node, precision, floats | initializers.keys(), kept_names)
+        reason = reason or (_CRASHES if node.output[0] in crashing else "")
         wanted = TensorProto.FLOAT if reason else low
         made = NodeProto()
         made.CopyFrom(node)
@@ -83,13 +97,8 @@ def cast_graph(graph: onnx.ModelProto, precision: Precision, kept_names: Abstrac
             else:
                 work.weights[name] = tensor
         work.nodes.append(made)
-        for i, name in enumerate(node.output):
-            if wanted == low and name in floats and name in outputs:
-                made.output[i] = f"{name}_low"
-                work.nodes.append(helper.make_node("Cast", [made.output[i]], [name], name=f"{name}_cast", to=1))
-                work.cast[name, low] = made.output[i]
-            elif wanted == low and name in floats:
-                work.types[name] = low
+        if wanted == low:
+            work.lower_outputs(made, floats, outputs)
         if reason:
             kept.append(Kept(node.name, node.op_type, module_of(node), reason))
         elif any(name in floats for name in node.output):
@@ -107,6 +116,27 @@ def _why_float32(node: NodeProto, precision: Precision, floats: set[str], kept_n
     if node.op_type in _TYPED:
         return "its type is its own"
     return precision.sensitive.get(node.op_type, "")
+
+
+def _crashing(graph: onnx.ModelProto) -> set[str]:
+    """Return the outputs of what ends a process in float16: a Transpose and the MatMul of it and a weight.
+
+    The Transpose moves the first axis to one of the last two, and the weight has fewer axes. ONNX Runtime 1.32 makes
+    one operation of such a pair, even with a Cast between, for which it has no kernel in float16.
+    """
+    turned = {}
+    for node in graph.graph.node:
+        perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), [])
+        if node.op_type == "Transpose" and len(perm) > _MATRIX and perm[:-_MATRIX] == [*range(1, len(perm) - 1)]:
+            turned[node.output[0]] = len(perm)
+    ranks = {tensor.name: len(tensor.dims) for tensor in graph.graph.initializer}
+    found = set()
+    for node in graph.graph.node:
+        name = next((name for name in node.input if name in turned), "")
+        if node.op_type == "MatMul" and name:
+            weight = next((ranks[other] for other in node.input if other in ranks), turned[name])
+            found |= {name, node.output[0]} if weight != turned[name] else set()
+    return found
 
 
 def float_tensors(graph: onnx.ModelProto) -> set[str]:

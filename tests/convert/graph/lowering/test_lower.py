@@ -328,3 +328,37 @@ def test_int8_multiplies_by_a_vector(shape: tuple[int, ...]) -> None:
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="n")]
     inputs = rng.standard_normal(shape).astype(np.float32)
     assert max(int8_errors(nodes, {"w": rng.standard_normal(8)}, inputs)) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("perm", "weight", "crashes"),
+    [
+        ((1, 0, 2), (8, 3), True),
+        ((1, 2, 0), (8, 3), True),
+        ((1, 2, 0, 3), (8, 8, 3), True),
+        ((1, 0, 2), (8, 8, 3), False),
+        ((0, 2, 1), (8, 3), False),
+        ((2, 1, 0), (8, 3), False),
+    ],
+)
+def test_what_crashes_onnx_runtime_in_fp16_stays_in_float32(
+    perm: tuple[int, ...], weight: tuple[int, ...], *, crashes: bool
+) -> None:
+    """As in an nn.TransformerEncoderLayer, where a linear layer follows the exchange of two axes."""
+    rng = np.random.default_rng(0)
+    weights, inputs = {"w": rng.standard_normal(weight)}, rng.standard_normal((8,) * len(perm)).astype(np.float32)
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=perm, name="t"),
+        helper.make_node("MatMul", ["t", "w"], ["h"], name="m"),
+        helper.make_node("MatMul", ["h", "v"], ["y"], name="n"),
+    ]
+    weights["v"] = rng.standard_normal((3, 3))
+    expected = np.transpose(inputs, perm) @ weights["w"] @ weights["v"]
+    model = _model(nodes, weights, inputs, ["y"])
+    model.graph.output[0].type.CopyFrom(helper.make_tensor_type_proto(TensorProto.FLOAT, expected.shape))
+    lowered = set_precision(model, "fp16")
+    assert [(kept.node, kept.reason) for kept in lowered.kept] == [
+        (name, "ONNX Runtime crashes with it in fp16") for name in ("t", "m") if crashes
+    ]
+    (answer,) = session(lowered.model).run(None, {"x": inputs})
+    np.testing.assert_allclose(answer, expected, atol=0.1)
