@@ -37,7 +37,6 @@ __all__ = [
     "OutputError",
     "RepMLPError",
     "VerificationError",
-    "input_errors",
     "installation_of",
     "missing_dependency",
     "optional_imports",
@@ -180,21 +179,6 @@ def optional_imports() -> Iterator[None]:
         if found is None:
             raise
         raise found from error
-
-
-@contextmanager
-def input_errors(what: str) -> Iterator[None]:
-    """Turn the OSError of looking for an input into `InputError`: a folder in its path is closed, or a name too long.
-
-    Args:
-        what: the option and the path, for the message.
-    """
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, RepMLPError):
-            raise
-        raise InputError(f"{what}: {error.strerror or error}") from None
 
 
 class MissingDevice(RepMLPError):  # noqa: N818 - reads as what it says

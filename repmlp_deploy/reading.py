@@ -16,7 +16,7 @@ from pathlib import Path
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.text import first_line
 
-__all__ = ["files_below", "is_hidden", "read_whole", "state_of", "tried"]
+__all__ = ["files_below", "is_folder", "is_hidden", "read_whole", "require_file", "state_of", "tried"]
 
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says of a name that no file has."""
@@ -45,6 +45,21 @@ def state_of(path: Path, called: object) -> os.stat_result | None:
         if error.errno in _NO_FILE:
             return None
         raise InputError(f"{called} cannot be read: {error.strerror or error}") from None
+
+
+def is_folder(path: Path, called: object) -> bool:
+    """Return whether there is a folder of this name; see `state_of`."""
+    state = state_of(path, called)
+    return state is not None and stat.S_ISDIR(state.st_mode)
+
+
+def require_file(path: Path, called: object) -> None:
+    """Raise InputError unless there is a regular file of this name; see `state_of`."""
+    state = state_of(path, called)
+    if state is None:
+        raise InputError(f"{called}: no such file")
+    if not stat.S_ISREG(state.st_mode):
+        raise InputError(f"{called} is not a regular file")
 
 
 def is_hidden(path: str) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from repmlp_deploy import reading
 from repmlp_deploy.errors import InputError
-from repmlp_deploy.reading import files_below, is_hidden, read_whole, state_of
+from repmlp_deploy.reading import files_below, is_folder, is_hidden, read_whole, require_file, state_of
 
 
 def names(folder: Path) -> list[str]:
@@ -86,3 +86,21 @@ def test_what_this_user_may_not_see_is_said(tmp_path: Path, monkeypatch: pytest.
         state_of(tmp_path, "--data x")
     with pytest.raises(InputError, match="cannot be read: Permission denied"):
         read_whole(tmp_path / "x", 100)
+
+
+def test_files_and_folders_are_told_apart_whatever_the_name(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    os.mkfifo(tmp_path / "pipe")
+    assert [is_folder(path, path) for path in (tmp_path, file, tmp_path / "none", Path("n" * 300))] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    require_file(file, "--ckpt")
+    for path, said in ((tmp_path, "is not a regular file"), (tmp_path / "pipe", "is not a regular file")):
+        with pytest.raises(InputError, match=f"--ckpt {said}"):
+            require_file(path, "--ckpt")
+    with pytest.raises(InputError, match="--ckpt: no such file"):
+        require_file(Path("n" * 300), "--ckpt")

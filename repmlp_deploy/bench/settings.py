@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from repmlp_deploy.bench.load.ways import Scenario
 from repmlp_deploy.bench.subjects.table import BASELINE, ON_CUDA
-from repmlp_deploy.errors import InputError, input_errors
+from repmlp_deploy.errors import InputError
 from repmlp_deploy.files import read_toml
 from repmlp_deploy.precision import PRECISIONS
+from repmlp_deploy.reading import state_of
 
 __all__ = ["DEFAULT_MODEL", "Settings", "read_settings"]
 
@@ -124,10 +125,9 @@ def _require_consistent(settings: Settings, named: Mapping[str, Any]) -> None:
         raise InputError(
             "--calibration is for an export; the bundle of --bundle is measured as it is: leave one of them out"
         )
-    if settings.calibration is not None:
-        with input_errors(f"--calibration {settings.calibration}"):
-            if not settings.calibration.exists():
-                raise InputError(f"--calibration {settings.calibration}: no such folder or file")
+    asked = f"--calibration {settings.calibration}"
+    if settings.calibration is not None and state_of(settings.calibration, asked) is None:
+        raise InputError(f"{asked}: no such folder or file")
     calibrated = any(name in PRECISIONS and PRECISIONS[name].needs_calibration for name in settings.precision)
     if settings.calibration is not None and not calibrated:
         raise InputError("--calibration is for int8 and fp8: add one of them to --precision, or drop --calibration")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
@@ -33,7 +32,7 @@ from repmlp_deploy.evaluation.loop import (
     state_folder,
     state_key,
 )
-from repmlp_deploy.reading import state_of
+from repmlp_deploy.reading import require_file
 from repmlp_deploy.runtime.images import normalised
 from repmlp_deploy.runtime.predictor import Predictor
 from repmlp_deploy.text import printable
@@ -178,11 +177,7 @@ def _origin(ckpt: Path | None, card: str | None, module: str | None) -> _Origin 
             if value is not None:
                 raise InputError(f"{option} is about the trained network: pass --ckpt FILE, too")
         return None
-    state = state_of(ckpt, f"--ckpt {ckpt}")
-    if state is None:
-        raise InputError(f"--ckpt {ckpt}: no such file")
-    if not stat.S_ISREG(state.st_mode):
-        raise InputError(f"--ckpt {ckpt} is not a regular file; expected a checkpoint")
+    require_file(ckpt, f"--ckpt {ckpt}")
     return _Origin(ckpt.resolve(), card, module)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,7 @@ from repmlp_deploy.cli.shared.bundle_report import print_details, print_sensitiv
 from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, print_warnings, run_command, typer
 from repmlp_deploy.convert.options import parse_size
 from repmlp_deploy.errors import CheckpointError, InputError
-from repmlp_deploy.reading import state_of
+from repmlp_deploy.reading import is_folder
 
 __all__ = ["main"]
 
@@ -57,8 +56,7 @@ def inspect_command(  # noqa: PLR0913 - one per option
         "input_size": None if input_size is None else parse_size(input_size),
     }
     description = said.read_description(mean, std, resize, crop, labels, scores)
-    state = state_of(path, path)
-    if state is not None and stat.S_ISDIR(state.st_mode):
+    if is_folder(path, path):
         _require_none(path, {**choices, **description, "write_card": write_card})
         _print_bundle(Bundle.load(path), as_json=json)
         return

@@ -19,7 +19,8 @@ from repmlp_deploy.cli.shared.serving.on_ray import (
     Replicas,
     WriteRayConfig,
 )
-from repmlp_deploy.errors import InputError, input_errors
+from repmlp_deploy.errors import InputError
+from repmlp_deploy.reading import is_folder
 from repmlp_deploy.runtime.runner import RunnerOptions, stream_count
 from repmlp_deploy.serving.hosts.http import HttpOptions
 from repmlp_deploy.serving.logs import configure_logging
@@ -159,9 +160,7 @@ def _all_named(given: Sequence[str]) -> dict[str, Path]:
 def _named(given: str) -> tuple[str, Path]:
     """Return the name and the folder of an argument, `NAME=PATH` or `PATH`; the name is the manifest's by default."""
     name, separator, path = given.partition("=")
-    with input_errors(given):
-        named = bool(separator) and not Path(given).is_dir()
-    if named:
+    if separator and not is_folder(Path(given), given):
         folder = Path(path)
         Bundle.load(folder)
         return name, folder
@@ -169,9 +168,8 @@ def _named(given: str) -> tuple[str, Path]:
 
 
 def _folder(path: Path) -> Path:
-    with input_errors(f"--watch {path}"):
-        if not path.is_dir():
-            raise InputError(f"--watch {path} is no folder")
+    if not is_folder(path, f"--watch {path}"):
+        raise InputError(f"--watch {path} is no folder")
     return path
 
 

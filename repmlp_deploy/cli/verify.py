@@ -12,8 +12,9 @@ from repmlp_deploy.cli.shared.bundle_report import print_hops, print_verdict
 from repmlp_deploy.cli.shared.console import print_json, print_line, run_command, typer
 from repmlp_deploy.cli.shared.progress import progress
 from repmlp_deploy.convert.proof.certificate import recertify
-from repmlp_deploy.errors import InputError, MissingDevice, OutputError, VerificationError, input_errors
+from repmlp_deploy.errors import InputError, MissingDevice, OutputError, VerificationError
 from repmlp_deploy.files import replace_file
+from repmlp_deploy.reading import require_file
 from repmlp_deploy.runtime.runner import RunnerOptions
 
 __all__ = ["main"]
@@ -61,7 +62,7 @@ def verify_command(  # noqa: PLR0913 - one per option
         _bisect(loaded, ckpt, card, module, artifact, as_json=json)
         return
     if ckpt is not None:
-        _require_file(ckpt)
+        require_file(ckpt, f"--ckpt {ckpt}")  # before anything is run, not after it
     hops, notes = recertify(loaded, artifact, RunnerOptions(device, threads))
     derived: list[Hop] = []
     if ckpt is not None:
@@ -97,13 +98,6 @@ def _require_used(given: set[str], engine_report: Path | None, *, bisect: bool) 
     alone = sorted(given & {"--card", "--module"}) if "--ckpt" not in given else []
     if alone:
         raise InputError(f"{alone[0]} is about the checkpoint, and there is none: pass --ckpt FILE")
-
-
-def _require_file(checkpoint: Path) -> None:
-    """Raise before anything is run, not after it, where a checkpoint is not there."""
-    with input_errors(f"--ckpt {checkpoint}"):
-        if not checkpoint.is_file():
-            raise InputError(f"--ckpt {checkpoint}: no such file")
 
 
 def _require_verified(bundle: Path, hops: Sequence[Hop], notes: Sequence[str]) -> None:
