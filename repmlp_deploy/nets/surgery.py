@@ -1,23 +1,16 @@
-"""Copies of module trees with some modules replaced, and what is no longer needed of the original.
-
-A copy in float64 has float64 weights, but its code may say `x.float()` or `dtype=torch.float32`, or make a tensor of
-the default type. Inside `computing_like` these mean float64, so the copy computes what the network does, without the
-rounding of float32.
-"""
+"""Copies of module trees with some modules replaced, and what is no longer needed of the original."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-__all__ = ["computing_like", "in_double", "keep_weights", "switch_blocks", "weights_freed", "with_replaced"]
+__all__ = ["in_double", "keep_weights", "switch_blocks", "weights_freed", "with_replaced"]
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -53,39 +46,6 @@ def in_double(root: ModuleT) -> ModuleT:
 
 def _copied(value: Tensor) -> Tensor:
     return value.to(torch.float64, copy=True) if value.is_floating_point() else value.clone()
-
-
-@contextmanager
-def computing_like(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """If one of the tensors is float64, let code that names float32 mean float64, which new tensors then are.
-
-    Otherwise float32 means float32, inside another such context, too.
-    """
-    before, is_wide = torch.get_default_dtype(), any(value.dtype == torch.float64 for value in tensors)
-    if not is_wide and before != torch.float64:
-        yield
-        return
-    torch.set_default_dtype(torch.float64 if is_wide else torch.float32)
-    try:
-        with _Float64() if is_wide else nullcontext():
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-class _Float64(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function of torch with float64 in place of float32, while that is the default type."""
-        del types
-        kwargs = kwargs or {}
-        if torch.get_default_dtype() == torch.float64:
-            func = Tensor.double if func is Tensor.float else func
-            args, kwargs = map(_widened, args), {key: _widened(value) for key, value in kwargs.items()}
-        return func(*args, **kwargs)
-
-
-def _widened(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
 
 
 def keep_weights(old: nn.Module, new: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from repmlp_deploy import get_model
 from repmlp_deploy.convert.reparam.fold import fold_affine
 from repmlp_deploy.convert.reparam.merge import merge_branches
-from repmlp_deploy.nets.surgery import computing_like, in_double, weights_freed
+from repmlp_deploy.nets.surgery import in_double, weights_freed
 from support.networks import randomize
 
 
@@ -23,25 +23,6 @@ def test_a_copy_in_double_has_the_values_and_memory_of_its_own(small_network: nn
     for value in twin.state_dict().values():
         value.zero_()
     torch.testing.assert_close(small_network.state_dict(), before, rtol=0, atol=0)
-
-
-def test_float32_means_float64_beside_a_tensor_in_float64() -> None:
-    narrow, wide = torch.ones(2), torch.ones(2, dtype=torch.float64)
-
-    def made() -> set[torch.dtype]:
-        tensors = (narrow.float(), narrow.to(torch.float32), narrow.to(dtype=torch.float32), torch.ones(1))
-        return {value.dtype for value in (*tensors, torch.tensor(1.0), torch.ops.aten.to.dtype(narrow, torch.float32))}
-
-    with computing_like([narrow, wide]):
-        assert made() == {torch.float64}
-        with computing_like([narrow]):
-            assert made() == {torch.float32}
-        assert made() == {torch.float64}
-    with computing_like([narrow]):
-        assert made() == {torch.float32}
-    with pytest.raises(KeyError), computing_like([wide]):
-        raise KeyError
-    assert made() == {torch.float32}
 
 
 def test_a_parameter_that_two_modules_share_is_shared_in_the_copy() -> None:

@@ -27,7 +27,6 @@ from repmlp_deploy.nets.blocks.checks import Check, Element, Finding, first_find
 from repmlp_deploy.nets.blocks.conv_bn import ChannelAffine
 from repmlp_deploy.nets.flat import flatten_outputs
 from repmlp_deploy.nets.foreign import adopt_blocks
-from repmlp_deploy.nets.surgery import computing_like
 from repmlp_deploy.numerics import allowed_error, compare, noise_floor
 from repmlp_deploy.text import first_line, kind_and_line
 
@@ -105,8 +104,7 @@ def blame_network(trained: nn.Module, candidate: nn.Module, inputs: Sequence[NDA
     precise = copy.deepcopy(trained).double()
     handles = walk.attach(precise)
     try:
-        with computing_like(precise.parameters()):
-            precise(*(torch.from_numpy(np.ascontiguousarray(x)).to(_wide(x)) for x in inputs))
+        precise(*(torch.from_numpy(np.ascontiguousarray(x)).to(_wide(x)) for x in inputs))
     except _FoundError as found:
         return found.blame
     finally:
@@ -185,8 +183,7 @@ class _Walk:
             args, kwargs = self._given.pop()
             outcome = self._outcome(name, args, kwargs, answer)
             if outcome is not None:
-                with computing_like(()):
-                    raise _FoundError(self._blame(name, args, outcome))
+                raise _FoundError(self._blame(name, args, outcome))
 
         return hook
 
@@ -197,8 +194,7 @@ class _Walk:
             pairs = list(zip(_arrays(got), _arrays(answer), strict=True))
         except (RuntimeError, ValueError, TypeError) as failure:
             return _Outcome(None, None, None, f"does not run: {first_line(failure)}")
-        with computing_like(()):
-            single = self._trained[name](*_narrow(args), **{key: _narrow(value) for key, value in kwargs.items()})
+        single = self._trained[name](*_narrow(args), **{key: _narrow(value) for key, value in kwargs.items()})
         for (y, reference), float32 in zip(pairs, _arrays(single), strict=True):
             floor = noise_floor(float32, reference)
             try:

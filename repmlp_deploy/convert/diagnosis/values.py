@@ -25,7 +25,6 @@ from repmlp_deploy.convert.diagnosis.blame import Blame
 from repmlp_deploy.convert.diagnosis.places import place_of
 from repmlp_deploy.errors import VerificationError
 from repmlp_deploy.nets.blocks.checks import Check, Element
-from repmlp_deploy.nets.surgery import computing_like
 from repmlp_deploy.numerics import compare, is_close, noise_floor
 from repmlp_deploy.precision import PRECISIONS
 
@@ -179,8 +178,7 @@ class Trace:
     ) -> dict[str, NDArray[Any]]:
         kept = _Keeping(module, {self.nodes[key] for key in keys})
         tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in inputs]
-        with computing_like(module.parameters()):
-            kept.run(*(x.to(dtype) if dtype is not None and x.is_floating_point() else x for x in tensors))
+        kept.run(*(x.to(dtype) if dtype is not None and x.is_floating_point() else x for x in tensors))
         return {key: kept.values[self.nodes[key]] for key in keys}
 
 

@@ -20,7 +20,7 @@ from repmlp_deploy.card import data_root
 from repmlp_deploy.convert.proof.summation import PlainSums
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.nets.flat import flatten_outputs
-from repmlp_deploy.nets.surgery import computing_like, in_double
+from repmlp_deploy.nets.surgery import in_double
 from repmlp_deploy.text import kind_and_line
 
 __all__ = ["KINDS", "SEED", "probe_inputs", "probe_like", "record_probe", "run_network"]
@@ -98,9 +98,7 @@ def _impulse(shape: Sequence[int]) -> NDArray[np.float64]:
 @torch.no_grad()
 def run_network(network: nn.Module, *inputs: NDArray[Any]) -> NDArray[Any] | tuple[NDArray[Any], ...]:
     """Run the network on a batch and return its output as numpy, or its outputs if it has several."""
-    tensors = [torch.from_numpy(np.ascontiguousarray(value)) for value in inputs]
-    with computing_like((*tensors, *network.parameters(), *network.buffers())):
-        answer = network(*tensors)
+    answer = network(*(torch.from_numpy(np.ascontiguousarray(value)) for value in inputs))
     return answer.numpy() if isinstance(answer, Tensor) else tuple(x.numpy() for x in flatten_outputs(answer).values())
 
 
@@ -118,7 +116,8 @@ def record_probe(trained: nn.Module, *inputs: NDArray[Any]) -> Probe:
     except Exception as error:  # noqa: BLE001 - a user's code raises anything
         where = f"in float64 on {len(inputs[0])} samples, which the proof needs"
         remedy = (
-            "keep tensors that are no weights as buffers (register_buffer), which change their type with the network"
+            "keep tensors that are no weights as buffers (register_buffer), and make others in the type of the input: "
+            "in float64 these change their type with the network"
         )
         raise InputError(f"the network does not run {where}: {kind_and_line(error)}; {remedy}") from None
     _require_rows(references, len(inputs[0]))

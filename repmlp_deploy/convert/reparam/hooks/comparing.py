@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from repmlp_deploy.nets.blocks.algebra import BatchNorm
 from repmlp_deploy.nets.flat import Flat, flatten_outputs
-from repmlp_deploy.nets.surgery import computing_like
 from repmlp_deploy.text import kind_and_line
 
 __all__ = ["Call", "dropped_norm", "fault_of", "first_fault", "is_same", "lost_child", "outputs_of", "record_calls"]
@@ -38,8 +37,7 @@ def record_calls(network: nn.Module, wanted: Collection[nn.Module], inputs: Sequ
 
     handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in names]
     try:
-        with computing_like(network.parameters()):
-            network(*_cloned(tuple(inputs)))
+        network(*_cloned(tuple(inputs)))
     finally:
         for handle in handles:
             handle.remove()
@@ -48,8 +46,7 @@ def record_calls(network: nn.Module, wanted: Collection[nn.Module], inputs: Sequ
 
 def outputs_of(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
     """Return every tensor that a module returns for the calls."""
-    with computing_like(module.parameters()):
-        answers = [module(*_cloned(call.args), **_cloned(dict(call.kwargs))) for call in calls]
+    answers = (module(*_cloned(call.args), **_cloned(dict(call.kwargs))) for call in calls)
     return [value for answer in answers for value in flatten_outputs(answer).values()]
 
 

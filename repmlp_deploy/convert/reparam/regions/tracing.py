@@ -16,7 +16,7 @@ from repmlp_deploy.convert.capture import captured_output
 from repmlp_deploy.convert.reparam.hooks import hooks_in
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.nets.flat import Flat, failing_module
-from repmlp_deploy.nets.surgery import computing_like, with_replaced
+from repmlp_deploy.nets.surgery import with_replaced
 from repmlp_deploy.text import first_line
 
 __all__ = ["BATCH", "Values", "module_path", "reads_shape_only", "sizes", "stack_of", "trace"]
@@ -42,7 +42,7 @@ def trace(network: nn.Module, examples: Sequence[Tensor]) -> fx.GraphModule:
     dynamic: tuple[Any, ...] = ({0: torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)},) * len(inputs)
     dynamic = (dynamic,) if isinstance(network, Flat) else dynamic
     copied = with_replaced(network, {})  # tracing leaves what modules cache in them
-    with captured_output("torch"), computing_like(network.parameters()):
+    with captured_output("torch"):
         try:
             program = torch.export.export(copied, inputs, dynamic_shapes=dynamic, strict=False)
             graph = program.run_decompositions({}).module(check_guards=False)
