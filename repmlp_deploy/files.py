@@ -144,6 +144,9 @@ def put_file(written: Path, target: Path) -> None:
     written.replace(target)
 
 
+_LOST = 100  # times in a row that a folder may be gone when it was just made
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock `path`.lock beside `path`, in a folder that is made; a process that dies releases it.
@@ -154,10 +157,17 @@ def locked(path: Path) -> Iterator[None]:
         OSError: it cannot be made.
     """
     lock = path.with_name(f"{path.name}.lock")
-    held = False
+    held, lost = False, 0
     while not held:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("a+b") as file:
+        try:
+            file = lock.open("a+b")
+        except FileNotFoundError:  # the last holder removed the folder just now
+            lost += 1
+            if lost == _LOST:
+                raise
+            continue
+        with file:
             _wait_for(file)
             held = _is_there(file, lock)
             if held:

@@ -6,21 +6,28 @@ Nothing that cannot be read is left out silently, and a fault of a disk is never
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.text import first_line
 
-__all__ = ["files_below", "is_folder", "is_hidden", "read_whole", "require_file", "state_of", "tried"]
+__all__ = ["files_below", "is_folder", "is_hidden", "opened", "require_file", "state_of", "tried"]
 
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says of a name that no file has."""
+_NO_NAME = (21, 123, 1921)
+"""What Windows says of a name that no file can have, such as that of a glob."""
+_OF_THE_SYSTEM = "lost+found"  # at the root of every ext4 disk; it is root's
+_MOST_FOLDERS = 1 << 20  # on all paths: folders full of links to each other have more than anyone can wait for
 
+_T = TypeVar("_T")
 _TRIES = 4
 _FIRST_WAIT_SECONDS = 0.2  # then twice as long every time
 
@@ -42,9 +49,13 @@ def state_of(path: Path, called: object) -> os.stat_result | None:
     except ValueError:  # a zero byte in the name
         return None
     except OSError as error:
-        if error.errno in _NO_FILE:
+        if _is_missing(error):
             return None
         raise InputError(f"{called} cannot be read: {error.strerror or error}") from None
+
+
+def _is_missing(error: OSError) -> bool:
+    return error.errno in _NO_FILE or getattr(error, "winerror", None) in _NO_NAME
 
 
 def is_folder(path: Path, called: object) -> bool:
@@ -63,8 +74,8 @@ def require_file(path: Path, called: object) -> None:
 
 
 def is_hidden(path: str) -> bool:
-    """Return whether a path inside a folder, with slashes, is of a hidden file or leads through a hidden folder."""
-    return any(part.startswith(".") and part not in {".", ".."} for part in path.split("/"))
+    """Return whether a path inside a folder, with slashes, is hidden or in a hidden folder; so is `lost+found`."""
+    return any(part == _OF_THE_SYSTEM or (part[:1] == "." and part not in {".", ".."}) for part in path.split("/"))
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -75,7 +86,9 @@ def files_below(folder: Path) -> Iterator[Path]:
 
     Raises:
         OSError: a folder cannot be read; nothing is left out silently.
+        InputError: links lead to more folders than can be looked at.
     """
+    looked = 0
     waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [(str(folder), ())]  # a folder, and those it lies in
     while waiting:
         place, above = waiting.pop()
@@ -83,6 +96,9 @@ def files_below(folder: Path) -> Iterator[Path]:
         here = (state.st_dev, state.st_ino)
         if here in above:
             continue
+        looked += 1
+        if looked > _MOST_FOLDERS:
+            raise InputError(f"{folder} has more than {_MOST_FOLDERS:,} folders, links followed; name a part of it")
         with os.scandir(place) as entries:
             for entry in entries:
                 if is_hidden(entry.name):
@@ -102,32 +118,32 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         raise
 
 
-def read_whole(path: Path, most_bytes: int) -> bytes:
-    """Return the content of a file that may lie on a disk that fails now and then.
+def opened(path: Path, most_bytes: int) -> BinaryIO:
+    """Return a file's content, read at once, so that a disk that fails is told from a damaged file.
+
+    A file of more than `most_bytes` is opened, and read by whoever needs a part of it.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no regular file, or is larger than `most_bytes`; the message says which.
+        ValueError: it is no regular file.
         InputError: the disk fails every time, or this user may not read the file.
     """
-    return tried(partial(_read, path, most_bytes), path)
+    return tried(partial(_opened, path, most_bytes), path)
 
 
-def _read(path: Path, most_bytes: int) -> bytes:
+def _opened(path: Path, most_bytes: int) -> BinaryIO:
     try:
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):  # opening a pipe waits for a writer; a device may never end
             raise ValueError("it is a folder, a pipe or a device; give a file")
-        if state.st_size > most_bytes:
-            raise ValueError(f"it has {state.st_size:,} bytes; at most {most_bytes:,} are read")
-        return path.read_bytes()
+        return path.open("rb") if state.st_size > most_bytes else io.BytesIO(path.read_bytes())
     except OSError as error:
-        if error.errno in _NO_FILE:
+        if _is_missing(error):
             raise FileNotFoundError(*error.args) from None
         raise
 
 
-def tried(read: Callable[[], bytes], name: object, *failures: type[Exception]) -> bytes:
+def tried(read: Callable[[], _T], name: object, *failures: type[Exception]) -> _T:
     """Return what `read` returns. A disk or a network that fails is tried again a few times.
 
     Args:

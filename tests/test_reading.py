@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from repmlp_deploy import reading
 from repmlp_deploy.errors import InputError
-from repmlp_deploy.reading import files_below, is_folder, is_hidden, read_whole, require_file, state_of
+from repmlp_deploy.reading import files_below, is_folder, is_hidden, opened, require_file, state_of
 
 
 def names(folder: Path) -> list[str]:
@@ -43,8 +44,36 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
         names(tmp_path)
 
 
+def test_links_from_folder_to_folder_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six folders that all link to each other have 1,957 paths, twelve a billion."""
+    monkeypatch.setattr(reading, "_MOST_FOLDERS", 500)
+    folders = [tmp_path / f"{i}" for i in range(6)]
+    for folder in folders:
+        folder.mkdir()
+    for folder in folders:
+        for other in folders:
+            (folder / f"to-{other.name}").symlink_to(other)
+    with pytest.raises(InputError, match="has more than 500 folders, links followed; name a part of it"):
+        names(tmp_path)
+
+
+def test_a_name_that_windows_does_not_take_is_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The star of a glob is none of a file's name there."""
+
+    def refused(_path: Path) -> os.stat_result:
+        error = OSError(errno.EINVAL, "The filename, directory name, or volume label syntax is incorrect")
+        error.winerror = 123  # Windows alone has it
+        raise error
+
+    monkeypatch.setattr(Path, "stat", refused)
+    assert state_of(tmp_path / "*.png", "--data") is None
+
+
 def test_what_is_hidden() -> None:
-    assert [is_hidden(name) for name in (".a", "b/.c/d", "./b", "../b", "b/c.d")] == [True, True, False, False, False]
+    assert [is_hidden(name) for name in (".a", "b/.c/d", "lost+found", "./b", "../b", "b/c.d")] == [
+        *(True, True, True),
+        *(False, False, False),
+    ]
 
 
 def test_a_disk_that_fails_is_tried_again_and_then_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,12 +88,13 @@ def test_a_disk_that_fails_is_tried_again_and_then_named(tmp_path: Path, monkeyp
         return read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", failing)
-    assert read_whole(tmp_path / "x", 100) == b"content"
-    with pytest.raises(ValueError, match="it has 7 bytes; at most 6 are read"):
-        read_whole(tmp_path / "x", 6)
+    assert opened(tmp_path / "x", 100).read() == b"content"
+    assert waits == [0.2, 0.4]
+    with opened(tmp_path / "x", 6) as large:  # whoever needs it all reads it
+        assert large.read(3) == b"con"
     monkeypatch.setattr(Path, "read_bytes", lambda _path: os.read(-1, 1))
     with pytest.raises(InputError, match=r"x could not be read 4 times: .*; run again to go on"):
-        read_whole(tmp_path / "x", 100)
+        opened(tmp_path / "x", 100)
     assert waits == [0.2, 0.4, 0.2, 0.4, 0.8]
 
 
@@ -74,7 +104,7 @@ def test_a_name_that_no_file_has_is_a_missing_file(name: str, tmp_path: Path) ->
     (tmp_path / "loop").symlink_to("loop")
     assert state_of(tmp_path / name, name) is None
     with pytest.raises(FileNotFoundError):
-        read_whole(tmp_path / name, 100)
+        opened(tmp_path / name, 100)
 
 
 def test_what_this_user_may_not_see_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +115,7 @@ def test_what_this_user_may_not_see_is_said(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(InputError, match=r"^--data x cannot be read: Permission denied$"):
         state_of(tmp_path, "--data x")
     with pytest.raises(InputError, match="cannot be read: Permission denied"):
-        read_whole(tmp_path / "x", 100)
+        opened(tmp_path / "x", 100)
 
 
 def test_files_and_folders_are_told_apart_whatever_the_name(tmp_path: Path) -> None:

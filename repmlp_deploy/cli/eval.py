@@ -95,7 +95,7 @@ def eval_command(  # noqa: PLR0913 - one per option
             stack.enter_context(Predictor(loaded, format=name, device=device, threads=threads)) for name in wanted
         ]
         runs: dict[str, Run] = {predictor.format: predictor.logits for predictor in predictors}
-        key = state_key(loaded.manifest, tuple(runs), dataset, trained=origin and origin.identity())
+        key = state_key(loaded.manifest, tuple(runs), dataset, trained="" if origin is None else origin.identity())
         if origin is not None:
             runs[TRAINED] = origin.run(loaded)
         file = state if state is not None else state_folder() / f"{key[:32]}.json"
@@ -131,9 +131,10 @@ class _Origin:
     card: str | None
     module: str | None
 
-    def identity(self) -> tuple[str, str | None, str | None]:
-        """Return what its outputs depend on."""
-        return hash_file(self.ckpt), self.card, self.module
+    def identity(self) -> str | tuple[str, str | None, str | None]:
+        """Return what its outputs depend on, as JSON can hold it."""
+        digest = hash_file(self.ckpt)
+        return digest if self.card is None and self.module is None else (digest, self.card, self.module)
 
     def run(self, bundle: Bundle) -> Run:
         """Return the network, in float32.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import Manifest
-from repmlp_deploy.errors import ImageError, InputError
+from repmlp_deploy.errors import InputError
 from repmlp_deploy.evaluation.datasets import Sample
 from repmlp_deploy.evaluation.metrics import TALLIES
 from repmlp_deploy.runtime.cpus import usable_cpus
@@ -134,6 +134,6 @@ def _decode(sample: Sample, manifest: Manifest) -> _Decoded:
             values, size = network_input(path, manifest.preprocessing)
             inputs.append(values)
             sizes.append(size)
-    except ImageError as error:
+    except InputError as error:  # it is no image, or cannot be read now
         return _Decoded(sample, error=str(error))
     return _Decoded(sample, tuple(inputs), tuple(sizes))

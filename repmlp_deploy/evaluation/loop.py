@@ -153,7 +153,7 @@ def evaluate(  # noqa: PLR0913 - what meets here
     return Evaluation(scores, scored, tuple(state.unreadable), resumed, time.perf_counter() - started)
 
 
-def state_key(manifest: Manifest, formats: Sequence[str], dataset: Dataset, *, trained: Any = None) -> str:
+def state_key(manifest: Manifest, formats: Sequence[str], dataset: Dataset, *, trained: Any = "") -> str:
     """Return the hash of everything that a result depends on.
 
     Args:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,7 +158,8 @@ def _claim(folder: Path, job: str, *, fresh: bool) -> None:
 def _discard(folder: Path) -> None:
     for path in folder.iterdir():
         if path.suffix != ".lock":  # last: whoever waits for the lock begins when it is gone
-            path.unlink()
+            with suppress(OSError):  # a folder of another program, or a file that a disk keeps
+                path.unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import os
 import tarfile
 import zlib
@@ -69,12 +70,14 @@ class Source:
         fingerprint: hash of the files' names, lengths and times; it differs where the images may differ.
         items: (first) -> the images from the one with this number on.
         readers: threads that read images, at least.
+        is_table: whether they are the rows of a table.
     """
 
     count: int
     fingerprint: str
     items: Callable[[int], Iterator[Item]]
     readers: int = 1
+    is_table: bool = False
 
 
 def open_source(data: str, column: str | None = None) -> Source:
@@ -93,7 +96,7 @@ def open_source(data: str, column: str | None = None) -> Source:
         raise
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
         raise InputError(f"--data {data} cannot be read: {error}") from None
-    if column is not None and (not data.lower().endswith(TABLE_SUFFIXES) or Path(data).is_dir()):
+    if column is not None and not source.is_table:
         raise InputError(f"--column {column} names a column of a table; --data {data} is none: leave it out")
     if not source.count:
         raise InputError(f"--data {data} holds no images; expected {', '.join(IMAGE_SUFFIXES)} files")
@@ -116,7 +119,8 @@ def _of_path(data: str, column: str | None) -> Source:
         return _of_tar(data, partial(_open, path), _fingerprint([path]), stream=False)
     if name.endswith(TABLE_SUFFIXES):
         used = find_column(data, column)
-        return Source(count_rows(data), _fingerprint([path], used), partial(_table_items, data, used, None))
+        items = partial(_table_items, data, used, None)
+        return Source(count_rows(data), _fingerprint([path], used), items, is_table=True)
     return _of_files(path.parent, _lines(read_text(path, _LARGEST_LIST_BYTES)))
 
 
@@ -127,7 +131,8 @@ def _require_readable(pattern: str) -> None:
         if glob.has_magic(part):
             inside = "/".join([*parts[: i + (part == "**")], ""])
             for folder in glob.iglob(inside, recursive=True):  # noqa: PTH207 - may be absolute
-                os.scandir(folder).close()
+                if not is_hidden(Path(folder).name):
+                    os.scandir(folder).close()
 
 
 def _of_files(root: Path, keys: list[str]) -> Source:
@@ -151,7 +156,7 @@ def _of_uri(data: str, column: str | None) -> Source:
     if name.endswith(TABLE_SUFFIXES):
         used = find_column(path, column, store.filesystem)
         count, items = count_rows(path, store.filesystem), partial(_table_items, path, used, store)
-        return Source(count, store.fingerprint(path, used), items, readers)
+        return Source(count, store.fingerprint(path, used), items, readers, is_table=True)
     keys = _lines(store.text(path, _LARGEST_LIST_BYTES))
     # the objects that a list names are not asked for their times: that would be a request for each
     about = store.fingerprint(path)
@@ -172,6 +177,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _members(opened: Callable[[], BinaryIO], *, stream: bool) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield the archive and its members, one after the other."""
     with opened() as file, tarfile.open(fileobj=file, mode="r|*" if stream else "r:*") as archive:
         while (member := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined] # tarfile remembers every member otherwise
@@ -181,7 +187,7 @@ def _members(opened: Callable[[], BinaryIO], *, stream: bool) -> Iterator[tuple[
 def _is_image(member: tarfile.TarInfo) -> bool:
     """Return whether a member has an image's name and may be one; macOS adds a hidden file to every one."""
     can_be = member.isfile() or member.islnk() or member.issym()
-    return can_be and member.name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(member.name)
+    return can_be and member.name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(member.name.rpartition("/")[2])
 
 
 def _of_tar(data: str, opened: Callable[[], BinaryIO], fingerprint: str, *, stream: bool) -> Source:
@@ -202,7 +208,7 @@ def _tar_items(
     number, contents = 0, dict[str, tarfile.TarInfo]()
     try:
         for archive, member in _members(opened, stream=stream):
-            if member.isfile() and member.name in linked and not stream:
+            if member.isfile() and member.name in linked and _goes_back(archive):
                 contents[member.name] = member
             if not _is_image(member):
                 continue
@@ -211,6 +217,11 @@ def _tar_items(
             number += 1
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise InputError(f"--data {data} cannot be read: {error}") from None
+
+
+def _goes_back(archive: tarfile.TarFile) -> bool:
+    """Return whether an earlier member can be read at once: a compressed archive is read again from its beginning."""
+    return isinstance(archive.fileobj, io.BufferedReader)
 
 
 def _extracted(

@@ -67,13 +67,16 @@ def read_job(path: Path) -> str | None:
     """
     try:
         metadata = pa.parquet.read_schema(path).metadata or {}
-    except pa.ArrowInvalid:
+    except (pa.ArrowException, OSError) as error:
+        if not _is_damage(error):
+            raise
         return None
-    except OSError as error:
-        if error.errno is None:  # damaged, in pyarrow's words
-            return None
-        raise
     return metadata[_JOB].decode(errors="replace") if _JOB in metadata else None
+
+
+def _is_damage(error: Exception) -> bool:
+    """Return whether an error says that a file is damaged, and not that the disk fails or memory is short."""
+    return not isinstance(error, MemoryError) and getattr(error, "errno", None) is None
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], schema: Any, path: Path) -> None:
@@ -100,6 +103,8 @@ def merge_tables(parts: Sequence[Path], schema: Any, path: Path) -> int:
             try:
                 table = pa.parquet.read_table(part, schema=schema)
             except (pa.ArrowException, OSError) as error:
+                if not _is_damage(error):
+                    raise
                 part.unlink(missing_ok=True)
                 raise InputError(
                     f"{part} was damaged, and is removed ({first_line(error)}): run the same command to make it again"
@@ -119,6 +124,8 @@ def count_errors(path: Path) -> int:
         with pa.parquet.ParquetFile(path) as file:
             return sum(_errors_of(batch) for batch in file.iter_batches(columns=["error"]))
     except (pa.ArrowException, OSError) as error:
+        if not _is_damage(error):
+            raise
         raise InputError(f"{path} is damaged ({first_line(error)}): pass --fresh to make it again") from None
 
 
@@ -126,7 +133,11 @@ def has_rows(path: Path, count: int) -> bool:
     """Return whether there is a parquet file of so many rows; its values are not read."""
     try:
         return bool(pa.parquet.read_metadata(path).num_rows == count)
-    except (pa.ArrowException, OSError):
+    except FileNotFoundError:
+        return False
+    except (pa.ArrowException, OSError) as error:
+        if not _is_damage(error):
+            raise
         return False
 
 
@@ -154,11 +165,11 @@ def find_column(path: str, name: str | None, filesystem: Any = None) -> str:
 
 
 def _is_text(kind: Any) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _is_bytes(kind: Any) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _is_both(kind: Any) -> bool:

@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from repmlp_deploy.card import Preprocessing, Resize
 from repmlp_deploy.errors import ImageError, InputError
-from repmlp_deploy.reading import files_below, read_whole
+from repmlp_deploy.reading import files_below, opened
 
 __all__ = [
     "DECODE_MODES",
@@ -55,7 +55,7 @@ _Sized = tuple[Image.Image, _Size]
 _Out = NDArray[Any] | None
 
 MAX_PIXELS = 100_000_000  # after every step; Pillow needs 400 MB for as many. A file of 20 KB can claim more.
-MAX_BYTES = 1 << 30  # of a file
+MAX_BYTES = 64 << 20  # of a file that is read at once
 MAX_EDGE = 1_000_000  # Pillow's tables for resizing grow with the edge, whatever the other edge is
 
 MAX_SCANS = 100  # of a JPEG, each over every pixel; progressive files have about ten. One of 66 KB can hold thousands.
@@ -106,11 +106,11 @@ def _opened(source: str | os.PathLike[str] | bytes, resize: Resize | None = None
     """Return the RGB image, decoded smaller if `resize` allows it, and the file's upright (height, width)."""
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
-        # the whole file: a disk that fails while Pillow reads is no fault of the image
-        content = source if isinstance(source, bytes) else read_whole(Path(source), MAX_BYTES)
-        with warnings.catch_warnings():
+        # read before Pillow sees it: a disk that fails is no fault of the image
+        file = io.BytesIO(source) if isinstance(source, bytes) else opened(Path(source), MAX_BYTES)
+        with file, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours, and an error
-            with Image.open(io.BytesIO(content), formats=RASTER_FORMATS) as image:
+            with Image.open(file, formats=RASTER_FORMATS) as image:
                 return _upright_rgb(image, name, resize, own=own)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None

@@ -21,6 +21,7 @@ from repmlp_deploy.evaluation.datasets import Dataset, Sample, read_dataset
 from repmlp_deploy.evaluation.judging import Judged
 from repmlp_deploy.evaluation.loop import evaluate, state_key
 from repmlp_deploy.evaluation.metrics import TALLIES, ClassTally, MaskTally, PairTally, best_threshold, verification
+from repmlp_deploy.runtime import images as image_files
 from support.networks import randomize
 from support.own_networks import Scorer
 from support.task_cases import save_network, small_network
@@ -288,6 +289,24 @@ def test_a_state_with_unreadable_images_needs_the_option_again(digits, tmp_path)
             evaluate(runs, digits.manifest, dataset, **how)
         found = evaluate(runs, digits.manifest, dataset, skip_unreadable=True, **how)
     assert (found.resumed, found.count, len(found.unreadable)) == (8, 19, 1)
+
+
+def test_a_file_that_this_user_may_not_read_is_left_out_on_request(digits, tmp_path, monkeypatch):
+    folder, opened = small_folder(tmp_path / "data"), image_files.opened
+    dataset, how = read_dataset(folder, digits.manifest), {"state_file": tmp_path / "state.json", "key": "k"}
+
+    def refused(path, most_bytes):
+        if path == folder / "0" / "0.png":
+            raise InputError(f"{path} cannot be read: Permission denied")
+        return opened(path, most_bytes)
+
+    monkeypatch.setattr(image_files, "opened", refused)
+    with Predictor(digits) as predictor:
+        runs = {"onnx": predictor.logits}
+        with pytest.raises(ImageError, match="Permission denied; pass --skip-unreadable"):
+            evaluate(runs, digits.manifest, dataset, **how)
+        found = evaluate(runs, digits.manifest, dataset, skip_unreadable=True, **how)
+    assert (found.count, len(found.unreadable)) == (19, 1)
 
 
 @pytest.mark.parametrize("task", TALLIES)

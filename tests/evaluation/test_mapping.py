@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import tarfile
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,11 +19,11 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from repmlp_deploy import Bundle, Predictor, reading
+from repmlp_deploy import Bundle, Predictor, files, reading
 from repmlp_deploy.cli import map as map_cli
 from repmlp_deploy.cli.map import map_command
 from repmlp_deploy.errors import ImageError, InputError, OutputError
-from repmlp_deploy.evaluation import filling, mapping
+from repmlp_deploy.evaluation import filling, mapping, tables
 from repmlp_deploy.evaluation.filling import bundle_digest
 from repmlp_deploy.evaluation.mapping import map_images
 from repmlp_deploy.evaluation.sources import open_source
@@ -209,6 +210,32 @@ def test_a_damaged_part_is_made_again(images, predictor, tmp_path):
     require_right(pq.read_table(out), [item.content for item in source.items(0)], predictor)
 
 
+def test_a_disk_that_fails_damages_no_part(images, predictor, tmp_path, monkeypatch):
+    out, source = tmp_path / "out.parquet", open_source(str(images))
+    parts = parts_of_a_stopped_run(source, predictor, out)
+    read_table = tables.pa.parquet.read_table
+
+    def failing(path, **how):
+        if path == parts[1]:
+            raise OSError(errno.EIO, "Input/output error")
+        return read_table(path, **how)
+
+    monkeypatch.setattr(tables.pa.parquet, "read_table", failing)
+    with pytest.raises(OutputError, match="Input/output error"):
+        map_images(predictor, source, out)
+    assert all(part.is_file() for part in parts)
+    monkeypatch.undo()
+    assert map_images(predictor, source, out).resumed == COUNT
+
+
+def test_a_folder_of_another_program_among_the_parts_is_no_fault(images, predictor, tmp_path):
+    out, source = tmp_path / "out.parquet", open_source(str(images))
+    parts_of_a_stopped_run(source, predictor, out)[0].parent.joinpath(".checkpoints", "more").mkdir(parents=True)
+    for _ in range(2):
+        assert map_images(predictor, source, out).count == COUNT
+    assert not (tmp_path / "out.parquet.parts").exists()
+
+
 def test_a_damaged_result_is_said(images, predictor, tmp_path):
     out, source = tmp_path / "out.parquet", open_source(str(images))
     map_images(predictor, source, out)
@@ -224,16 +251,22 @@ def test_a_damaged_result_is_said(images, predictor, tmp_path):
     assert map_images(predictor, source, out, fresh=True).count == COUNT
 
 
-def test_a_run_that_waited_for_another_goes_on(images, predictor, tmp_path):
+def test_a_run_that_waited_for_another_goes_on(images, predictor, tmp_path, monkeypatch):
     """The first run removes the folder with the lock that the second waits for."""
     out, source, found = tmp_path / "out.parquet", open_source(str(images)), []
+    waits, wait_for = threading.Event(), files._wait_for
+
+    def wait_and_tell(file):
+        if found:
+            waits.set()
+        wait_for(file)
+
+    monkeypatch.setattr(files, "_wait_for", wait_and_tell)
 
     def wait(_done, _total, _errors):
         if not found:
             found.append(pool.submit(map_images, predictor, source, out, fresh=True))
-            while not found[0].running():
-                time.sleep(0.01)
-            time.sleep(0.2)
+            assert waits.wait(30)
 
     with ThreadPoolExecutor(1) as pool:
         map_images(predictor, source, out, progress=wait)
@@ -264,6 +297,12 @@ def test_unusable_sources_are_one_line(tmp_path):
         open_source(str(tmp_path / "ids.parquet"))
     with pytest.raises(InputError, match="column id is int64"):
         open_source(str(tmp_path / "ids.parquet"), "id")
+    struct = pa.struct({"bytes": pa.binary_view(), "path": pa.string_view()})
+    views = pa.table({"views": pa.array([{"bytes": b"x", "path": "y"}], struct)})
+    pyarrow.feather.write_feather(views, tmp_path / "views.arrow", compression="uncompressed")
+    assert [item.content for item in open_source(str(tmp_path / "views.arrow"), "views").items(0)] == [b"x"]
+    with_query = (tmp_path / "views.arrow").as_uri() + "?a=b"
+    assert open_source(with_query, "views").count == 1, "what a URI adds to a name makes a table no less one"
     (tmp_path / "folder.parquet").mkdir()
     (tmp_path / "list.txt").write_text("a.png")
     for name in ("folder.parquet", "list.txt"):
@@ -324,6 +363,19 @@ def test_links_to_folders_are_followed(images, tmp_path):
         (tmp_path / "in" / name).symlink_to(images / name)
     linked, plain = (open_source(str(folder)) for folder in (tmp_path / "in", images))
     assert [item.key for item in linked.items(0)] == [item.key for item in plain.items(0)]
+
+
+def test_links_in_a_compressed_archive_are_rows_with_an_error(images, tmp_path):
+    """Each would be read from the archive's beginning, in time that grows with the square of their number."""
+    encoded = next(images.rglob("001.png"))
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        archive.add(encoded, "home/.cache/a.png")
+        member = tarfile.TarInfo("b.png")
+        member.type, member.linkname = tarfile.LNKTYPE, "home/.cache/a.png"
+        archive.addfile(member)
+    first, second = open_source(str(tmp_path / "x.tar.gz")).items(0)
+    assert first.content == encoded.read_bytes(), "the folder that was packed may be hidden"
+    assert "--hard-dereference" in str(second.content)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -182,7 +182,8 @@ class Command(TyperCommand):
         for option in (one for one in self.get_params(ctx) if one.param_type_name == "option"):
             value = ctx.params.get(option.name)
             if long_name(option) in LISTS and isinstance(value, str) and not all(map(str.strip, value.split(","))):
-                raise InputError(f"--{long_name(option)} is {value!r}, which has an empty word: leave out its comma")
+                said = "has an empty word: leave out its comma" if "," in value else "names nothing"
+                raise InputError(f"--{long_name(option)} is {value!r}, which {said}")
         return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -78,7 +78,8 @@ def test_an_empty_word_of_a_list_is_refused_by_name(name: str, given: str) -> No
     command = command_of(name)
     with command.make_context("x", ["--format", given], resilient_parsing=True) as context:
         context.resilient_parsing = False
-        with pytest.raises(InputError, match=re.escape(f"--format is {given!r}, which has an empty word")):
+        said = "has an empty word: leave out its comma" if given else "names nothing"
+        with pytest.raises(InputError, match=re.escape(f"--format is {given!r}, which {said}")):
             command.invoke(context)
 
 
