@@ -85,13 +85,18 @@ def _usual(
     swapped = _swapped_by_mmengine(content)
     if swapped:
         places = [place.swapped() if place.path in ("state_dict", "ema_state_dict") else place for place in places]
-    kinds = {place.kind: place for place in reversed(places)}
+    likely = [place for place in places if place.weights] or places
+    kinds = {place.kind: place for place in reversed(likely)}
     if weights is not None and weights not in kinds:
         raise CheckpointError(f"{name} holds no {weights} weights, only {', '.join(kinds)}: drop --weights {weights}")
-    chosen = kinds[weights or ("ema" if swapped or "model" not in kinds else "model")]
-    averaged = swapped and chosen.kind == "ema"
-    said = ("mmengine saved the averaged (EMA) weights as state_dict: these are used",)
-    return chosen, said if averaged else ()
+    usual = "ema" if "model" not in kinds or (swapped and "ema" in kinds) else "model"
+    chosen = kinds[weights or usual]
+    if chosen.kind == "model":
+        return chosen, ()
+    if swapped:
+        return chosen, ("mmengine saved the averaged (EMA) weights as state_dict: these are used",)
+    alone = f"{name} holds no other weights than the averaged (EMA) ones under {chosen.path}: these are used"
+    return chosen, () if weights == "ema" else (alone,)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,11 @@ class _Place:
     kind: str
     path: str
     found: Mapping[str, Any]
+
+    @property
+    def weights(self) -> int:
+        """How many tensors have more than one number: a counter, a decay or the best accuracy is no weight."""
+        return sum(isinstance(value, Tensor) and value.numel() > 1 for value in self.found.values())
 
     @property
     def rank(self) -> int:
@@ -121,22 +131,18 @@ def _visited(value: Any, path: tuple[str, ...]) -> list[_Place]:
     """Return the state dicts in a value, the outermost first.
 
     Tensors beside a state dict, such as the best accuracy, are none: a mapping around others is a state dict if it has
-    at least as many tensors as each of them.
+    at least as many weights as each of them.
     """
     inside = value.content if isinstance(value, Placeholder) else value
     if not isinstance(inside, Mapping):
         return []
     items = inside.items() if len(path) < _DEEPEST else ()
     nested = [place for key, item in items if isinstance(key, str) for place in _visited(item, (*path, key))]
-    count = _tensors(inside)
-    if not count or any(_tensors(place.found) > count for place in nested):
-        return nested
     kind = "ema" if any(_EMA.search(part) for part in path) else "model"
-    return [_Place(kind, ".".join(path), inside), *nested]
-
-
-def _tensors(found: Mapping[str, Any]) -> int:
-    return sum(isinstance(value, Tensor) for value in found.values())
+    own = _Place(kind, ".".join(path), inside)
+    if not any(isinstance(item, Tensor) for item in inside.values()):
+        return nested
+    return nested if any(place.weights > own.weights for place in nested) else [own, *nested]
 
 
 def _swapped_by_mmengine(content: Mapping[Any, Any]) -> bool:
