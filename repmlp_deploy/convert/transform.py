@@ -78,7 +78,7 @@ def stages_of(trained: Trained, graph: str, merge: str = "auto") -> tuple[Stage,
     merging: tuple[Stage, ...] = ()
     if by_package:
         merging = (Stage("merged", "merge", _hooks(trained, merge)), folding)
-    elif merge == "blocks" or (merge == "auto" and (interface is None or holds_blocks(trained.network))):
+    elif _merges_modules(trained, merge):
         merging = (folding,) if trained.merged else (Stage("merged", "merge", merge_branches), folding)
     if graph == "merged":
         return merging[:-1]
@@ -91,13 +91,24 @@ def stages_of(trained: Trained, graph: str, merge: str = "auto") -> tuple[Stage,
 def require_merged_modules(trained: Trained, graph: str, formats: Collection[str], merge: str) -> None:
     """Raise InputError if merged modules are asked for, and nothing but regions of the traced graph would merge."""
     asked = "--graph merged" if graph == "merged" else "--format checkpoint" if "checkpoint" in formats else ""
-    by_modules = trained.interface is None or is_by_package(merge) or merge == "blocks"
-    if not asked or by_modules or (merge == "auto" and holds_blocks(trained.network)):
+    if not asked or _merges_modules(trained, merge):
         return
+    if holds_blocks(trained.network):
+        raise InputError(
+            f"{asked} needs merged modules, and --merge {merge} merges only the traced graph: drop one of them, or "
+            "pass --merge blocks"
+        )
     raise InputError(
         f"{asked} needs merged modules. This network has no RepMLP block, and --merge {merge} merges only its traced "
         f"graph: pass --merge hooks or --merge PACKAGE:FUNCTION, or drop {asked}"
     )
+
+
+def _merges_modules(trained: Trained, merge: str) -> bool:
+    """Return whether modules of the network are merged, and not its traced graph alone."""
+    if merge == "auto":
+        return trained.interface is None or holds_blocks(trained.network)
+    return merge == "blocks" or is_by_package(merge)
 
 
 def _with_regions_merged(network: nn.Module, examples: Sequence[Tensor], *, use_up: bool = False) -> nn.Module:

@@ -118,6 +118,17 @@ def test_weights_are_refused_where_only_the_graph_is_merged(
         export(network, example_input=network.example_input, merge=merge, out=tmp_path / "out", **{option: value})
 
 
+@pytest.mark.parametrize(("option", "value"), [("formats", "onnx,checkpoint"), ("graph", "merged")])
+def test_weights_of_blocks_that_stay_as_they_are_are_refused(option: str, value: str, tmp_path: Path) -> None:
+    """`--merge regions` leaves a family's blocks to the traced graph."""
+    spec = RepMLPNetSpec(input_size=(16, 24), channels=(8, 16), depths=(1, 1), sharesets=(2, 4), classes=7)
+    torch.save(randomize(FAMILIES["repmlpnet"].build(spec)).state_dict(), tmp_path / "trained.pth")
+    asked = "--graph merged" if option == "graph" else "--format checkpoint"
+    said = f"{asked} needs merged modules, and --merge regions merges only the traced graph: drop one of them, or pass "
+    with pytest.raises(InputError, match=said):
+        export(tmp_path / "trained.pth", input_size=(16, 24), merge="regions", out=tmp_path / "out", **{option: value})
+
+
 @pytest.mark.slow
 def test_an_official_res50_exports_to_an_onnx_graph_equal_to_its_release(tmp_path: Path) -> None:
     """The light one; what its trained and merged networks compute is compared for both in tests/nets."""
