@@ -19,6 +19,9 @@ size). So every Relu is written as Max(x, 0).
 Where a channel's weights are nearly 0, as after a BatchNorm with γ = 0, its bias does not fit. So the weights of an
 output have a scale in which its bias takes at most 2³⁰ units, and a range of 0 counts as 1.
 
+Weights that two products read along different axes, as in a tied autoencoder, have one scale too: with one per output
+of the first product, the second would sum over values of different scales.
+
 FC3 of several sharesets, (S, h·w, h·w), has one scale: DequantizeLinear takes scales along one axis, and ONNX Runtime
 computes no batched product with those. (Bringing the sharesets to one range beforehand, exactly, by powers of two that
 the block's own scale takes back, changed nothing on the networks tried.) The residual sums, gates and GELU between the
@@ -62,8 +65,9 @@ def quantize_graph(
     weights = {tensor.name: tensor for tensor in graph.graph.initializer}
     reasons = {node.output[0]: _why_float32(node, weights.keys(), kept_names) for node in graph.graph.node}
     transposed = _transposed_for(graph.graph, lambda node: not reasons[node.output[0]])
-    work = _Quantizing(precision, ranges, weights, transposed)
-    work.make_room([node for node in graph.graph.node if not reasons[node.output[0]]], _biases(graph.graph, weights))
+    products = [node for node in graph.graph.node if not reasons[node.output[0]]]
+    work = _Quantizing(precision, ranges, weights, transposed, _output_axes(products, weights))
+    work.make_room(products, _biases(graph.graph, weights))
     counts: Counter[str] = Counter()
     kept = []
     for node in graph.graph.node:
@@ -108,7 +112,10 @@ def _biases(graph: onnx.GraphProto, weights: Mapping[str, TensorProto]) -> dict[
 
 
 class _Quantizing:
-    """The graph under construction; `transposed` are transpositions that move after QuantizeLinear."""
+    """The graph under construction.
+
+    `transposed` are transpositions that move after QuantizeLinear, `axes` those along which weights have their scales.
+    """
 
     def __init__(
         self,
@@ -116,12 +123,13 @@ class _Quantizing:
         ranges: Mapping[str, float],
         weights: Mapping[str, TensorProto],
         transposed: Mapping[str, NodeProto],
+        axes: Mapping[str, int | None],
     ) -> None:
         kind = TensorProto.DataType.Value(precision.onnx_type)
         self._kind, self._codes = kind, helper.tensor_dtype_to_np_dtype(kind)
         self._is_integer = bool(np.issubdtype(self._codes, np.integer))
         self._largest = float((np.iinfo if self._is_integer else ml_dtypes.finfo)(self._codes).max)  # 127 or 448
-        self._ranges, self._weights, self._transposed = ranges, weights, transposed
+        self._ranges, self._weights, self._transposed, self._axes = ranges, weights, transposed, axes
         self.nodes: list[NodeProto] = []
         self.tensors: dict[str, TensorProto] = {}
         self._quantized: set[str] = set()
@@ -131,7 +139,7 @@ class _Quantizing:
         """Find the range that weights need at least for the biases of their products to fit int32, per output."""
         for node in products if self._is_integer else ():
             weight = self._weights[node.input[1]]
-            axis, source = _output_axis(node, len(weight.dims)), self._source(node.input[0])
+            axis, source = self._axes[weight.name], self._source(node.input[0])
             if node.output[0] not in biases or source not in self._ranges:
                 continue
             bias = np.abs(numpy_helper.to_array(self._weights[biases[node.output[0]]])).reshape(-1)
@@ -218,7 +226,7 @@ class _Quantizing:
         if stored in self.tensors:
             return result
         values = numpy_helper.to_array(self._weights[name])
-        axis = _output_axis(node, values.ndim)
+        axis = self._axes[name]
         others = tuple(i for i in range(values.ndim) if i != axis) if axis is not None else None
         largest = np.maximum(np.abs(values).max(axis=others), self._room.get(name, np.float32(0)))
         scale, zero = self._constants(name, largest)
@@ -236,6 +244,19 @@ class _Quantizing:
 
     def _use(self, names: Iterable[str]) -> None:
         self.tensors |= {name: self._weights[name] for name in names if name in self._weights}
+
+
+def _output_axes(products: Iterable[NodeProto], weights: Mapping[str, TensorProto]) -> dict[str, int | None]:
+    """Return the axis of every product's weights that counts outputs; None if they have one scale.
+
+    Weights that several products read along different axes, as those of a tied autoencoder, have one scale too.
+    """
+    axes: dict[str, int | None] = {}
+    for node in products:
+        name = node.input[1]
+        axis = _output_axis(node, len(weights[name].dims))
+        axes[name] = axis if axes.get(name, axis) == axis else None
+    return axes
 
 
 def _output_axis(node: NodeProto, rank: int) -> int | None:

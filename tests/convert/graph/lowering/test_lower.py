@@ -330,6 +330,24 @@ def test_int8_multiplies_by_a_vector(shape: tuple[int, ...]) -> None:
     assert max(int8_errors(nodes, {"w": rng.standard_normal(8)}, inputs)) < 0.1
 
 
+@pytest.mark.parametrize("hidden", [4, 8])
+@pytest.mark.parametrize("biased", [True, False])
+def test_int8_has_one_scale_for_weights_that_are_read_along_both_axes(hidden: int, *, biased: bool) -> None:
+    """As in a tied autoencoder. The room for each bias is that of its own axis, also where both are of one length."""
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((hidden, 8)), "a": np.ones(hidden), "b": np.ones(8)}
+    weights["w"][1], weights["w"][:, 2] = 0, 0
+    inputs = rng.standard_normal((5, 8)).astype(np.float32)
+    first, second = (["x", "w", "a"], ["h", "w", "b"]) if biased else (["x", "w"], ["h", "w"])
+    nodes = [helper.make_node("Gemm", first, ["h"], name="m", transB=1), helper.make_node("Gemm", second, ["y"])]
+    ranges = dict.fromkeys(("x", "h", "y"), 10.0)
+    model = _model(nodes, weights, inputs, ["y"])
+    model.graph.output[0].type.CopyFrom(helper.make_tensor_type_proto(TensorProto.FLOAT, inputs.shape))
+    lowered = set_precision(model, "int8", ranges=ranges).model
+    assert next(tensor for tensor in lowered.graph.initializer if tensor.name == "w_scale").dims == []
+    assert max(int8_errors(nodes, weights, inputs)) < 0.5
+
+
 @pytest.mark.parametrize(
     ("perm", "weight", "crashes"),
     [
