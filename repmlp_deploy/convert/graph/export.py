@@ -117,7 +117,7 @@ def export_graph(
 
     Raises:
         InputError: the exporter cannot convert a node; the message has the operator and the first cause.
-        RepMLPError: it gives no graph, or one of another opset.
+        RepMLPError: it fails in another way, or gives no graph, or one of another opset.
     """
     with captured_output(*_TALKATIVE) as chatter:
         try:
@@ -132,7 +132,7 @@ def export_graph(
                 optimize=optimize,
             )
         except Exception as error:
-            raise InputError(f"torch.onnx.export {_reason(error)}; rewrite it, or run again with --debug") from error
+            raise _failure(error) from error
     if exported is None:
         raise RepMLPError(f"torch.onnx.export returned nothing: {chatter.getvalue()[-200:]}")
     graph = exported.model_proto
@@ -145,13 +145,16 @@ def export_graph(
     return graph
 
 
-def _reason(error: BaseException) -> str:
-    """Return what the exporter could not do, from the innermost cause: its own first line speaks of steps."""
+def _failure(error: BaseException) -> RepMLPError:
+    """Return what to raise for the exporter's error, with its innermost cause: its own first line speaks of steps."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
-    operators = (found.group(1) for one in chain if (found := _OPERATOR.search(str(one))))
-    return f"cannot convert {next(operators, 'the network')}: {_COLOUR.sub('', kind_and_line(chain[-1]))}"
+    operator = next((found.group(1) for one in chain if (found := _OPERATOR.search(str(one)))), None)
+    said = _COLOUR.sub("", kind_and_line(chain[-1]))
+    if operator is None or isinstance(chain[-1], MemoryError | OSError):  # the machine's fault, or the exporter's
+        return RepMLPError(f"torch.onnx.export failed: {said}; run again with --debug")
+    return InputError(f"torch.onnx.export cannot convert {operator}: {said}; rewrite it, or run again with --debug")
 
 
 def _name_batch(graph: onnx.ModelProto) -> None:

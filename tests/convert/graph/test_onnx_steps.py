@@ -15,7 +15,7 @@ from repmlp_deploy.convert.graph import simplify as simplifying
 from repmlp_deploy.convert.graph.export import export_graph, trace_network, with_metadata
 from repmlp_deploy.convert.graph.proto import SCOPES, large_weights, restore_weights, serialize_model, without_weights
 from repmlp_deploy.convert.graph.simplify import SimplificationFailed, simplify_graph
-from repmlp_deploy.errors import InputError
+from repmlp_deploy.errors import InputError, RepMLPError
 from repmlp_deploy.nets.networks.repmlpnet import RepMLPNet
 from support.networks import randomize
 
@@ -161,3 +161,30 @@ def test_an_operator_that_cannot_be_converted_is_named_with_the_reason(tmp_path:
         "torch.onnx.export cannot convert aten.scaled_dot_product_attention.default: "
         "AssertionError: only 4D query, key, and value are supported; rewrite it, or run again with --debug"
     )
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        (MemoryError(), "MemoryError"),
+        (OSError(28, "No space left on device"), r"OSError: \[Errno 28\] No space left on device"),
+        (AttributeError("no such pass"), "AttributeError: no such pass"),
+    ],
+)
+@pytest.mark.parametrize("step", ["", "Error when translating node. target=torch.ops.aten.addmm.default"])
+def test_what_no_operator_causes_is_no_fault_of_the_network(
+    cause: Exception, said: str, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator that the exporter names is at fault, unless memory or disk is."""
+
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError(f"failed to convert: {step}") from cause
+
+    traced = trace_network(nn.Linear(3, 2).eval(), (torch.zeros(1, 3),), BatchRange(min=2, opt=2, max=2))
+    monkeypatch.setattr("torch.onnx.export", failing)
+    of_network = bool(step) and isinstance(cause, AttributeError)
+    start = r"cannot convert aten\.addmm\.default" if of_network else "failed"
+    with pytest.raises(RepMLPError, match=f"^torch.onnx.export {start}: {said}; ") as caught:
+        export_graph(traced, input_names=["x"], output_names=["y"])
+    assert isinstance(caught.value, InputError) == of_network
+    assert ("rewrite it" in str(caught.value)) == of_network
