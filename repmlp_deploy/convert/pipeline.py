@@ -21,8 +21,8 @@ from torch import nn
 from repmlp_deploy.bundle import BatchRange, Bundle, Probe, check_output_folder
 from repmlp_deploy.card import ModelCard
 from repmlp_deploy.convert.assembly import Assembly
-from repmlp_deploy.convert.engine_options import FLAGS, EngineOptions, with_profiles
-from repmlp_deploy.convert.formats import FORMATS, check_formats, engine_formats, formats_that_need, parse_formats
+from repmlp_deploy.convert.engine_options import EngineOptions, with_profiles
+from repmlp_deploy.convert.formats import FORMATS, check_formats, formats_that_need, parse_formats, require_engine
 from repmlp_deploy.convert.graph.calibrate import Calibration, read_calibration, take_calibration
 from repmlp_deploy.convert.graphs import may_trace_fixed, trace_for, verified_graphs
 from repmlp_deploy.convert.job import Graphs, Job, image_preprocessing, of_whole_levels, require_images, taking_images
@@ -144,9 +144,8 @@ def export(  # noqa: PLR0913 - one per command-line option
 
 def _require_use(request: Request) -> None:
     """Raise InputError if an option is about something that none of the formats has."""
-    low, asked, formats = request.low, request.engine.asked(), ",".join(request.formats)
-    if asked and not set(request.formats) & set(engine_formats()):
-        raise InputError(f"{FLAGS[asked[0]]} is about engines; add --format {' or '.join(engine_formats())}")
+    low, formats = request.low, ",".join(request.formats)
+    require_engine(request.engine, request.formats)
     if request.asked_opset is not None and not formats_that_need(request, "fp32", "lowered"):
         raise InputError(f"--opset is about the ONNX graph, of which --format {formats} has none: drop one of them")
     measured = low.sensitivity and low.max_drop is None

@@ -7,9 +7,8 @@ from typing import Annotated, NamedTuple
 
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.cli.shared.console import typer
-from repmlp_deploy.convert.engine_options import FLAGS, EngineOptions, parse_capabilities, with_profiles
-from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
-from repmlp_deploy.errors import InputError
+from repmlp_deploy.convert.engine_options import EngineOptions, parse_capabilities, with_profiles
+from repmlp_deploy.convert.formats import require_engine
 
 __all__ = [
     "Capabilities",
@@ -84,6 +83,5 @@ def read_engine_options(
         strip_weights=reach.strip_weights,
     )
     options = with_profiles(options, profiles)
-    if options.asked() and not set(formats) & FLAVOURS.keys():
-        raise InputError(f"{FLAGS[options.asked()[0]]} is about engines; add --format {' or '.join(FLAVOURS)}")
+    require_engine(options, formats)
     return options

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+from repmlp_deploy.convert.engine_options import FLAGS, EngineOptions
 from repmlp_deploy.convert.options import require_choice
 from repmlp_deploy.errors import InputError
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from repmlp_deploy.convert.request import Request
     from repmlp_deploy.convert.step import Step
 
-__all__ = ["FORMATS", "Format", "check_formats", "engine_formats", "formats_that_need", "parse_formats"]
+__all__ = ["FORMATS", "Format", "check_formats", "formats_that_need", "parse_formats", "require_engine"]
 
 Need = Literal["form", "trace", "fp32", "lowered"]
 
@@ -127,6 +128,8 @@ def formats_that_need(request: Request, *needs: Need) -> tuple[str, ...]:
     return tuple(name for name in request.formats if FORMATS[name].needs in needs)
 
 
-def engine_formats() -> tuple[str, ...]:
-    """Return the formats that are TensorRT engines."""
-    return tuple(name for name, entry in FORMATS.items() if entry.engine)
+def require_engine(options: EngineOptions, formats: Sequence[str]) -> None:
+    """Raise InputError if an option is about engines, and none of the formats is one."""
+    asked, engines = options.asked(), tuple(name for name, entry in FORMATS.items() if entry.engine)
+    if asked and not set(formats) & set(engines):
+        raise InputError(f"{FLAGS[asked[0]]} is about engines; add --format {' or '.join(engines)}")

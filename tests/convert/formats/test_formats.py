@@ -12,7 +12,9 @@ import pytest
 from repmlp_deploy import Bundle, export
 from repmlp_deploy.bundle import Hop
 from repmlp_deploy.cli import export as export_cli
-from repmlp_deploy.convert.formats import FORMATS, Format, engine_formats, formats_that_need, parse_formats
+from repmlp_deploy.cli.shared.engine_options import Reach, Tuning, read_engine_options
+from repmlp_deploy.convert.engine_options import EngineOptions
+from repmlp_deploy.convert.formats import FORMATS, Format, formats_that_need, parse_formats, require_engine
 from repmlp_deploy.convert.job import Job
 from repmlp_deploy.errors import InputError, VerificationError
 from support.commands import ends_with
@@ -56,8 +58,16 @@ def test_without_the_entry_the_format_is_unknown() -> None:
         parse_formats("npz")
 
 
-def test_engines_are_told_from_other_formats() -> None:
-    assert engine_formats() == ("trt", "trt-rtx")
+def test_options_of_engines_need_one_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python and the command line take the engines from the same place."""
+    asked, reach = EngineOptions(tf32=True), Reach(False, False, None, False, False)
+    require_engine(EngineOptions(), ("onnx",))
+    require_engine(asked, ("onnx", "trt-rtx"))
+    monkeypatch.setitem(FORMATS, "constants", Format("support.toy_format", "fp32", "NumPy archive", engine=True))
+    require_engine(asked, ("constants",))
+    assert read_engine_options(("constants",), (), Tuning(None, True, None, "auto", "error"), reach) == asked
+    with pytest.raises(InputError, match="--tf32 is about engines; add --format trt or trt-rtx or constants"):
+        require_engine(asked, ("onnx",))
 
 
 def test_a_format_gets_what_it_needs(digits_checkpoint: Path, tmp_path: Path) -> None:
