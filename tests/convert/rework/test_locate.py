@@ -23,7 +23,7 @@ def without_record(bundle: Bundle) -> Bundle:
 def test_a_network_is_called_as_it_was_exported(made: type[nn.Module], tmp_path: Path) -> None:
     torch.save(made().state_dict(), tmp_path / "x.pth")
     module = f"support.own_networks:{made.__name__}"
-    bundle = export(tmp_path / "x.pth", module=module, formats="checkpoint", out=tmp_path / "out")
+    bundle = export(tmp_path / "x.pth", module=module, formats="torch", out=tmp_path / "out")
     names = [spec.name for spec in bundle.manifest.inputs]
     for known in (bundle, without_record(bundle)):
         again = load_origin(known, tmp_path / "x.pth", module=module)
@@ -36,7 +36,7 @@ def test_the_record_goes_before_the_networks_own_example(tmp_path: Path) -> None
     torch.save(WithGap().state_dict(), tmp_path / "x.pth")
     module = "support.own_networks:WithGap"
     given = (torch.zeros(1, 3, 6, 6), torch.ones(1, 1, 1, 1))
-    bundle = export(tmp_path / "x.pth", module=module, example_input=given, formats="checkpoint", out=tmp_path / "out")
+    bundle = export(tmp_path / "x.pth", module=module, example_input=given, formats="torch", out=tmp_path / "out")
     again = load_origin(bundle, tmp_path / "x.pth", module=module).interface
     assert again is not None
     assert (again.inputs, again.by_name) == (("x", "scale"), False)
