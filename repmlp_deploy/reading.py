@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeVar
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.text import first_line
 
-__all__ = ["files_below", "is_folder", "is_hidden", "opened", "require_file", "state_of", "tried"]
+__all__ = ["DiskError", "files_below", "is_folder", "is_hidden", "opened", "require_file", "state_of", "tried"]
 
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says of a name that no file has."""
@@ -30,6 +30,10 @@ _MOST_FOLDERS = 1 << 20  # on all paths: folders full of links to each other hav
 _T = TypeVar("_T")
 _TRIES = 4
 _FIRST_WAIT_SECONDS = 0.2  # then twice as long every time
+
+
+class DiskError(InputError):
+    """A disk or a network failed every time: no fault of what lies there."""
 
 
 def state_of(path: Path, called: object) -> os.stat_result | None:
@@ -126,7 +130,8 @@ def opened(path: Path, most_bytes: int) -> BinaryIO:
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is no regular file.
-        InputError: the disk fails every time, or this user may not read the file.
+        DiskError: the disk fails every time.
+        InputError: this user may not read the file.
     """
     return tried(partial(_opened, path, most_bytes), path)
 
@@ -153,7 +158,8 @@ def tried(read: Callable[[], _T], name: object, *failures: type[Exception]) -> _
 
     Raises:
         FileNotFoundError: there is no such file, as `read` says.
-        InputError: it fails every time, or this user may not read the file.
+        DiskError: it fails every time.
+        InputError: this user may not read the file.
     """
     for turn in range(_TRIES):
         if turn:
@@ -168,4 +174,4 @@ def tried(read: Callable[[], _T], name: object, *failures: type[Exception]) -> _
             if not isinstance(error, (OSError, *failures)):
                 raise
             failure = error
-    raise InputError(f"{name} could not be read {_TRIES} times: {first_line(failure)}; run again to go on")
+    raise DiskError(f"{name} could not be read {_TRIES} times: {first_line(failure)}; run again to go on")

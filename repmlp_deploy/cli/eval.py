@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
@@ -95,9 +96,11 @@ def eval_command(  # noqa: PLR0913 - one per option
             stack.enter_context(Predictor(loaded, format=name, device=device, threads=threads)) for name in wanted
         ]
         runs: dict[str, Run] = {predictor.format: predictor.logits for predictor in predictors}
-        key = state_key(loaded.manifest, tuple(runs), dataset, trained="" if origin is None else origin.identity())
-        if origin is not None:
-            runs[TRAINED] = origin.run(loaded)
+        trained = None if origin is None else origin.run(loaded)
+        about_it = "" if origin is None or trained is None else origin.identity(loaded, trained)
+        key = state_key(loaded.manifest, tuple(runs), dataset, trained=about_it)
+        if trained is not None:
+            runs[TRAINED] = trained
         file = state if state is not None else state_folder() / f"{key[:32]}.json"
         if fresh:
             discard_state(file)
@@ -131,10 +134,15 @@ class _Origin:
     card: str | None
     module: str | None
 
-    def identity(self) -> str | tuple[str, str | None, str | None]:
-        """Return what its outputs depend on, as JSON can hold it."""
+    def identity(self, bundle: Bundle, run: Run) -> str | tuple[str, str]:
+        """Return what tells this network from others, as JSON can hold it.
+
+        A card or a factory may be edited between two runs, so its outputs on the bundle's probe tell.
+        """
         digest = hash_file(self.ckpt)
-        return digest if self.card is None and self.module is None else (digest, self.card, self.module)
+        if self.card is None and self.module is None:
+            return digest
+        return digest, hashlib.sha256(run(bundle.probe().inputs).tobytes()).hexdigest()
 
     def run(self, bundle: Bundle) -> Run:
         """Return the network, in float32.

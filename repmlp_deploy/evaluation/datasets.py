@@ -18,7 +18,7 @@ from pathlib import Path
 from repmlp_deploy.bundle import Manifest
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.files import read_text
-from repmlp_deploy.reading import state_of
+from repmlp_deploy.reading import is_hidden, state_of
 from repmlp_deploy.runtime.images import IMAGE_SUFFIXES, find_images
 
 __all__ = ["DATASETS", "Dataset", "Sample", "read_dataset"]
@@ -100,7 +100,7 @@ def _read_classes(path: Path, manifest: Manifest, called: str) -> Dataset:
     classes = manifest.classes
     if path.is_file():
         return _read_class_list(path, manifest.labels, classes)
-    folders = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    folders = sorted(child for child in path.iterdir() if child.is_dir() and not is_hidden(child.name))
     if not folders:
         raise InputError(f"{called} has no folders; expected one per class, or a list file of lines `path label`")
     ids, remark, warnings = _match_folders([folder.name for folder in folders], manifest.labels, classes, called)

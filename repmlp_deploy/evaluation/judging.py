@@ -14,6 +14,7 @@ from repmlp_deploy.bundle import Manifest
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.evaluation.datasets import Sample
 from repmlp_deploy.evaluation.metrics import TALLIES
+from repmlp_deploy.reading import DiskError
 from repmlp_deploy.runtime.cpus import usable_cpus
 from repmlp_deploy.runtime.images import network_input
 
@@ -134,6 +135,8 @@ def _decode(sample: Sample, manifest: Manifest) -> _Decoded:
             values, size = network_input(path, manifest.preprocessing)
             inputs.append(values)
             sizes.append(size)
-    except InputError as error:  # it is no image, or cannot be read now
+    except DiskError:  # later it may be read
+        raise
+    except InputError as error:  # it is no image, or this user may not read it
         return _Decoded(sample, error=str(error))
     return _Decoded(sample, tuple(inputs), tuple(sizes))

@@ -205,16 +205,23 @@ def _from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) -
         raise BadRequest(f"{name}: data does not hold {datatype} values only")
     if len(flat) != math.prod(shape):
         raise BadRequest(f"{name}: {len(flat)} values; shape {list(shape)} has {math.prod(shape)}")
-    given: NDArray[Any] | None
     try:
-        given = np.asarray(data, _WIDEST[wanted.kind])
+        given = _widest(data, flat, wanted.kind)
     except ValueError:  # lists of several lengths
         raise BadRequest(f"{name}: data is no array") from None
-    except OverflowError:  # beyond the widest type
-        given = None
     if given is None or not is_within(given, wanted):
         raise BadRequest(f"{name}: a value is outside the range of {datatype}")
     return given.astype(wanted).reshape(shape)
+
+
+def _widest(data: list[Any], flat: list[Any], kind: str) -> NDArray[Any] | None:
+    """Return the values in the widest type of a kind; None if one is beyond it."""
+    if kind == "u" and min(flat, default=0) < 0:  # NumPy 1 wraps it
+        return None
+    try:
+        return np.asarray(data, _WIDEST[kind])
+    except OverflowError:
+        return None
 
 
 def _texts(name: str, shape: tuple[int, ...], data: list[Any]) -> NDArray[Any]:

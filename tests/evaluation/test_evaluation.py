@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from repmlp_deploy import Bundle, Predictor, export
+from repmlp_deploy.bundle import hash_file
 from repmlp_deploy.card import data_root
 from repmlp_deploy.cli import eval as eval_cli
 from repmlp_deploy.cli.eval import eval_command
@@ -21,6 +22,7 @@ from repmlp_deploy.evaluation.datasets import Dataset, Sample, read_dataset
 from repmlp_deploy.evaluation.judging import Judged
 from repmlp_deploy.evaluation.loop import evaluate, state_key
 from repmlp_deploy.evaluation.metrics import TALLIES, ClassTally, MaskTally, PairTally, best_threshold, verification
+from repmlp_deploy.reading import DiskError
 from repmlp_deploy.runtime import images as image_files
 from support.networks import randomize
 from support.own_networks import Scorer
@@ -124,6 +126,12 @@ def test_a_network_of_ones_own_is_scored_beside_its_bundle(tmp_path, capsys):
     code, out, err = run(capsys, *told, "--ckpt", tmp_path / "own.pth", "--module", factory)
     assert code == 0, err
     assert json.loads(out)["scores"]["onnx"]["agreement"] == 1
+    origins = [eval_cli._Origin(tmp_path / "own.pth", None, module) for module in (factory, None)]
+    same, other = origins[0].run(bundle), lambda batch: 2 * origins[0].run(bundle)(batch)
+    known = origins[0].identity(bundle, same)
+    assert known == origins[0].identity(bundle, same)
+    assert known != origins[0].identity(bundle, other), "what the factory makes may have been edited"
+    assert origins[1].identity(bundle, same) == hash_file(tmp_path / "own.pth"), "as in states of earlier versions"
     for options, message in (
         (("--ckpt", tmp_path / "own.pth"), "pass --module PACKAGE.MODULE:FACTORY"),
         (("--module", factory), "pass --ckpt FILE"),
@@ -307,6 +315,28 @@ def test_a_file_that_this_user_may_not_read_is_left_out_on_request(digits, tmp_p
             evaluate(runs, digits.manifest, dataset, **how)
         found = evaluate(runs, digits.manifest, dataset, skip_unreadable=True, **how)
     assert (found.count, len(found.unreadable)) == (19, 1)
+
+
+def test_a_disk_that_fails_ends_a_run_that_can_go_on(digits, tmp_path, monkeypatch):
+    """Left out, the images would be missing in the score, and in that of every later run."""
+    folder, opened = small_folder(tmp_path / "data"), image_files.opened
+    dataset = read_dataset(folder, digits.manifest)
+    how = {"state_file": tmp_path / "state.json", "key": "k", "batch": 4, "skip_unreadable": True}
+
+    def failing(path, most_bytes):
+        if path == dataset.samples[10].images[0]:
+            raise DiskError(f"{path} could not be read 4 times: Input/output error; run again to go on")
+        return opened(path, most_bytes)
+
+    monkeypatch.setattr(image_files, "opened", failing)
+    with Predictor(digits) as predictor:
+        runs = {"onnx": predictor.logits}
+        with pytest.raises(InputError, match=r"run again to go on$"):
+            evaluate(runs, digits.manifest, dataset, **how)
+        monkeypatch.undo()
+        found = evaluate(runs, digits.manifest, dataset, **how)
+    assert (found.count, found.unreadable) == (20, ())
+    assert found.resumed in (4, 8), "what came before the fault is kept"
 
 
 @pytest.mark.parametrize("task", TALLIES)
