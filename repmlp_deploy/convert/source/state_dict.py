@@ -276,7 +276,8 @@ def _checked(value: Any, key: str, name: str, *, integers: bool = False) -> Tens
         raise CheckpointError(f"{name}: {key} is not a dense tensor of real numbers (it is {value.kind})")
     if not isinstance(value, Tensor):
         kind = value.name if isinstance(value, Placeholder) else type(value).__name__
-        raise CheckpointError(f"{name}: {key} is a {kind}; expected a tensor")
+        remedy = f": leave it out with --ignore {key}" if isinstance(value, Mapping) else ""
+        raise CheckpointError(f"{name}: {key} is a {kind}; expected a tensor{remedy}")
     if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
         raise CheckpointError(f"{name}: {key} is not a dense tensor of real numbers ({value.layout}, {value.dtype})")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():

@@ -299,3 +299,12 @@ def test_a_mask_of_an_own_network_may_be_infinite_and_weights_may_not() -> None:
     for key, value in (("mask", torch.nan), ("head.weight", torch.inf)):
         with pytest.raises(CheckpointError, match=f"{key} has 1 values that are NaN or infinite"):
             own_state_dict(content | {key: torch.tensor([value])}, content.keys())
+
+
+def test_weights_beside_those_of_a_network_are_left_out_by_their_key(digits_state: State) -> None:
+    content = {**digits_state, "ema": {key: value + 1 for key, value in digits_state.items()}}
+    for read in (own_state_dict, find_state_dict):
+        given = (content, digits_state.keys()) if read is own_state_dict else (content,)
+        assert torch.equal(read(*given, ignore=["ema"]).tensors["head.bias"], digits_state["head.bias"])
+    with pytest.raises(CheckpointError, match="ema is a dict; expected a tensor: leave it out with --ignore ema"):
+        own_state_dict(content, digits_state.keys())
