@@ -257,7 +257,7 @@ def test_a_run_that_waited_for_another_goes_on(images, predictor, tmp_path, monk
     waits, wait_for = threading.Event(), files._wait_for
 
     def wait_and_tell(file):
-        if found:
+        if threading.current_thread().name.startswith("second"):
             waits.set()
         wait_for(file)
 
@@ -268,7 +268,7 @@ def test_a_run_that_waited_for_another_goes_on(images, predictor, tmp_path, monk
             found.append(pool.submit(map_images, predictor, source, out, fresh=True))
             assert waits.wait(30)
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="second") as pool:
         map_images(predictor, source, out, progress=wait)
         assert found[0].result(timeout=60).count == COUNT
     require_right(pq.read_table(out), [item.content for item in source.items(0)], predictor)
