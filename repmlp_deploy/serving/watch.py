@@ -39,7 +39,6 @@ class Library:
         self._seen: dict[str, Fingerprint] = {}  # when a bundle was last loaded
         self._before: dict[str, Fingerprint] = {}  # at the last look
         self._found: dict[str, Path] = {}  # of the watched folders
-        self._unloaded: set[str] = set()
         self._left_out: set[Path] = set()
         self._missing: set[str] = set()
         self._stop = threading.Event()
@@ -63,7 +62,7 @@ class Library:
             self._discover()
             for model in self._models.all():
                 fingerprint = model.fingerprint()
-                if self._stop.is_set() or model.name in self._unloaded:
+                if self._stop.is_set() or model.unloaded:
                     continue
                 if self._is_news(model, fingerprint):
                     self._seen[model.name] = fingerprint  # before: what was refused is tried again if it changes
@@ -77,7 +76,6 @@ class Library:
             UnknownModel: no bundle has this name.
         """
         with self._looking:
-            self._unloaded.discard(name)
             self._discover()
             model = self._model(name)
             self._seen[name] = model.fingerprint()
@@ -90,9 +88,7 @@ class Library:
             UnknownModel: no bundle has this name.
         """
         with self._looking:
-            model = self._model(name)
-            self._unloaded.add(name)
-            model.unload()
+            self._model(name).unload()
 
     def index(self) -> list[dict[str, Any]]:
         """Return the protocol's index: name, version, state and reason of every model."""
@@ -142,7 +138,6 @@ class Library:
             del self._found[name]
             self._seen.pop(name, None)
             self._before.pop(name, None)
-            self._unloaded.discard(name)
         for name in [name for name in present if name not in self._found]:
             try:
                 self._models.add(name, present[name])
