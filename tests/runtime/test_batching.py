@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -270,6 +270,17 @@ class NoTime(Durations):
         """Learn nothing."""
 
 
+def _values_as_answered(batcher: Batcher, network: Network, futures: Iterable[Future[list[np.ndarray]]]) -> list[float]:
+    """Open the gate, and return the first value of every answer, in the order in which the answers came."""
+    seen: list[float] = []
+    for future in futures:
+        future.add_done_callback(lambda done: seen.append(float(done.result()[0][0, 0])))
+    batcher._durations = NoTime()
+    network.gate.set()
+    batcher.close()
+    return seen
+
+
 def test_expected_durations_follow_what_was_seen() -> None:
     seen = Durations()
     assert seen.expected(3) == 0.0
@@ -306,12 +317,7 @@ def test_who_is_late_already_goes_behind_those_that_can_be_in_time() -> None:
     late = [batcher.submit(_row(value)) for value in (1, 2)]
     time.sleep(0.5)
     fresh = [batcher.submit(_row(value)) for value in (3, 4)]
-    seen: list[float] = []
-    for future in (*late, *fresh):
-        future.add_done_callback(lambda done: seen.append(float(done.result()[0][0, 0])))
-    batcher._durations = NoTime()
-    network.gate.set()
-    batcher.close()
+    seen = _values_as_answered(batcher, network, (*late, *fresh))
     assert sorted(seen[:2]) == [6.0, 8.0]
     assert sorted(seen[2:]) == [2.0, 4.0], "and they are answered all the same"
     assert network.sizes == [1, 2, 2]
@@ -341,12 +347,7 @@ def test_late_requests_stay_behind_when_one_of_them_misses_its_deadline() -> Non
     for request in batcher._queue:
         request.arrived -= 60
     fresh = [batcher.submit(_row(value)) for value in (5, 6)]
-    seen: list[float] = []
-    for future in (*late, *fresh):
-        future.add_done_callback(lambda done: seen.append(float(done.result()[0][0, 0])))
-    batcher._durations = NoTime()
-    network.gate.set()
-    batcher.close()
+    seen = _values_as_answered(batcher, network, (*late, *fresh))
     with pytest.raises(DeadlineMissed):
         expires.result(10)
     assert [sorted(seen[:2]), sorted(seen[2:])] == [[10.0, 12.0], [4.0, 6.0]]

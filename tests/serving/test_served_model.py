@@ -29,6 +29,12 @@ def _model(folder: Path) -> ServedModel:
     return ServedModel("digits", folder, ModelOptions("onnx"), ModelMetrics(Metrics(), "digits"), lambda: None)
 
 
+def _watching(*folders: Path) -> tuple[Models, Library]:
+    """The models of a server that watches these folders; nothing is loaded yet."""
+    models = Models(ModelOptions("onnx"))
+    return models, Library(models, folders)
+
+
 def _flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -127,8 +133,7 @@ def _places(tmp_path: Path, bundle: Bundle) -> Callable[[str], Path]:
 def test_a_watched_folder_is_followed(tmp_path: Path, bundle: Bundle) -> None:
     put = _places(tmp_path, bundle)
     put("a")
-    models = Models(ModelOptions("onnx"))
-    library = Library(models, [tmp_path / "library"])
+    models, library = _watching(tmp_path / "library")
     library.look()
     assert [model.name for model in models.all()] == ["a"]
     first = models.find("a")[0].version()
@@ -154,8 +159,7 @@ def test_a_watched_folder_is_followed(tmp_path: Path, bundle: Bundle) -> None:
 def test_a_refused_bundle_is_not_tried_again_until_it_changes(tmp_path: Path, bundle: Bundle) -> None:
     folder = _places(tmp_path, bundle)("a")
     _flip(folder / "probe.npz")
-    models = Models(ModelOptions("onnx"))
-    library = Library(models, [tmp_path / "library"])
+    models, library = _watching(tmp_path / "library")
     for _ in range(3):
         library.look()
     counted = models.metrics.registry.get_sample_value("repmlp_loads_total", {"model": "a", "outcome": "refused"})
@@ -171,8 +175,7 @@ def test_a_refused_bundle_is_not_tried_again_until_it_changes(tmp_path: Path, bu
 
 def test_a_model_that_was_unloaded_on_request_stays_away(tmp_path: Path, bundle: Bundle) -> None:
     _places(tmp_path, bundle)("a")
-    models = Models(ModelOptions("onnx"))
-    library = Library(models, [tmp_path / "library"])
+    models, library = _watching(tmp_path / "library")
     library.look()
     library.unload("a")
     library.look()
@@ -284,8 +287,7 @@ def test_a_bundle_is_loaded_when_its_copy_is_whole(tmp_path: Path, bundle: Bundl
     whole = Path(shutil.copytree(bundle.folder, tmp_path / "elsewhere"))
     folder = tmp_path / "library" / "a"
     folder.mkdir(parents=True)
-    models = Models(ModelOptions("onnx"))
-    library = Library(models, [tmp_path / "library"])
+    models, library = _watching(tmp_path / "library")
     names = sorted(path.name for path in whole.iterdir())
     assert names[0] == MANIFEST, "a copy in alphabetical order begins with it"
     for name in names:
@@ -319,8 +321,7 @@ def test_of_two_folders_with_one_name_the_first_is_served_until_it_is_gone(
     tmp_path: Path, bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = (Path(shutil.copytree(bundle.folder, tmp_path / folder / "a")) for folder in ("one", "two"))
-    models = Models(ModelOptions("onnx"))
-    library = Library(models, [tmp_path / "one", tmp_path / "two"])
+    models, library = _watching(tmp_path / "one", tmp_path / "two")
     for _ in range(2):
         library.look()
     assert models.find("a")[0].folder == first
@@ -365,8 +366,8 @@ def test_what_cannot_be_looked_at_hides_no_bundle(tmp_path: Path, bundle: Bundle
     folder = _places(tmp_path, bundle)("a")
     for i in range(4):  # some come before the manifest, whatever the order of the folder
         (folder / f".#lock{i}").symlink_to(tmp_path / "nothing")
-    models = Models(ModelOptions("onnx"))
-    Library(models, [tmp_path / "library"]).look()
+    models, library = _watching(tmp_path / "library")
+    library.look()
     assert models.ready
     models.close()
 
@@ -374,8 +375,7 @@ def test_what_cannot_be_looked_at_hides_no_bundle(tmp_path: Path, bundle: Bundle
 def test_a_folder_of_the_same_name_takes_no_model_away(tmp_path: Path, bundle: Bundle) -> None:
     second = Path(shutil.copytree(bundle.folder, tmp_path / "two" / "a"))
     (tmp_path / "one").mkdir()
-    models = Models(ModelOptions("onnx"))
-    library = Library(models, [tmp_path / "one", tmp_path / "two"])
+    models, library = _watching(tmp_path / "one", tmp_path / "two")
     library.look()
     damaged = Path(shutil.copytree(bundle.folder, tmp_path / "one" / "a"))
     _flip(damaged / "model.onnx")
@@ -390,8 +390,7 @@ def test_a_disk_that_fails_for_a_moment_takes_no_model_away(
     tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _places(tmp_path, bundle)("a")
-    models = Models(ModelOptions("onnx"))
-    library = Library(models, [tmp_path / "library"])
+    models, library = _watching(tmp_path / "library")
     library.look()
 
     def stale(_: Path) -> bool:
