@@ -122,9 +122,7 @@ def _require_consistent(settings: Settings, named: Mapping[str, Any]) -> None:
     if settings.ckpt is not None and settings.bundle is not None:
         raise InputError("--ckpt and --bundle were both given; one of them says what is measured")
     if settings.bundle is not None and settings.calibration is not None:
-        raise InputError(
-            "--calibration is for an export; the bundle of --bundle is measured as it is: leave one of them out"
-        )
+        raise InputError("--calibration is for an export, and --bundle names a finished bundle: leave one of them out")
     asked = f"--calibration {settings.calibration}"
     if settings.calibration is not None and state_of(settings.calibration, asked) is None:
         raise InputError(f"{asked}: no such folder or file")

@@ -81,7 +81,7 @@ def _require_none(path: Path, options: dict[str, Any]) -> None:
 
 
 def _print_bundle(bundle: Bundle, *, as_json: bool) -> None:
-    """Check every file of a bundle, and print what it is."""
+    """Check every file of a bundle, and print its description."""
     for entry in bundle.files():
         bundle.read(entry)
     if as_json:

@@ -110,7 +110,7 @@ def test_a_wrong_suite_is_refused(tmp_path, text):
 def test_contradictory_settings_are_refused():
     with pytest.raises(InputError, match="both given"):
         read_settings(None, {"ckpt": "a.pth", "bundle": "b"})
-    with pytest.raises(InputError, match="the bundle of --bundle is measured as it is"):
+    with pytest.raises(InputError, match="--bundle names a finished bundle: leave one of them out"):
         read_settings(None, {"bundle": Path("b"), "calibration": Path("/"), "precision": "int8"})
     with pytest.raises(InputError, match="--models"):
         read_settings(None, {"ckpt": "a.pth", "models": "repmlp-digits"})

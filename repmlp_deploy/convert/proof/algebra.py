@@ -105,7 +105,7 @@ def redraw_statistics(network: nn.Module, inputs: Sequence[NDArray[Any]], seed: 
 
     With m and s the mean and deviation of the map that reaches it, a BatchNorm gets μ ~ m + s·N(0, 1/4),
     σ² ~ s²·U(1/2, 2), γ ~ ±U(1/2, 3/2) and β ~ N(0, 1/4). Every tensor is drawn once, even if BatchNorms share it: the
-    first has computed with it. What other modules use, too, is left as it is.
+    first has computed with it. Tensors that other modules use keep their values.
 
     Args:
         network: in evaluation mode, float64.
