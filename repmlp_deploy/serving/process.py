@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from repmlp_deploy.errors import InputError, optional_imports
+from repmlp_deploy.serving.hosts.addresses import bound_socket, naming_address
 from repmlp_deploy.serving.hosts.connections import limited_connections
 from repmlp_deploy.serving.hosts.grpc import GrpcOptions, GrpcServer
 from repmlp_deploy.serving.hosts.http import HttpOptions, create_app
 from repmlp_deploy.serving.inference import Inference
 from repmlp_deploy.serving.models import Models
 from repmlp_deploy.serving.watch import Library
-from repmlp_deploy.text import printable
 
 with optional_imports():
     import uvicorn
@@ -177,16 +177,10 @@ def _uvicorn_config(inference: Inference, library: Library, options: ServerOptio
 
 def _listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens, so that an address that is taken is an error of its own."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
+    with naming_address(host, port):
+        listening = bound_socket(host, port)
         listening.listen(2048)
         listening.setblocking(False)
-    except (OSError, UnicodeError) as error:  # a name may be none
-        said = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot listen on {printable(host, 100)}:{port}: {said}") from None
     return listening
 
 

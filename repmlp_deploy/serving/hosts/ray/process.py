@@ -12,7 +12,6 @@ import math
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from repmlp_deploy.errors import DeviceError, InputError, optional_imports
+from repmlp_deploy.serving.hosts.addresses import bound_socket, naming_address
 from repmlp_deploy.serving.hosts.ray.loopback import CALLBACK, LOOPBACK
 from repmlp_deploy.serving.hosts.ray.settings import APPLICATION, Scale, Served, Settings, proxy_options
 from repmlp_deploy.serving.models import Models
@@ -284,12 +284,5 @@ def _reason(application: Any) -> str:
 
 def _free_port(host: str, port: int) -> int:
     """Return a port that can be listened on now."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind(address)
-            return int(tried.getsockname()[1])
-    except (OSError, UnicodeError) as error:  # a name may be none
-        said = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot listen on {printable(host, 100)}:{port}: {said}") from None
+    with naming_address(host, port), bound_socket(host, port) as tried:
+        return int(tried.getsockname()[1])
