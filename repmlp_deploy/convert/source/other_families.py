@@ -7,7 +7,7 @@ the network itself, whatever its parts are called.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 __all__ = ["OtherFamily", "recognise_family"]
@@ -36,39 +36,56 @@ class OtherFamily:
 
 _TIMM = "pass --model timm:NAME"
 _MODULE = "pass --module PACKAGE.MODULE:FACTORY"
-_FAMILIES = (
-    ("UniRepLKNet", r"lk_origin\.weight", r"$.", _MODULE),
-    ("RepLKNet", r"lkb_origin\.conv\.weight", r"lkb_reparam\.weight", _MODULE),
-    ("diverse branch blocks (DBB)", r"dbb_origin\.conv\.weight", r"dbb_reparam\.weight", _MODULE),
-    ("ACNet", r"square_conv\.weight", r"fused_conv\.weight", _MODULE),
-    ("RepConv of YOLO", r"rbr_dense\.0\.weight", r"rbr_reparam\.weight", _MODULE),
-    ("MobileOne, official", r"rbr_conv\.0\.conv\.weight", r"reparam_conv\.weight", _MODULE),
-    ("RepVGG, official", r"rbr_dense\.conv\.weight", r"rbr_reparam\.weight", _MODULE),
-    ("FastViT of timm", r"token_mixer\.mixer\.conv_kxk\.0\.conv\.weight", r"token_mixer\.reparam_conv\.weight", _TIMM),
-    ("GhostNetV3 of timm", r"primary_rpr_conv\.0\.\w+\.weight", r"$.", _TIMM),
-    ("RepGhostNet of timm", r"ghost1\.fusion_bn\.0\.weight", r"$.", _TIMM),
-    ("MobileOne of timm", r"conv_kxk\.0\.conv\.weight", r"reparam_conv\.weight", _TIMM),
-    ("RepViT of timm", r"token_mixer\.conv\.c\.weight", r"$.", _TIMM),
-    ("RepVGG of timm", r"conv_kxk\.conv\.weight", r"reparam_conv\.weight", _TIMM),
+_BRANCHED = (
+    ("UniRepLKNet", r"origin_bn\.weight", _MODULE),
+    ("FastViT, official", r"token_mixer\.mixer\.rbr_conv\.0\.conv\.weight", _MODULE),
+    ("RepLKNet", r"lkb_origin\.conv\.weight", _MODULE),
+    ("diverse branch blocks (DBB)", r"dbb_origin\.conv\.weight", _MODULE),
+    ("ACNet", r"square_conv\.weight", _MODULE),
+    ("RepConv of YOLO", r"rbr_dense\.0\.weight", _MODULE),
+    ("MobileOne, official", r"rbr_conv\.0\.conv\.weight", _MODULE),
+    ("RepVGG, official", r"rbr_dense\.conv\.weight", _MODULE),
+    ("RepViT, official", r"token_mixer\.0\.conv\.c\.weight", _MODULE),
+    ("FastViT of timm", r"token_mixer\.mixer\.conv_kxk\.0\.conv\.weight", _TIMM),
+    ("GhostNetV3 of timm", r"primary_rpr_conv\.0\.\w+\.weight", _TIMM),
+    ("RepGhostNet of timm", r"ghost1\.fusion_bn\.0\.weight", _TIMM),
+    ("MobileOne of timm", r"conv_kxk\.0\.conv\.weight", _TIMM),
+    ("RepViT of timm", r"token_mixer\.conv\.c\.weight", _TIMM),
+    ("RepVGG of timm", r"conv_kxk\.conv\.weight", _TIMM),
 )
-"""Name, the end of a key that every block with branches has, that of a merged one, remedy; the special ones first."""
+"""Name, the end of a key that every block with branches has, remedy; the special ones first."""
+_MERGED = (
+    ("UniRepLKNet", r"lk_origin\.bias"),
+    ("FastViT", r"token_mixer\.reparam_conv\.bias"),
+    ("RepLKNet", r"lkb_reparam\.bias"),
+    ("diverse branch blocks (DBB)", r"dbb_reparam\.bias"),
+    ("ACNet", r"fused_conv\.bias"),
+    ("RepVGG or RepConv", r"rbr_reparam\.bias"),
+    ("MobileOne or RepVGG", r"reparam_conv\.bias"),
+)
+"""Name, the end of a key that every merged block has: of its convolution, whose bias the BatchNorms became."""
 
 
 def recognise_family(keys: Iterable[str]) -> OtherFamily | None:
     """Return the family whose names are among the keys of a state dict; None if there is none."""
     given = list(keys)
-    for name, branched, merged, remedy in _FAMILIES:
-        blocks = _count(given, branched)
+    for name, end, remedy in _BRANCHED:
+        blocks = len(_blocks(given, end))
         if blocks:
-            return OtherFamily(name, blocks, _count(given, merged), remedy)
-    for name, _, merged, _ in _FAMILIES:
-        blocks = _count(given, merged)
-        if blocks:
-            remedy = "its branches are gone: give the training-time checkpoint"
-            return OtherFamily(name.partition(",")[0], 0, blocks, remedy)
+            return OtherFamily(name, blocks, 0, remedy)
+    normed = {key[:place] for key in given if key.endswith(".running_mean") for place in _dots(key)}
+    for name, end in _MERGED:
+        merged = len(_blocks(given, end) - normed)  # beside a BatchNorm, a block has branches of names unknown here
+        if merged:
+            return OtherFamily(name, 0, merged, "its branches are gone: give the training-time checkpoint")
     return None
 
 
-def _count(keys: list[str], end: str) -> int:
-    pattern = re.compile(rf"(^|\.){end}$")
-    return sum(bool(pattern.search(key)) for key in keys)
+def _blocks(keys: Iterable[str], end: str) -> set[str]:
+    """Return the names of the modules with a key of this end."""
+    pattern = re.compile(rf"(?:(.*)\.)?{end}")
+    return {match[1] or "" for match in map(pattern.fullmatch, keys) if match}
+
+
+def _dots(key: str) -> Iterator[int]:
+    return (place for place, letter in enumerate(key) if letter == ".")

@@ -13,6 +13,7 @@ import torch
 
 from repmlp_deploy import export
 from repmlp_deploy.convert.options import parse_model
+from repmlp_deploy.convert.reparam.hooks import find_hook
 from repmlp_deploy.convert.rework.derive import derive_again
 from repmlp_deploy.convert.source.other_families import recognise_family
 from repmlp_deploy.convert.source.trained import SourceRequest, load_own, load_trained
@@ -285,10 +286,36 @@ def test_families_without_timm_are_recognised_by_their_keys(family: str, said: s
     assert str(recognise_family(STANDINS[family]().state_dict())) == said
 
 
-def test_a_merged_checkpoint_is_told_from_a_trained_one() -> None:
-    found = recognise_family(["stage1.0.rbr_reparam.weight", "stage1.0.rbr_reparam.bias"])
-    assert str(found) == "RepConv of YOLO, 1 merged blocks"
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (("token_mixer.mixer.rbr_conv.0.conv.weight", "proj.0.lkb_origin.conv.weight"), "FastViT, official, 1 blocks"),
+        (("features.1.token_mixer.0.conv.c.weight",), "RepViT, official, 1 blocks with branches"),
+        (("s.lk_origin.weight", "s.lk_origin.bias"), "UniRepLKNet, 1 merged blocks"),
+        (("stage1.0.rbr_reparam.weight", "stage1.0.rbr_reparam.bias"), "RepVGG or RepConv, 1 merged blocks"),
+        (("stem.reparam_conv.bias", "s.token_mixer.reparam_conv.bias"), "FastViT, 1 merged blocks"),
+        (("stem.reparam_conv.bias", "s.0.reparam_conv.bias"), "MobileOne or RepVGG, 2 merged blocks"),
+    ],
+)
+def test_families_that_share_names_are_told_apart(keys: tuple[str, ...], said: str) -> None:
+    assert str(recognise_family(keys)).startswith(said)
+
+
+@pytest.mark.parametrize("family", ["repvgg", "replknet", "unireplknet", "dbb"])
+def test_a_merged_checkpoint_is_told_from_a_trained_one(family: str) -> None:
+    network = STANDINS[family]()
+    for module in list(network.modules()):
+        hook = find_hook(module)
+        if hook is not None:
+            hook[1]()
+    found = recognise_family(network.state_dict())
+    assert (found.blocks, found.merged > 1) == (0, True)
     assert "training-time checkpoint" in found.remedy
+
+
+def test_a_block_with_other_branches_beside_its_merged_convolution_is_not_merged() -> None:
+    names = ("rbr_reparam.bias", "branch_3x3.conv.weight", "branch_3x3.bn.running_mean")
+    assert recognise_family(f"stage1.0.{name}" for name in names) is None
     assert recognise_family(["conv1.weight", "fc.bias"]) is None
 
 
