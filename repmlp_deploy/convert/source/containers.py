@@ -7,7 +7,7 @@ average. A state dict is any mapping with tensors in it, at most three levels de
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from repmlp_deploy.convert.source.checkpoint import Placeholder
 from repmlp_deploy.errors import CheckpointError, InputError
 
-__all__ = ["Selected", "select_weights"]
+__all__ = ["Selected", "is_averaged", "select_weights"]
 
 _DEEPEST = 3
 _MODEL_NAMES = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "module")
@@ -99,6 +99,11 @@ def _usual(
     return chosen, () if weights == "ema" else (alone,)
 
 
+def is_averaged(path: Sequence[str]) -> bool:
+    """Return whether the names that lead to weights say that they are a moving average."""
+    return any(_EMA.search(part) for part in path)
+
+
 @dataclass(frozen=True)
 class _Place:
     """A state dict in a file: `model` or `ema`, the path to it, and what it holds."""
@@ -138,7 +143,7 @@ def _visited(value: Any, path: tuple[str, ...]) -> list[_Place]:
         return []
     items = inside.items() if len(path) < _DEEPEST else ()
     nested = [place for key, item in items if isinstance(key, str) for place in _visited(item, (*path, key))]
-    kind = "ema" if any(_EMA.search(part) for part in path) else "model"
+    kind = "ema" if is_averaged(path) else "model"
     own = _Place(kind, ".".join(path), inside)
     if not any(isinstance(item, Tensor) for item in inside.values()):
         return nested

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from repmlp_deploy.convert.source.checkpoint import OddTensor, Placeholder
-from repmlp_deploy.convert.source.containers import select_weights
+from repmlp_deploy.convert.source.containers import is_averaged, select_weights
 from repmlp_deploy.convert.source.other_families import recognise_family
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.layouts import LAYOUTS, OWN, Layout, odd_layer_number
@@ -149,7 +149,7 @@ def own_state_dict(  # noqa: PLR0913 - each says something else about the file
     selected = select_weights(content, weights, name, state_key)
     wrapped = not any(key in expected for key in selected.found)
     keys = _plain_keys(selected.found, ignore, name, keep=expected, wrapped=wrapped)
-    off, on = _own_prefix(keys, expected)
+    off, on = _own_prefix(keys, expected, name)
     ours: dict[str, str] = {}
     left_out = []
     for plain, key in keys.items():
@@ -203,19 +203,17 @@ def _plain_keys(
 
 def _recognise(keys: Mapping[str, str], name: str) -> tuple[Layout, str]:
     """Return the layout whose anchor is among the keys, and what stands before it."""
-    best: tuple[int, Layout, str] | None = None
+    best: tuple[int, Layout, list[str]] | None = None
     for layout in LAYOUTS:
-        for key in keys:
-            if key != layout.anchor and not key.endswith(f".{layout.anchor}"):
-                continue
-            prefix = key[: len(key) - len(layout.anchor)]
-            if layout.without and any(k.startswith(prefix + layout.without) for k in keys):
-                continue
-            fitting = sum(k.startswith(prefix) for k in keys)
-            if best is None or (fitting, -len(prefix)) > (best[0], -len(best[2])):
-                best = (fitting, layout, prefix)
+        ends = (key for key in keys if key == layout.anchor or key.endswith(f".{layout.anchor}"))
+        starts = [key[: len(key) - len(layout.anchor)] for key in ends]
+        if layout.without:
+            starts = [prefix for prefix in starts if not any(k.startswith(prefix + layout.without) for k in keys)]
+        fitting = max((sum(k.startswith(prefix) for k in keys) for prefix in starts), default=0)
+        if fitting and (best is None or (fitting, -min(map(len, starts))) > (best[0], -min(map(len, best[2])))):
+            best = (fitting, layout, starts)
     if best is not None:
-        return best[1], best[2]
+        return best[1], _one_prefix(best[2], keys, name)
     blocks = next((original for key, original in keys.items() if key.endswith("fc3.weight")), None)
     if blocks is not None:
         anchors = dict.fromkeys(layout.anchor for layout in LAYOUTS)
@@ -232,21 +230,44 @@ def _recognise(keys: Mapping[str, str], name: str) -> tuple[Layout, str]:
     )
 
 
-def _own_prefix(keys: Mapping[str, str], expected: Collection[str]) -> tuple[str, str]:
+def _own_prefix(keys: Mapping[str, str], expected: Collection[str], name: str) -> tuple[str, str]:
     """Return the prefix to take off the file's keys and the one to put on; at most one is not empty."""
     if any(key in expected for key in keys):
         return "", ""
-    off = _fitting_prefix(keys, expected)
-    return off, "" if off else _fitting_prefix(expected, keys)
+    starts = _fitting_prefixes(keys, expected)
+    if starts:
+        return _one_prefix(starts, keys, name), ""
+    return "", min(_fitting_prefixes(expected, keys), key=len, default="")
 
 
-def _fitting_prefix(longer: Collection[str], shorter: Collection[str]) -> str:
-    """Return the prefix without which most of the longer names are among the shorter; the shortest of several."""
+def _fitting_prefixes(longer: Collection[str], shorter: Collection[str]) -> list[str]:
+    """Return the prefixes without which most of the longer names are among the shorter."""
     fitting: Counter[str] = Counter()
     for key in longer:
         dots = [place for place, letter in enumerate(key) if letter == "."]
         fitting.update(key[: dot + 1] for dot in dots if key[dot + 1 :] in shorter)
-    return min(fitting, key=lambda prefix: (-fitting[prefix], len(prefix)), default="")
+    most = max(fitting.values(), default=0)
+    return [prefix for prefix, count in fitting.items() if count == most]
+
+
+def _one_prefix(starts: Collection[str], keys: Mapping[str, str], name: str) -> str:
+    """Return the outermost of the prefixes that fit; of several beside each other the one of no averaged weights.
+
+    Raises:
+        CheckpointError: the file holds several such sets of weights under one name.
+    """
+    outer: list[str] = []
+    for start in sorted(starts):  # what begins with another one comes right after it
+        if not outer or not start.startswith(outer[-1]):
+            outer.append(start)
+    usual = [start for start in outer if not is_averaged(start.split("."))] or outer
+    if len(usual) > 1:
+        begins = [keys[next(key for key in keys if key.startswith(start))] for start in usual]
+        raise CheckpointError(
+            f"{name} has keys of {len(usual)} such networks, as {begins[0]} and {begins[1]}: leave out the others, "
+            f"such as --ignore '{usual[1]}*'"
+        )
+    return usual[0]
 
 
 def _common_prefix(keys: Mapping[str, str], layout: Layout, prefix: str) -> str:

@@ -288,6 +288,32 @@ def test_a_prefix_is_found_without_the_longest_key() -> None:
     assert own_state_dict(bare, longer).tensors.keys() == longer - {"net.bn.num_batches_tracked"}
 
 
+def _beside(state: State, first: str, second: str) -> dict[str, State]:
+    """Return a file with the weights under one prefix, and others under another one."""
+    others = {second + key: value + 1 for key, value in state.items()}
+    return {"state_dict": {first + key: value for key, value in state.items()} | others}
+
+
+@pytest.mark.parametrize("averaged", ["ema.", "ema_model.module.", "swa._orig_mod."])
+@pytest.mark.parametrize("own", [False, True], ids=["family", "own"])
+def test_averaged_weights_under_another_prefix_are_left_out(own: bool, averaged: str, digits_state: State) -> None:
+    content = _beside(digits_state, "network.", averaged)
+    found = own_state_dict(content, digits_state.keys()) if own else find_state_dict(content)
+    assert found.prefix == "network."
+    assert all(torch.equal(found.tensors[key], value) for key, value in digits_state.items())
+    assert averaged.split(".", maxsplit=1)[0] in found.notes[0]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["family", "own"])
+def test_a_choice_between_two_prefixes_is_left_to_the_user(own: bool, digits_state: State) -> None:
+    content = _beside(digits_state, "student.", "teacher.")
+    given = (content, digits_state.keys()) if own else (content,)
+    read = own_state_dict if own else find_state_dict
+    with pytest.raises(CheckpointError, match=r"has keys of 2 such networks, .* such as --ignore 'teacher\.\*'"):
+        read(*given)
+    assert read(*given, ignore=["student.*"]).prefix == "teacher."
+
+
 def test_an_own_part_called_module_keeps_its_name() -> None:
     content = {"module.weight": torch.ones(1), "head.weight": torch.ones(1)}
     assert own_state_dict(content, content.keys()).tensors.keys() == content.keys()
