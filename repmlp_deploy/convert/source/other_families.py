@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-__all__ = ["OtherFamily", "recognise_family"]
+from repmlp_deploy.errors import InputError
+
+__all__ = ["OtherFamily", "notes_on_merged", "recognise_family"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,28 @@ def recognise_family(keys: Iterable[str]) -> OtherFamily | None:
         if merged:
             return OtherFamily(name, 0, merged, "its branches are gone: give the training-time checkpoint")
     return None
+
+
+def notes_on_merged(keys: Iterable[str], name: str, *, allow_merged: bool) -> tuple[str, ...]:
+    """Return what to say of a network if its blocks are merged already.
+
+    Args:
+        keys: of its state dict.
+        name: what messages call it.
+        allow_merged: the merged network may take the trained one's place.
+
+    Raises:
+        InputError: it is merged, and that is not allowed.
+    """
+    family = recognise_family(keys)
+    if family is None or family.blocks:
+        return ()
+    if not allow_merged:
+        raise InputError(
+            f"{name} is merged already ({family}), so its equality with the trained network cannot be proved: give the "
+            "training-time checkpoint and network, or pass --allow-merged to prove equality with the merged one"
+        )
+    return (f"the branches are merged already ({family}): the reference is the merged network, not the trained one",)
 
 
 def _blocks(keys: Iterable[str], end: str) -> set[str]:

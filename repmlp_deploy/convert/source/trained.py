@@ -16,6 +16,7 @@ from repmlp_deploy.convert.source.checkpoint import Checkpoint, read_checkpoint
 from repmlp_deploy.convert.source.class_names import find_class_names
 from repmlp_deploy.convert.source.description import Description, complete_card
 from repmlp_deploy.convert.source.loading import infer_card, load_network
+from repmlp_deploy.convert.source.other_families import notes_on_merged
 from repmlp_deploy.convert.source.own_network import (
     Interface,
     default_card,
@@ -274,7 +275,9 @@ def load_own(source: nn.Module | str | Path | Checkpoint, said: SourceRequest) -
     """
     network, made = _network_for(source.path if isinstance(source, Checkpoint) else source, said)
     checkpoint = state = None
-    if not isinstance(source, nn.Module):
+    if isinstance(source, nn.Module):
+        merging = notes_on_merged(network.state_dict(), type(network).__name__, allow_merged=said.allow_merged)
+    else:
         checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
         state = own_state_dict(
             checkpoint.content,
@@ -284,6 +287,7 @@ def load_own(source: nn.Module | str | Path | Checkpoint, said: SourceRequest) -
             ignore=said.ignore,
             name=str(checkpoint.path),
         )
+        merging = notes_on_merged(state.tensors, str(checkpoint.path), allow_merged=said.allow_merged)
         fill_own_network(network, state.tensors, str(checkpoint.path))
     called, interface = describe_interface(network, _example(network, said, made))
     if said.input_size is not None:
@@ -293,7 +297,7 @@ def load_own(source: nn.Module | str | Path | Checkpoint, said: SourceRequest) -
     completed = complete_card(
         card, content, said.described, assumed, classes=interface.classes, channels=_channels(interface)
     )
-    notes = (*notes, *completed.notes)
+    notes = (*merging, *notes, *completed.notes)
     if checkpoint is not None and state is not None:
         notes = (*notes, *_notes_on_file(checkpoint, state))
     merged = _is_merged(network, allow_merged=said.allow_merged)

@@ -313,6 +313,21 @@ def test_a_merged_checkpoint_is_told_from_a_trained_one(family: str) -> None:
     assert "training-time checkpoint" in found.remedy
 
 
+def test_a_network_that_is_merged_already_is_refused_unless_that_is_allowed(tmp_path: Path) -> None:
+    network, x = STANDINS["repvgg"](), torch.zeros(1, 3, 16, 16)
+    for module in list(network.modules()):
+        hook = find_hook(module)
+        if hook is not None:
+            hook[1]()
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    of_file = SourceRequest(module="support.standins.repvgg:make", example_input=x)
+    for source, said in ((network, SourceRequest(example_input=x)), (tmp_path / "x.pth", of_file)):
+        with pytest.raises(InputError, match=r"is merged already \(RepVGG or RepConv, 5 merged .* --allow-merged"):
+            load_own(source, said)
+    allowed = load_own(network, SourceRequest(example_input=x, allow_merged=True))
+    assert "the reference is the merged network" in allowed.notes[0]
+
+
 def test_a_block_with_other_branches_beside_its_merged_convolution_is_not_merged() -> None:
     names = ("rbr_reparam.bias", "branch_3x3.conv.weight", "branch_3x3.bn.running_mean")
     assert recognise_family(f"stage1.0.{name}" for name in names) is None
