@@ -1,8 +1,9 @@
 """Merging by hooks: outermost first, each call compared, and the whole network after the last.
 
 A hook changes its module in place, or returns the module that takes its place. It is refused, by name and with the
-reason, if what its module computes changes, if it fails, or if it leaves its module's BatchNorms as they were. A module
-that never runs, such as an auxiliary head of training, is in no exported graph: its hook is not called.
+reason, if what its module computes changes, if it fails, or if it leaves its module's BatchNorms as they were. It may
+leave them if modules inside have hooks of their own: a block that merges its own branches may have none. A module that
+never runs, such as an auxiliary head of training, is in no exported graph: its hook is not called.
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ def _call(  # noqa: PLR0913 - the values that meet here
         _refuse(called, f"fails: {kind_and_line(error)}")
     made = _taken(answer, module, called).eval()
     if original is not None and is_same(original, made):
-        if any(isinstance(part, BatchNorm) for part in made.modules()):
+        leaves_it = any(part is not made and find_hook(part) for part in made.modules())  # to the hooks inside
+        if not leaves_it and any(isinstance(part, BatchNorm) for part in made.modules()):
             _refuse(called, "does nothing: the module has the same parts and numbers as before, BatchNorms among them")
         return
     fault = fault_of(made, calls, expected)

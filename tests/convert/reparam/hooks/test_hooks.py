@@ -214,6 +214,31 @@ def test_a_wrong_hook_is_refused_with_its_module_and_the_error(hook: object, sai
     assert text.endswith("--merge auto")
 
 
+class Delegating(nn.Module):
+    """A block whose hook merges branches that this one does not have; the block inside has a hook, too."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+        self.shortcut = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x) + self.shortcut(x)
+
+    def reparameterize(self) -> None:
+        pass
+
+
+def test_a_hook_may_leave_everything_to_the_hooks_inside() -> None:
+    network = randomize(Delegating(RepVGGBlock(8, 8)))
+    merged = merge_by_hooks(network, [torch.zeros(1, 8, 6, 6)])
+    assert describe_hooks(network, merged) == (
+        "merged by the network's own hooks: BatchNorms 4 -> 1, convolutions 2 -> 1"
+    )
+    with pytest.raises(VerificationError, match=r"reparameterize\(\) of the network \(Delegating\) does nothing"):
+        merge_by_hooks(randomize(Delegating(nn.Identity())), [torch.zeros(1, 8, 6, 6)])
+
+
 def replace_batchnorm(network: nn.Module) -> None:
     """Fuse what has a hook, and drop every other BatchNorm: the fault of a merge in public use."""
     for name, child in network.named_children():
