@@ -76,7 +76,7 @@ def make_own_network(factory: str) -> nn.Module:
         raise InputError(f"--module {factory} fails: {kind_and_line(error)}") from None
     if not isinstance(network, nn.Module):
         raise InputError(f"--module {factory} returns a {type(network).__name__}; expected a torch.nn.Module")
-    return network.eval()
+    return unwrapped(network).eval()
 
 
 def fill_own_network(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:

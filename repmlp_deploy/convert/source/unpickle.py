@@ -22,7 +22,7 @@ import struct
 import sys
 import zipfile
 from functools import partial
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 __all__ = ["Refused", "main", "read_structure"]
 
@@ -73,11 +73,11 @@ class Placeholder:
 
     name = ""
 
-    def __new__(cls, *_args: Any, **_keywords: Any) -> Self:
+    def __new__(cls, *args: Any, **_keywords: Any) -> Any:
+        if args and cls.name == "torch._dynamo.eval_frame.OptimizedModule":  # of torch.compile: the network inside
+            return args[0]
         made = super().__new__(cls)
-        made.items = {}
-        made.values = []
-        made.state = None
+        made.items, made.values, made.state = {}, [], None
         return made
 
     def __init__(self, *_args: Any, **_keywords: Any) -> None:
@@ -100,8 +100,7 @@ class Placeholder:
     def extend(self, values: Any) -> None:
         self.values.extend(values)
 
-    def add(self, value: Any) -> None:
-        self.values.append(value)
+    add = append
 
 
 class _Dictionary(dict[Any, Any]):

@@ -133,6 +133,15 @@ def test_objects_of_training_code_are_left_out_and_named(tmp_path: Path) -> None
         assert all(torch.equal(read.content["whole"][key], value) for key, value in state.items())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_module_is_read_inside_what_torch_compile_made_of_it(tmp_path: Path) -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    torch.save({"model": torch.compile(network), "epoch": 3}, tmp_path / "x.pth")
+    read = read_checkpoint(tmp_path / "x.pth").content["model"]
+    assert read.keys() == network.state_dict().keys()
+    assert torch.equal(read["0.weight"], network[0].weight)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_every_kind_of_tensor_is_read_as_pytorch_reads_it(tmp_path: Path, *, zipped: bool) -> None:
     base = torch.arange(24.0)

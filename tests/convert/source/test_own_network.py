@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from repmlp_deploy import Bundle, Predictor, VerificationError, export, get_model
 from repmlp_deploy.card import ModelCard, Preprocessing, Resize
 from repmlp_deploy.convert import transform
-from repmlp_deploy.convert.source.own_network import describe_interface, fill_own_network, unwrapped
+from repmlp_deploy.convert.source.own_network import describe_interface, fill_own_network, make_own_network, unwrapped
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.nets.flat import flatten_outputs
@@ -189,6 +189,16 @@ def test_a_factory_and_a_checkpoint_give_the_same_network(prefix: str, tmp_path:
     saved = torch.load(bundle.folder / "model.pth", weights_only=True)["state_dict"]
     assert f"{prefix}block.fc3.bias" in saved
     assert f"{prefix}steps" in saved
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("wrap", ["nn.DataParallel", "torch.compile"])
+def test_a_factory_may_return_a_wrapped_network(wrap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"wrapped_by_{wrap.partition('.')[2]}"
+    code = f"import torch\nfrom torch import nn\n\n\ndef make():\n    return {wrap}(nn.Conv2d(3, 2, 3))\n"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    assert type(make_own_network(f"{name}:make")) is nn.Conv2d
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
