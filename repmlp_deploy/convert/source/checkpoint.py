@@ -45,6 +45,9 @@ _CHILD_BYTES = 1 << 30
 _PATIENCE_SECONDS = 60.0  # of waiting for the child on a machine that is busy
 _HEADER_BYTES = 4 << 20  # of a safetensors file: some 30,000 tensors, ten times a large checkpoint's
 _NEVER_WEIGHTS = re.compile(r"optim|sched|(?<![a-z])scaler")  # an upscaler is a network
+_PART = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\b")  # as transformers and safetensors name the files of one checkpoint
+_GZIP = b"\x1f\x8b"
+_TAR_AT = 257  # where a tar archive says that it is one
 _MODULE_STATE = ("_parameters", "_buffers", "_modules")
 
 
@@ -160,12 +163,17 @@ def _head(path: Path) -> bytes:
 
 
 def _refuse_other_kinds(path: Path, head: bytes) -> None:
-    """Name what people mistake for weights: a web page, or a pointer to a file that was not fetched."""
+    """Name what people mistake for weights: a web page, a pointer to a file that was not fetched, a part, a package."""
     text = head.lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{path} is a web page, not weights: download the file itself")
+    if _PART.search(path.name) or (text.startswith(b"{") and b'"weight_map"' in text):
+        raise CheckpointError(f"{path} is a part, or the index, of a checkpoint in several files: join them into one")
+    if head.startswith(_GZIP) or head[_TAR_AT:].startswith(b"ustar"):
+        kind = "gzip file" if head.startswith(_GZIP) else "tar archive"
+        raise CheckpointError(f"{path} is a {kind}: unpack it, and give the weights file in it")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

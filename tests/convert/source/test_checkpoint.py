@@ -1,8 +1,11 @@
 import argparse
+import gzip
 import io
+import json
 import os
 import pickle
 import re
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -63,6 +66,21 @@ def test_what_people_mistake_for_weights_is_named(tmp_path: Path, suffix: str, c
     path = tmp_path / f"x{suffix}"
     path.write_bytes(content)
     assert said in refusal(path)
+
+
+def test_packages_and_parts_are_named(tmp_path: Path, saved: Path) -> None:
+    (tmp_path / "x.pth.gz").write_bytes(gzip.compress(saved.read_bytes()))
+    assert "is a gzip file: unpack it" in refusal(tmp_path / "x.pth.gz")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(saved, "x.pth")
+    assert "is a tar archive: unpack it" in refusal(tmp_path / "x.tar")
+    index = {"metadata": {"total_size": 12000}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    assert "several files: join them into one" in refusal(tmp_path / "model.safetensors.index.json")
+    for name in ("model-00001-of-00002.safetensors", "model-00001-of-00001.safetensors"):
+        save_file({"a": torch.ones(3000)}, tmp_path / name)
+    assert "several files: join them into one" in refusal(tmp_path / "model-00001-of-00002.safetensors")
+    assert read_checkpoint(tmp_path / "model-00001-of-00001.safetensors").content.keys() == {"a"}
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 0.999])
