@@ -32,6 +32,8 @@ __all__ = ["StateDict", "find_state_dict", "own_state_dict", "to_layout"]
 _WRAPPERS = ("module", "_orig_mod")
 _BOOKKEEPING = ("n_averaged", "total_ops", "total_params")
 """Last parts of keys that wrappers and profilers write beside the weights."""
+_MMENGINE_COUNTER = "steps"
+"""What mmengine's averaged models write beside the keys of `module`."""
 _MMCV_EMA = re.compile(r"ema_(backbone|head|neck)_")
 """What mmcv's EMA hook calls the second copy of every weight, in the same state dict."""
 
@@ -188,12 +190,15 @@ def _plain_keys(
         if not any(fnmatch.fnmatchcase(key, pattern) for key in found):
             raise InputError(f"--ignore {pattern} matches no key of {name}")
     plain: dict[str, str] = {}
+    counters = {_MMENGINE_COUNTER} - set(keep)
+    if not all(key.startswith("module.") for key in found if key not in counters):
+        counters.clear()
     for key in found:
         parts = key.split(".")
         bare = ".".join(part for part in parts if not wrapped or part not in _WRAPPERS)
         if key not in keep and (parts[-1] in _BOOKKEEPING or _MMCV_EMA.match(bare)):
             continue
-        if any(fnmatch.fnmatchcase(key, pattern) for pattern in ignore):
+        if any(fnmatch.fnmatchcase(key, pattern) for pattern in ignore) or key in counters:
             continue
         if bare in plain:
             raise CheckpointError(f"{name} has two keys for one weight: {plain[bare]} and {key}")

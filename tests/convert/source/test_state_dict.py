@@ -232,7 +232,7 @@ def test_what_is_left_out_is_said(digits_state: State) -> None:
 
 
 def test_weights_that_mmengine_averaged_are_used_and_named(digits_state: State) -> None:
-    other = {f"module.{key}": value + 1 for key, value in digits_state.items()}
+    other = {"steps": torch.tensor(5)} | {f"module.{key}": value + 1 for key, value in digits_state.items()}
     content = {"meta": {"mmengine_version": "0.10.0"}, "state_dict": digits_state, "ema_state_dict": other}
     found = find_state_dict(content)
     assert found.container == "state_dict"
@@ -240,6 +240,10 @@ def test_weights_that_mmengine_averaged_are_used_and_named(digits_state: State) 
     raw = find_state_dict(content, weights="model")
     assert raw.container == "ema_state_dict"
     assert torch.equal(raw.tensors["head.bias"], digits_state["head.bias"] + 1)
+    assert raw.tensors.keys() == own_state_dict(content, digits_state.keys(), weights="model").tensors.keys()
+    assert raw.tensors.keys() == digits_state.keys()
+    counted = {"steps": torch.tensor(5), "module.w": torch.ones(1)}
+    assert own_state_dict(counted, counted.keys()).tensors.keys() == counted.keys()
 
 
 def test_the_state_dict_can_be_named(digits_state: State) -> None:
