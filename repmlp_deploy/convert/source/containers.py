@@ -91,6 +91,11 @@ def _usual(
         raise CheckpointError(f"{name} holds no {weights} weights, only {', '.join(kinds)}: drop --weights {weights}")
     usual = "ema" if "model" not in kinds or (swapped and "ema" in kinds) else "model"
     chosen = kinds[weights or usual]
+    twin = next((place for place in likely if place is not chosen and place.is_alike(chosen)), None)
+    if twin is not None:
+        raise CheckpointError(
+            f"{name} holds weights of the same names under {chosen.path} and {twin.path}: say which with --state-key"
+        )
     if chosen.kind == "model":
         return chosen, ()
     if swapped:
@@ -122,6 +127,12 @@ class _Place:
         """The smaller, the likelier it is the model."""
         known = [_MODEL_NAMES.index(part) for part in self.path.split(".") if part in _MODEL_NAMES]
         return min(known, default=len(_MODEL_NAMES))
+
+    def is_alike(self, other: _Place) -> bool:
+        """Return whether only the order in the file speaks for one of two places."""
+        alike = self.kind == other.kind and self.path.count(".") == other.path.count(".")
+        unknown = self.rank == other.rank == len(_MODEL_NAMES)
+        return alike and unknown and self.found.keys() == other.found.keys()
 
     def swapped(self) -> _Place:
         return _Place("model" if self.kind == "ema" else "ema", self.path, self.found)

@@ -79,3 +79,13 @@ def test_weights_are_named_in_one_way() -> None:
     content = {"model": STATE, "ema": AVERAGED}
     with pytest.raises(InputError, match="--weights ema and --state-key model both say which weights to read: drop"):
         select_weights(content, "ema", "x.pth", "model")
+
+
+def test_a_choice_between_two_of_the_same_weights_is_left_to_the_user() -> None:
+    content = {"teacher": STATE, "student": dict(STATE), "ema_student": AVERAGED}
+    with pytest.raises(CheckpointError, match="under teacher and student: say which with --state-key"):
+        select_weights(content, None, "x.pth")
+    assert select_weights(content, None, "x.pth", "student").path == "student"
+    assert select_weights(content, "ema", "x.pth").path == "ema_student"
+    assert select_weights({"best": STATE, "state_dict": STATE}, None, "x.pth").path == "state_dict"
+    assert select_weights({"best": STATE, "other": {"w": torch.ones(9)}}, None, "x.pth").path == "best"
