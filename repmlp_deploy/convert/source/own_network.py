@@ -88,10 +88,12 @@ def fill_own_network(network: nn.Module, tensors: Mapping[str, Tensor], name: st
     expected = network.state_dict()
     for key, tensor in tensors.items():
         if key not in expected:
-            raise CheckpointError(f"{name} has {key}, which {type(network).__name__} has not")
+            raise CheckpointError(f"{name} has {key}, which {type(network).__name__} has not: --ignore leaves keys out")
         if tensor.shape != expected[key].shape:
             got, wanted = tuple(tensor.shape), tuple(expected[key].shape)
-            raise CheckpointError(f"{name}: {key} has shape {got}; {type(network).__name__} expects {wanted}")
+            of_classes = wanted[:1] == (getattr(network, "num_classes", None),) and got[1:] == wanted[1:]
+            remedy = f": build it with num_classes={got[0]}" if of_classes and got else ""
+            raise CheckpointError(f"{name}: {key} has shape {got}; {type(network).__name__} expects {wanted}{remedy}")
     ties = _ties(expected)
     for key in expected:
         given = next((other for other in ties[key] if other in tensors), None)

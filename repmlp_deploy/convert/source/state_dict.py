@@ -64,6 +64,10 @@ class StateDict:
     notes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
+    def named(self, file: str) -> str:
+        """Return what messages call these weights: the file, and their place in it if there are others."""
+        return f"{file} ({self.container or 'its top level'}; --state-key names others)" if self.others else file
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return our key to shape."""
         return {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}

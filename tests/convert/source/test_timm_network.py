@@ -172,14 +172,15 @@ def test_names_in_the_file_are_preferred_to_timms(tmp_path: Path) -> None:
     assert loaded(tmp_path / "x.pth").card.labels == tuple(names)
 
 
-@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "nan", "variance"])
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "classes", "nan", "variance"])
 def test_a_file_that_does_not_fit_is_refused(change: str, tmp_path: Path) -> None:
     weights = trained_timm(TINY).state_dict()
     key = next(key for key in weights if key.endswith("running_var"))
     expected = {
         "missing": f"has no {key}",
-        "unexpected": "has another.weight, which ByobNet has not",
-        "shape": rf"{key} has shape \(3,\)",
+        "unexpected": "has another.weight, which ByobNet has not: --ignore leaves keys out",
+        "shape": rf"{key} has shape \(3,\); ByobNet expects \(24,\)$",
+        "classes": r"head.fc.weight has shape \(10, .*: build it with num_classes=10$",
         "nan": f"{key} has 1 values that are NaN",
         "variance": f"{key} has a variance of -1",
     }
@@ -189,11 +190,20 @@ def test_a_file_that_does_not_fit_is_refused(change: str, tmp_path: Path) -> Non
         weights["another.weight"] = torch.zeros(1)
     elif change == "shape":
         weights[key] = torch.ones(3)
+    elif change == "classes":
+        weights["head.fc.weight"] = weights["head.fc.weight"][:10]
     else:
         weights[key] = weights[key].clone()
         weights[key][0] = torch.nan if change == "nan" else -1
     torch.save(weights, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=expected[change]):
+        loaded(tmp_path / "x.pth")
+
+
+def test_a_refusal_says_which_weights_of_several_do_not_fit(tmp_path: Path) -> None:
+    content = {"discriminator": {"conv.weight": torch.zeros(3)}, "generator": trained_timm(TINY).state_dict()}
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"x\.pth \(discriminator; --state-key names others\)"):
         loaded(tmp_path / "x.pth")
 
 
