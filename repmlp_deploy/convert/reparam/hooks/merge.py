@@ -2,8 +2,9 @@
 
 A hook changes its module in place, or returns the module that takes its place. It is refused, by name and with the
 reason, if what its module computes changes, if it fails, or if it leaves its module's BatchNorms as they were. It may
-leave them if modules inside have hooks of their own: a block that merges its own branches may have none. A module that
-never runs, such as an auxiliary head of training, is in no exported graph: its hook is not called.
+leave them if modules inside have hooks of their own, or if it merges another module of its class: a block may have no
+branches. A module that never runs, such as an auxiliary head of training, is in no exported graph: its hook is not
+called.
 """
 
 from __future__ import annotations
@@ -65,9 +66,19 @@ def merge_by_hooks(trained: nn.Module, examples: Sequence[Tensor], *, use_up: bo
         wanted = {module for module in before.modules() if find_hook(module) is not None}
         calls = record_calls(before, wanted, inputs)
         originals = dict(before.named_modules())
+        idle, busy = dict[type[nn.Module], str](), set[type[nn.Module]]()
         for name, module, hook in root.hooked():
             if name in calls:
-                _call(name, module, hook, root, originals.get(name), calls.pop(name))
+                nothing_done = _call(name, module, hook, root, originals.get(name), calls.pop(name))
+                if nothing_done:
+                    idle.setdefault(type(module), nothing_done)
+                else:
+                    busy.add(type(module))
+        for kind, called in idle.items():
+            if kind not in busy:  # elsewhere the hook does its work: here is nothing for it
+                _refuse(
+                    called, "does nothing: the module has the same parts and numbers as before, BatchNorms among them"
+                )
         after = root.module.eval()
         _require_equal(before, after, "the network after its last hook", inputs)
     return _as(after, trained)
@@ -170,8 +181,8 @@ def _call(  # noqa: PLR0913 - the values that meet here
     root: _Root,
     original: nn.Module | None,
     calls: Sequence[Call],
-) -> None:
-    """Call one hook and compare.
+) -> str:
+    """Call one hook and compare; return what to call it if it does nothing about the module's BatchNorms.
 
     Raises:
         VerificationError: it is wrong.
@@ -187,14 +198,13 @@ def _call(  # noqa: PLR0913 - the values that meet here
     made = _taken(answer, module, called).eval()
     if original is not None and is_same(original, made):
         leaves_it = any(part is not made and find_hook(part) for part in made.modules())  # to the hooks inside
-        if not leaves_it and any(isinstance(part, BatchNorm) for part in made.modules()):
-            _refuse(called, "does nothing: the module has the same parts and numbers as before, BatchNorms among them")
-        return
+        return called if not leaves_it and any(isinstance(part, BatchNorm) for part in made.modules()) else ""
     fault = fault_of(made, calls, expected)
     if fault:
         _refuse(called, _explained(fault, original, made))
     if made is not module:
         root.replace(module, made)
+    return ""
 
 
 def _taken(answer: object, given: nn.Module, called: str) -> nn.Module:

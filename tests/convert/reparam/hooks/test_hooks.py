@@ -239,6 +239,29 @@ def test_a_hook_may_leave_everything_to_the_hooks_inside() -> None:
         merge_by_hooks(randomize(Delegating(nn.Identity())), [torch.zeros(1, 8, 6, 6)])
 
 
+class Optional(nn.Module):
+    """A block whose hook merges its branches, if it has any."""
+
+    def __init__(self, *, branches: bool) -> None:
+        super().__init__()
+        self.branches = branches
+        self.inside = conv_bn(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x)
+
+    def reparameterize(self) -> None:
+        if self.branches:
+            self.inside = convolution(*fused(*self.inside), self.inside.conv)
+
+
+def test_a_hook_may_do_nothing_where_a_block_of_its_class_has_nothing_to_merge() -> None:
+    network, x = randomize(nn.Sequential(Optional(branches=False), Optional(branches=True))), torch.zeros(1, 8, 6, 6)
+    assert "BatchNorms 2 -> 1" in describe_hooks(network, merge_by_hooks(network, [x]))
+    with pytest.raises(VerificationError, match=r"reparameterize\(\) of 0 \(Optional\) does nothing"):
+        merge_by_hooks(network[:1], [x])
+
+
 def replace_batchnorm(network: nn.Module) -> None:
     """Fuse what has a hook, and drop every other BatchNorm: the fault of a merge in public use."""
     for name, child in network.named_children():
