@@ -40,7 +40,10 @@ BATCH_AXIS = "batch"
 _TALKATIVE = ("torch", "onnxscript", "onnx_ir")
 _OPERATOR = re.compile(r"target=torch\.ops\.([\w.]+)")
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
-_FOLDED = ("conv1d", "conv3d", "conv_transpose")  # without a bias, they become a dozen nodes for it
+_FOLDED = (
+    *("conv1d", "conv3d", "conv_transpose"),  # without a bias, they become a dozen nodes for it
+    *("chunk", "split", "unsafe_chunk", "unsafe_split"),  # sequences, which TensorRT does not take
+)
 _TRACED_BATCH = 2  # 0 and 1 would be specialised
 TRACED = BatchRange(min=_TRACED_BATCH, opt=_TRACED_BATCH, max=_TRACED_BATCH)
 """The fixed batch to trace with where the batch is to be made symbolic afterwards."""
@@ -60,7 +63,7 @@ class Traced:
 
     @property
     def needs_folding(self) -> bool:
-        """Whether the exporter must fold: a BatchNorm, or what it writes for convolutions other than conv2d."""
+        """Whether the exporter must fold: a BatchNorm, or what it writes for splits and for convolutions but conv2d."""
         kinds = {str(node.target).removeprefix("aten.") for node in self.program.graph.nodes}
         return any("batch_norm" in kind or kind.startswith(_FOLDED) for kind in kinds)
 

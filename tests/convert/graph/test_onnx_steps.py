@@ -130,9 +130,23 @@ def test_exporting_prints_nothing_and_names_the_tensors(
     assert model.opset_import[0].version == 20
 
 
+class Halves(nn.Module):
+    """Two halves of the channels, exchanged: by `chunk`, or by `split`."""
+
+    def __init__(self, *, chunk: bool) -> None:
+        super().__init__()
+        self.chunk = chunk
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, 1) if self.chunk else x.split([3, 1], 1)
+        return torch.cat([right, left], 1)
+
+
 @pytest.mark.parametrize(
     ("network", "shape", "left"),
     [
+        (Halves(chunk=True), (1, 4, 5, 5), ["Split", "Concat"]),
+        (Halves(chunk=False), (1, 4, 5, 5), ["Split", "Concat"]),
         (nn.Sequential(nn.Conv1d(3, 4, 3, bias=False), nn.BatchNorm1d(4), nn.ReLU()), (1, 3, 9), ["Conv", "Relu"]),
         (nn.Sequential(nn.ConvTranspose2d(3, 4, 2, bias=False), nn.ReLU()), (1, 3, 5, 5), ["ConvTranspose", "Relu"]),
         (nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4)), (1, 3, 5, 5), ["ConvTranspose"]),
