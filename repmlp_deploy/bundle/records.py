@@ -185,12 +185,14 @@ class CheckpointOrigin(Record):
         sha256: of its bytes.
         container: the path of keys to the weights in it, joined by dots; empty for its top level.
         ignored: patterns of keys that were left out.
+        merged: whether its branches were merged already: the merged network took the trained one's place.
     """
 
     file: str = "an unnamed checkpoint"
     sha256: str = ""
     container: str = ""
     ignored: Annotated[tuple[Annotated[str, Field(max_length=1000)], ...], Field(max_length=1000)] = ()
+    merged: bool = False
 
 
 class Origin(Record):

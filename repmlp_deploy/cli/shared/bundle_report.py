@@ -105,10 +105,12 @@ def print_summary(bundle: Bundle) -> None:
     """Print the verdict, the tightest margin, the files and the next command: a line each."""
     manifest, verdict = bundle.manifest, bundle.manifest.verdict
     hops = [hop for hop in manifest.certificate if hop.passed is not None]
-    found = "equal to the trained network" if verdict.passed else "NOT equal to the trained network"
+    origin = manifest.origin.checkpoint
+    reference = "merged" if origin is not None and origin.merged else "trained"
+    found = f"equal to the {reference} network" if verdict.passed else f"NOT equal to the {reference} network"
     precision = next(iter(manifest.artifacts.values())).precision
     if precision not in ("", "fp32"):
-        found = f"close to the trained network in {precision}" if verdict.passed else found
+        found = f"close to the {reference} network in {precision}" if verdict.passed else found
     print_verdict_line(f"{manifest.name}: {found}, in {len(hops)} comparisons", passed=verdict.passed)
     if verdict.margin is not None:
         print_line(f"closest to its limit: {verdict.closest}, {_margin(verdict.margin)} inside")

@@ -288,6 +288,7 @@ def load_own(source: nn.Module | str | Path | Checkpoint, said: SourceRequest) -
             name=str(checkpoint.path),
         )
         merging = notes_on_merged(state.tensors, str(checkpoint.path), allow_merged=said.allow_merged)
+        state = replace(state, merged=bool(merging))
         fill_own_network(network, state.tensors, state.named(str(checkpoint.path)))
     called, interface = describe_interface(network, _example(network, said, made))
     if said.input_size is not None:

@@ -55,6 +55,14 @@ def test_a_bundle_that_failed_is_not_called_equal(bundle: Bundle, capsys: pytest
     assert "NOT equal to the trained network" in capsys.readouterr().out
 
 
+def test_a_bundle_of_a_merged_checkpoint_is_compared_with_the_merged_network(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    provenance = {**bundle.manifest.provenance, "checkpoint": {"merged": True}}
+    print_summary(Bundle(bundle.manifest.model_copy(update={"provenance": provenance}), bundle.folder))
+    assert "equal to the merged network" in capsys.readouterr().out
+
+
 def test_verdicts_have_colours_on_a_terminal_and_tables_fit_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     text = on_terminal(bundle, monkeypatch)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -323,7 +324,9 @@ def test_a_merged_checkpoint_is_told_from_a_trained_one(family: str) -> None:
     assert "training-time checkpoint" in found.remedy
 
 
-def test_a_network_that_is_merged_already_is_refused_unless_that_is_allowed(tmp_path: Path) -> None:
+def test_a_network_that_is_merged_already_is_refused_unless_that_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network, x = STANDINS["repvgg"](), torch.zeros(1, 3, 16, 16)
     for module in list(network.modules()):
         hook = find_hook(module)
@@ -336,6 +339,9 @@ def test_a_network_that_is_merged_already_is_refused_unless_that_is_allowed(tmp_
             load_own(source, said)
     allowed = load_own(network, SourceRequest(example_input=x, allow_merged=True))
     assert "the reference is the merged network" in allowed.notes[0]
+    again = SourceRequest(module="test_timm_network:make_merged", example_input=x, allow_merged=True)
+    monkeypatch.setitem(sys.modules, "test_timm_network", SimpleNamespace(make_merged=lambda: network))
+    assert load_own(tmp_path / "x.pth", again).state.merged
 
 
 def test_a_block_with_other_branches_beside_its_merged_convolution_is_not_merged() -> None:
