@@ -1,11 +1,13 @@
 """What a connection is told that sends no request, or that is one too many: `{"error": …}`, like every other fault.
 
-uvicorn would answer these itself, in plain text, and wait for a request's header as long as the client likes.
+uvicorn would answer these itself, in plain text, and wait for a request's header as long as the client likes. It would
+also lose the body of a request that offers HTTP/2.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from http import HTTPStatus
 from typing import Any
@@ -13,13 +15,40 @@ from typing import Any
 from repmlp_deploy.errors import optional_imports
 
 with optional_imports():
+    import httptools
     from starlette.responses import JSONResponse
-    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 __all__ = ["limited_connections"]
 
 
-class _Limited(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
+class _Parser(httptools.HttpRequestParser):
+    """Reads a request that offers another protocol as if it did not, which HTTP allows.
+
+    Java's client offers HTTP/2 with every request. httptools would end such a request after its header, and take the
+    body for the other protocol.
+    """
+
+    def __init__(self, protocol: _Limited) -> None:
+        self._protocol = protocol
+        self._start()
+
+    def feed_data(self, data: bytes | bytearray | memoryview) -> None:  # type: ignore[override]
+        while data:
+            try:
+                super().feed_data(data)
+                break
+            except httptools.HttpParserUpgrade as ended:
+                data = self._protocol.head_without_offer() + bytes(data[ended.args[0] :])
+                self._start()
+
+    def _start(self) -> None:
+        super().__init__(self._protocol)
+        with contextlib.suppress(AttributeError):  # httptools < 0.6.3 lets a client send after its last request
+            self.set_dangerous_leniencies(lenient_data_after_close=True)
+
+
+class _Limited(HttpToolsProtocol):
     """uvicorn's protocol with two limits.
 
     Attributes:
@@ -35,9 +64,10 @@ class _Limited(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
         super().__init__(*arguments, **keywords)
         self.inner = self.app
         self.app = self._limited
+        self.parser = _Parser(self)
         self.waiting: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait_for_header()
 
@@ -51,6 +81,23 @@ class _Limited(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
+
+    def on_headers_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+        elif self.parser.get_method() == b"CONNECT":
+            raise ConnectionError  # the parser ends, and `send_400_response` is called
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def head_without_offer(self) -> bytes:
+        """Return the header that was read last, without the offer of another protocol."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(HTTPStatus.BAD_REQUEST, msg)

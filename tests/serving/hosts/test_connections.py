@@ -19,10 +19,16 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 HEADER_SECONDS = 0.4
 
 
-async def _application(scope: Any, _receive: Any, send: Any) -> None:
+async def _application(scope: Any, receive: Any, send: Any) -> None:
+    """Answer with the body of the request, in capitals, and `ok`."""
     assert scope["type"] == "http"
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-    await send({"type": "http.response.body", "body": b"ok"})
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    said = body.upper() + b"ok"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(said))]})
+    await send({"type": "http.response.body", "body": said})
 
 
 @pytest.fixture
@@ -97,6 +103,40 @@ def test_one_connection_too_many_is_told_so(port: int) -> None:
 def test_what_is_no_request_is_400_in_json(port: int) -> None:
     with _connected(port) as connection:
         connection.sendall(b"\x00\x01\r\n\r\n")
+        status, answer = _all_of(connection)
+        assert status == b"HTTP/1.1 400 Bad Request"
+        assert answer == {"error": "Invalid HTTP request received."}
+
+
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+WITH_BODY = b"POST / HTTP/1.1\r\nHost: x\r\n" + OFFER + b"Content-Length: 4\r\n\r\nbody"
+CHUNKED = b"POST / HTTP/1.1\r\n" + OFFER + b"Transfer-Encoding: chunked\r\n\r\n2\r\nbo\r\n2\r\ndy\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("pause", [0, WITH_BODY.index(b"Upgrade: h2c"), WITH_BODY.index(b"\r\n\r\n") + 4])
+@pytest.mark.parametrize("request_", [WITH_BODY, CHUNKED], ids=["length", "chunked"])
+def test_an_offer_of_http_2_is_ignored_and_the_body_is_read(request_: bytes, pause: int, port: int) -> None:
+    """Java's client offers it with every request."""
+    with _connected(port) as connection:
+        for _ in range(2):  # the connection is kept alive
+            connection.sendall(request_[:pause])
+            time.sleep(HEADER_SECONDS / 8)
+            connection.sendall(request_[pause:])
+            assert connection.recv(4096).endswith(b"\r\n\r\nBODYok")
+
+
+def test_pipelined_offers_are_answered_in_turn(port: int) -> None:
+    last = WITH_BODY.replace(b"Connection: Upgrade", b"Connection: close, Upgrade")
+    with _connected(port) as connection, connection.makefile("rb") as stream:
+        connection.sendall(WITH_BODY + CHUNKED + REQUEST + last)
+        answers = stream.read()
+    assert answers.count(b"200 OK") == 4
+    assert answers.count(b"BODYok") == 3
+
+
+def test_a_tunnel_is_refused(port: int) -> None:
+    with _connected(port) as connection:
+        connection.sendall(b"CONNECT /v2 HTTP/1.1\r\nHost: x\r\n\r\n" + REQUEST)
         status, answer = _all_of(connection)
         assert status == b"HTTP/1.1 400 Bad Request"
         assert answer == {"error": "Invalid HTTP request received."}
