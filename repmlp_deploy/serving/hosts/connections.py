@@ -1,7 +1,7 @@
 """What a connection is told that sends no request, or that is one too many: `{"error": …}`, like every other fault.
 
 uvicorn would answer these itself, in plain text, and wait for a request's header as long as the client likes. It would
-also lose the body of a request that offers HTTP/2.
+also keep headers and pipelined requests of any size and number, and lose the body of a request that offers HTTP/2.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ with optional_imports():
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 __all__ = ["limited_connections"]
+
+_HEADER_BYTES = 1 << 16
+_PIPELINED = 64  # requests that wait behind the one that is answered
 
 
 class _Parser(httptools.HttpRequestParser):
@@ -49,11 +52,13 @@ class _Parser(httptools.HttpRequestParser):
 
 
 class _Limited(HttpToolsProtocol):
-    """uvicorn's protocol with two limits.
+    """uvicorn's protocol with limits.
 
     Attributes:
         most: open connections; what a further one asks for gets 503.
         header_seconds: between the first byte of a request, or the connection's start, and the end of the header.
+        unread: bytes that arrived since the last header or part of a body was complete.
+        fault: what else than HTTP is wrong with a request; or nothing.
     """
 
     most: int
@@ -66,13 +71,18 @@ class _Limited(HttpToolsProtocol):
         self.app = self._limited
         self.parser = _Parser(self)
         self.waiting: asyncio.TimerHandle | None = None
+        self.unread, self.fault = 0, ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait_for_header()
 
     def data_received(self, data: bytes) -> None:
+        self.unread += len(data)
         super().data_received(data)
+        if self.unread > _HEADER_BYTES and not self.transport.is_closing():
+            said = f"the request's header has more than {_HEADER_BYTES} bytes"
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, said)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
         else:
@@ -83,10 +93,18 @@ class _Limited(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def on_headers_complete(self) -> None:
+        self.unread = 0
+        if len(self.pipeline) >= _PIPELINED:
+            self.fault = f"more than {_PIPELINED} requests of one connection wait"
+            raise ConnectionError(self.fault)  # the parser ends, and `send_400_response` is called
         if not self.parser.should_upgrade():
             super().on_headers_complete()
         elif self.parser.get_method() == b"CONNECT":
-            raise ConnectionError  # the parser ends, and `send_400_response` is called
+            raise ConnectionError(self.fault)
+
+    def on_body(self, body: bytes) -> None:
+        self.unread = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
@@ -100,7 +118,7 @@ class _Limited(HttpToolsProtocol):
         return b"\r\n".join([*lines, b"", b""])
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(HTTPStatus.BAD_REQUEST, msg)
+        self._refuse(HTTPStatus.BAD_REQUEST, self.fault or msg)
 
     def _wait_for_header(self) -> None:
         if self.waiting is None:

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -140,3 +140,50 @@ def test_a_tunnel_is_refused(port: int) -> None:
         status, answer = _all_of(connection)
         assert status == b"HTTP/1.1 400 Bad Request"
         assert answer == {"error": "Invalid HTTP request received."}
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"GET /",
+        REQUEST[:-2] + b"A: ",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1;",
+        CHUNKED[:-2] + b"A: ",
+    ],
+    ids=["path", "value", "chunk extension", "trailer"],
+)
+def test_a_header_that_does_not_end_is_refused(start: bytes, port: int) -> None:
+    with _connected(port) as connection, suppress(ConnectionError):
+        connection.sendall(start)
+        for _ in range(64):
+            connection.sendall(b"a" * (1 << 14))
+            time.sleep(0.001)
+        pytest.fail("a megabyte was taken")
+
+
+def test_a_large_header_is_refused_with_its_limit(port: int) -> None:
+    with _connected(port) as connection:
+        connection.sendall(REQUEST[:-2] + b"A: ")
+        time.sleep(HEADER_SECONDS / 8)
+        connection.sendall(b"a" * 65_537)
+        status, answer = _all_of(connection)
+    assert status == b"HTTP/1.1 431 Request Header Fields Too Large"
+    assert answer == {"error": "the request's header has more than 65536 bytes"}
+
+
+def test_bodies_are_no_header(port: int) -> None:
+    size = 1 << 20
+    with _connected(port) as connection, connection.makefile("rb") as stream:
+        connection.sendall(b"POST / HTTP/1.1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % size + b"a" * size)
+        assert stream.read().endswith(b"A" * size + b"ok")
+
+
+def test_one_connection_sends_few_requests_ahead(port: int) -> None:
+    with _connected(port) as connection, connection.makefile("rb") as stream:
+        connection.sendall(REQUEST * 64 + REQUEST.replace(b"Host", b"Connection: close\r\nHost"))
+        assert stream.read().count(b"200 OK") == 65
+    with _connected(port) as connection:
+        connection.sendall(REQUEST * 66)
+        status, answer = _all_of(connection)
+    assert status == b"HTTP/1.1 400 Bad Request"
+    assert answer == {"error": "more than 64 requests of one connection wait"}
