@@ -57,6 +57,7 @@ class _Limited(HttpToolsProtocol):
     Attributes:
         most: open connections; what a further one asks for gets 503.
         header_seconds: between the first byte of a request, or the connection's start, and the end of the header.
+        beyond: whether too many connections were open when this one was opened.
         unread: bytes that arrived since the last header or part of a body was complete.
         fault: what else than HTTP is wrong with a request; or nothing.
     """
@@ -71,10 +72,11 @@ class _Limited(HttpToolsProtocol):
         self.app = self._limited
         self.parser = _Parser(self)
         self.waiting: asyncio.TimerHandle | None = None
-        self.unread, self.fault = 0, ""
+        self.beyond, self.unread, self.fault = False, 0, ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.beyond = len(self.connections) > self.most
         self._wait_for_header()
 
     def data_received(self, data: bytes) -> None:
@@ -139,8 +141,8 @@ class _Limited(HttpToolsProtocol):
         self.transport.close()
 
     async def _limited(self, scope: Any, receive: Any, send: Any) -> None:
-        """Run the application, unless too many connections are open."""
-        if len(self.connections) <= self.most:
+        """Run the application, unless too many connections are open, and were when this one was opened."""
+        if not self.beyond or len(self.connections) <= self.most:
             await self.inner(scope, receive, send)
             return
         said = f"{self.most} connections are open, and no more are served: try again"
