@@ -329,6 +329,9 @@ def _selected(name: str, outputs: Sequence[Tensor], request: InferRequest) -> li
     unknown = [wanted.name for wanted in request.outputs if wanted.name not in known]
     if unknown:
         raise BadRequest(f"{name} has no output {printable(unknown[0], 100)!r}; it has {', '.join(known)}")
+    names = [wanted.name for wanted in request.outputs]
+    if len(set(names)) < len(names):  # an answer would be as large as the caller likes
+        raise BadRequest(f"outputs are {printable(', '.join(names), 200)}; name each once")
     return [known[wanted.name] for wanted in request.outputs]
 
 

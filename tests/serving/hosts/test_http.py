@@ -176,6 +176,12 @@ def _wrong(**changes: Any) -> dict[str, Any]:
         ("/v2/models/digits/infer", {"json": _json(_batch(1), outputs=[{"name": "y"}])}, 400, "has no output 'y'"),
         (
             "/v2/models/digits/infer",
+            {"json": _json(_batch(1), outputs=[{"name": "logits"}] * 2)},
+            400,
+            "outputs are logits, logits; name each once",
+        ),
+        (
+            "/v2/models/digits/infer",
             {"content": b"abc", "headers": {"Inference-Header-Content-Length": "0"}},
             400,
             "3 bytes",
