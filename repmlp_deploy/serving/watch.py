@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Library:
         self._missing: set[str] = set()
         self._stop = threading.Event()
         self._looking = threading.Lock()
+        self._asked = ThreadPoolExecutor(1, "asked")  # loads wait here, and not in the threads that decode requests
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -53,6 +55,7 @@ class Library:
     def stop(self) -> None:
         """Look no more; wait for a load that is under way."""
         self._stop.set()
+        self._asked.shutdown(cancel_futures=True)
         if self._thread is not None:
             self._thread.join()
 
@@ -89,6 +92,14 @@ class Library:
         """
         with self._looking:
             self._model(name).unload()
+
+    def begin_load(self, name: str) -> Future[str]:
+        """Begin `load` in a thread, after those that were asked for before."""
+        return self._asked.submit(self.load, name)
+
+    def begin_unload(self, name: str) -> Future[None]:
+        """Begin `unload` in a thread, after those that were asked for before."""
+        return self._asked.submit(self.unload, name)
 
     def index(self) -> list[dict[str, Any]]:
         """Return the protocol's index: name, version, state and reason of every model."""

@@ -262,7 +262,7 @@ class Servicer:
     async def repository_model_load(self, request: Any, _remaining: float | None) -> Any:
         """Load a model, or its bundle's new version."""
         self._require_control(request)
-        reason = await asyncio.to_thread(self._library.load, request.model_name)
+        reason = await asyncio.wrap_future(self._library.begin_load(request.model_name))
         if reason:
             raise BadRequest(f"{request.model_name} was not loaded: {reason}")
         return message("RepositoryModelLoadResponse")()
@@ -270,7 +270,7 @@ class Servicer:
     async def repository_model_unload(self, request: Any, _remaining: float | None) -> Any:
         """Unload a model."""
         self._require_control(request)
-        await asyncio.to_thread(self._library.unload, request.model_name)
+        await asyncio.wrap_future(self._library.begin_unload(request.model_name))
         return message("RepositoryModelUnloadResponse")()
 
     def _require_control(self, request: Any) -> None:

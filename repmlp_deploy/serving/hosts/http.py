@@ -207,7 +207,7 @@ class _Host:
     async def load(self, request: Request) -> Response:
         """Load a model, or its bundle's new version; answer when it has passed its check, or why it was refused."""
         await self._controlled(request)
-        reason = await asyncio.to_thread(self._library.load, request.path_params["name"])
+        reason = await asyncio.wrap_future(self._library.begin_load(request.path_params["name"]))
         if reason:
             raise BadRequest(f"{request.path_params['name']} was not loaded: {reason}")
         return JSONResponse({})
@@ -215,7 +215,7 @@ class _Host:
     async def unload(self, request: Request) -> Response:
         """Unload a model; answer when it has answered what it had begun."""
         await self._controlled(request)
-        await asyncio.to_thread(self._library.unload, request.path_params["name"])
+        await asyncio.wrap_future(self._library.begin_unload(request.path_params["name"]))
         return JSONResponse({})
 
     async def _controlled(self, request: Request) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from repmlp_deploy.serving.hosts import http
 from repmlp_deploy.serving.inference import Inference
 from repmlp_deploy.serving.models import Models
 from repmlp_deploy.serving.protocol import InferRequest
+from repmlp_deploy.serving.served_model import ServedModel
 
 
 def _batch(samples: int = 2) -> np.ndarray:
@@ -278,6 +282,27 @@ def test_models_are_unloaded_and_loaded(client: TestClient) -> None:
     assert client.post("/v2/repository/models/digits/load", json={}).status_code == 200
     assert client.post("/v2/models/digits/infer", json=_json(_batch(1))).status_code == 200
     assert client.post("/v2/repository/index", json={"ready": True}).json()[0]["state"] == "READY"
+
+
+def test_loads_that_wait_keep_no_request_waiting(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    released, begun = threading.Event(), threading.Event()
+
+    def load(_: ServedModel) -> bool:
+        begun.set()
+        return released.wait(30)
+
+    monkeypatch.setattr(ServedModel, "load", load)
+    with client, ThreadPoolExecutor(65) as pool:
+        loads = [pool.submit(client.post, "/v2/repository/models/digits/load") for _ in range(64)]
+        try:
+            assert begun.wait(10)
+            time.sleep(1)  # all of them have arrived
+            content, headers = _binary(_batch(8))  # large enough to be decoded in a thread
+            asked = pool.submit(client.post, "/v2/models/digits/infer", content=content, headers=headers)
+            assert asked.result(10).status_code == 200
+        finally:
+            released.set()
+    assert {load.result().status_code for load in loads} == {200}
 
 
 def test_without_control_nothing_is_loaded_on_request(inference: Inference) -> None:
