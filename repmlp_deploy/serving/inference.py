@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -164,17 +164,34 @@ class Inference:
             ServingError: it gets no answer; the class says why.
         """
         model, images = self.models.find(name)
-        start, outcome = time.monotonic(), "failed"
+        start = time.monotonic()
         limits = [limit for limit in (request.timeout, remaining, self._timeout) if limit is not None]
         limit = max(min(limits), 0.0)
         try:
             async with asyncio.timeout(limit):
                 response = await self._answer(model, images, name, version, request, start + limit)
-            outcome = "ok"
         except TimeoutError:
-            outcome = "late"
             raise TooLate(f"the deadline of {limit:.3f} s passed") from None
-        except asyncio.CancelledError:
+        model.metrics.seconds.observe(time.monotonic() - start)
+        return response
+
+    @contextmanager
+    def counted(self, name: str, gone: type[BaseException] = asyncio.CancelledError) -> Iterator[None]:
+        """Count a request by its outcome; around all that a host does with it, from its body to the answer.
+
+        Args:
+            name: of the model.
+            gone: what the host raises if the client has gone, besides CancelledError.
+
+        Raises:
+            UnknownModel: there is no such model.
+        """
+        model, _ = self.models.find(name)
+        outcome = "failed"
+        try:
+            yield
+            outcome = "ok"
+        except (asyncio.CancelledError, gone):
             outcome = "cancelled"
             raise
         except ServingError as error:
@@ -182,9 +199,6 @@ class Inference:
             raise
         finally:
             model.metrics.outcomes[outcome].inc()
-            if outcome == "ok":
-                model.metrics.seconds.observe(time.monotonic() - start)
-        return response
 
     def close(self) -> None:
         """Give back threads and models."""

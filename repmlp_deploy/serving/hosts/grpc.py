@@ -237,11 +237,11 @@ class Servicer:
 
     async def model_infer(self, request: Any, remaining: float | None) -> Any:
         """Answer an inference request."""
-        self._inference.models.find(request.model_name)
-        plain = all(given.datatype != "BYTES" and not given.HasField("contents") for given in request.inputs)
-        asked = _decoded(request) if plain else await asyncio.to_thread(_decoded, request)  # value by value
-        answer = await self._inference.infer(request.model_name, request.model_version, asked, remaining=remaining)
-        return _encoded(answer)
+        with self._inference.counted(request.model_name):
+            plain = all(given.datatype != "BYTES" and not given.HasField("contents") for given in request.inputs)
+            asked = _decoded(request) if plain else await asyncio.to_thread(_decoded, request)  # value by value
+            name, version = request.model_name, request.model_version
+            return _encoded(await self._inference.infer(name, version, asked, remaining=remaining))
 
     async def model_config(self, request: Any, _remaining: float | None) -> Any:
         """Say a model's configuration."""

@@ -175,17 +175,18 @@ class _Host:
     async def infer(self, request: Request) -> Response:
         """Answer an inference request; drop it where the client goes away."""
         name, version = _model(request)
-        self._models.find(name)  # before the body is read
-        body = await read_body(request, self._options.body_limit, self._options.body_seconds)
-        header = _header_length(request)
-        work = asyncio.ensure_future(self._infer(name, version, body, header))
-        gone = asyncio.ensure_future(_disconnected(request.receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            return work.result() if work.done() else Response(status_code=_GONE)
-        finally:
-            for task in (work, gone):
-                task.cancel()
+        with self._inference.counted(name, gone=ClientDisconnect):
+            body = await read_body(request, self._options.body_limit, self._options.body_seconds)
+            work = asyncio.ensure_future(self._infer(name, version, body, _header_length(request)))
+            gone = asyncio.ensure_future(_disconnected(request.receive))
+            try:
+                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    raise ClientDisconnect
+                return work.result()
+            finally:
+                for task in (work, gone):
+                    task.cancel()
 
     async def _infer(self, name: str, version: str, body: bytes, header: int | None) -> Response:
         big = len(body) > _BIG

@@ -264,6 +264,23 @@ def test_counts_reach_prometheus_and_the_statistics(client: TestClient) -> None:
     assert {stats["inference_stats"][part]["count"] for part in parts} == {2}
 
 
+def test_requests_that_the_network_never_sees_are_counted_too(client: TestClient) -> None:
+    nan, plain = np.full((1, 3, 32, 32), np.nan, np.float32).tobytes(), {"Inference-Header-Content-Length": "0"}
+    wrong: list[tuple[bytes, dict[str, str]]] = [
+        (b"{", {}),
+        (bytes((1 << 20) + 1), plain),
+        (b"", {"Content-Encoding": "gzip"}),
+        (b"{}", {"Inference-Header-Content-Length": "x"}),
+        (nan, plain),  # its answer is no JSON
+    ]
+    for content, headers in wrong:
+        assert client.post("/v2/models/digits/infer", content=content, headers=headers).status_code in (400, 413)
+    _ask(client.app, "POST", "/v2/models/digits/infer", [{"type": "http.disconnect"}])
+    text = client.get("/metrics").text
+    for outcome, count in {"bad": len(wrong), "cancelled": 1, "ok": 0}.items():
+        assert f'repmlp_requests_total{{model="digits",outcome="{outcome}"}} {count}.0' in text
+
+
 def test_the_configuration_has_shapes_without_the_batch(client: TestClient) -> None:
     config = client.get("/v2/models/digits/config").json()
     assert config["max_batch_size"] == 16
