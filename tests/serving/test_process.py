@@ -110,6 +110,20 @@ def test_a_request_in_the_network_is_answered_after_sigterm(bundle_folder: Path)
         assert statuses == [200]
 
 
+def test_a_request_that_takes_longer_than_the_drain_is_told_so(bundle_folder: Path) -> None:
+    with running_server(bundle_folder, "--format", "onnx", "--drain", "1") as server:
+        server.wait_until_ready()
+        host, port = server.http.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(b"POST /v2/models/repmlp-digits/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+            time.sleep(0.2)
+            assert server.terminate() == 0
+            answer = connection.recv(1 << 16)
+    assert answer.startswith(b"HTTP/1.1 503"), answer
+    assert answer.endswith(b'{"error":"the server stops"}'), answer
+    assert "Traceback" not in server.text
+
+
 def test_a_second_signal_ends_the_process_at_once(bundle_folder: Path) -> None:
     with running_server(bundle_folder, "--format", "onnx") as server:
         server.wait_until_ready()

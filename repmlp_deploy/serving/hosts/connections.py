@@ -143,11 +143,27 @@ class _Limited(HttpToolsProtocol):
     async def _limited(self, scope: Any, receive: Any, send: Any) -> None:
         """Run the application, unless too many connections are open, and were when this one was opened."""
         if not self.beyond or len(self.connections) <= self.most:
-            await self.inner(scope, receive, send)
+            await self._answered(scope, receive, send)
             return
         said = f"{self.most} connections are open, and no more are served: try again"
         refusal = JSONResponse({"error": said}, HTTPStatus.SERVICE_UNAVAILABLE, {"connection": "close"})
         await refusal(scope, receive, send)
+
+    async def _answered(self, scope: Any, receive: Any, send: Any) -> None:
+        """Run the application; where the server stops before it has begun to answer, say that."""
+        begun = False
+
+        async def noted(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.inner(scope, receive, noted)
+        except asyncio.CancelledError:  # by uvicorn, which would log it as a defect and answer 500
+            if not begun:
+                refusal = JSONResponse({"error": "the server stops"}, HTTPStatus.SERVICE_UNAVAILABLE)
+                await refusal(scope, receive, send)
 
 
 def limited_connections(most: int, header_seconds: float) -> type[asyncio.Protocol]:
