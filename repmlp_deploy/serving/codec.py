@@ -35,6 +35,7 @@ _KINDS: Mapping[str, set[type]] = {"b": {bool}, "u": {int}, "i": {int}, "f": {in
 """The types of JSON's values, by the kind of NumPy's type."""
 _WIDEST: Mapping[str, type] = {"b": bool, "u": np.uint64, "i": np.int64, "f": np.float64}
 _MAX_TENSORS = 256
+_MAX_LISTS = 1 << 21  # with objects; a million takes a second, in which the interpreter does nothing else
 _MAX_ID = 1024
 _MICROSECONDS = 1e6
 
@@ -45,8 +46,13 @@ def parse_json(body: bytes | memoryview) -> dict[str, Any]:
     Raises:
         BadRequest: it is something else.
     """
+    text = bytes(body)
+    if text.count(b"[") + text.count(b"{") > _MAX_LISTS:
+        raise BadRequest(
+            f"the body has more than {_MAX_LISTS} lists and objects; send data as one list, or as raw bytes"
+        )
     try:
-        data = pydantic_core.from_json(bytes(body), allow_inf_nan=False, cache_strings="keys")
+        data = pydantic_core.from_json(text, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
     if not isinstance(data, dict):

@@ -213,3 +213,10 @@ def test_a_million_nested_lists_are_no_work() -> None:
         decode_request(body, None)
     assert parse_json(b'{"a": 1}') == {"a": 1}
     assert timeout_of({"timeout": 0}) is None
+
+
+@pytest.mark.parametrize("small", [b"[]", b"[1]", b"{}"])
+def test_a_body_of_many_small_lists_is_not_read(small: bytes) -> None:
+    body = b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [' + small
+    with pytest.raises(BadRequest, match="more than 2097152 lists and objects; send data as one list"):
+        decode_request(body + (b"," + small) * (1 << 21) + b"]}]}", None)
