@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -185,7 +186,12 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _require_tls(config: uvicorn.Config) -> None:
+    def encrypted() -> str:
+        raise ValueError("the key is encrypted; write it without a pass phrase, with openssl pkey -in KEY -out FILE")
+
     try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(str(config.ssl_certfile), config.ssl_keyfile, encrypted)  # uvicorn would ask for it
         config.load()
     except (OSError, ValueError) as error:
         raise InputError(f"TLS: cannot use {config.ssl_certfile} and {config.ssl_keyfile}: {error}") from None

@@ -24,6 +24,12 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from repmlp_deploy import export
 from repmlp_deploy.errors import InputError
@@ -187,6 +193,20 @@ def test_nothing_is_written_and_no_home_is_needed(bundle_folder: Path, tmp_path:
         assert server.terminate() == 0
     assert list(home.iterdir()) == []
     assert {path: path.stat().st_mtime_ns for path in bundle_folder.rglob("*")} == before
+
+
+def test_an_encrypted_key_is_refused_instead_of_asked_about(bundle_folder: Path, tmp_path: Path) -> None:
+    certificate = trustme.CA().issue_cert("localhost")
+    chain, key = tmp_path / "chain.pem", tmp_path / "key.pem"
+    certificate.cert_chain_pems[0].write_to_path(str(chain))
+    plain = load_pem_private_key(certificate.private_key_pem.bytes(), None)
+    key.write_bytes(
+        plain.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, BestAvailableEncryption(b"secret"))
+    )
+    code, said = _run(bundle_folder, "--port", "0", "--tls-certificate", chain, "--tls-key", key)
+    assert code == 2
+    assert "the key is encrypted; write it without a pass phrase" in said
+    assert "pass phrase:" not in said
 
 
 def _run(*arguments: str | Path) -> tuple[int, str]:
