@@ -76,13 +76,13 @@ def map_images(  # noqa: PLR0913 - what to run, on what, to where, and how
         out: the file; until all is done, the parts are in the folder `out`.parts.
         top: how many classes a row names.
         batch: images the network gets at a time; by default the bundle's best.
-        fresh: discard what earlier runs wrote, of whatever job.
+        fresh: discard what earlier runs wrote, of whatever job; a file that no run wrote stays.
         progress: is called after every part.
         engine: makes the parts; by default this process.
 
     Raises:
-        InputError: `out` or its parts are of another job, or are damaged; or images have no prediction in the bundle's
-            task.
+        InputError: `out` is no table of this function, or it or its parts are of another job, or are damaged; or images
+            have no prediction in the bundle's task.
         OutputError: it cannot be written.
     """
     manifest = predictor.manifest
@@ -99,10 +99,9 @@ def map_images(  # noqa: PLR0913 - what to run, on what, to where, and how
     folder = out.with_name(f"{out.name}.parts")
     parts = Parts(folder, job, digest, source.count, size, top, batch)
     try:
-        if out.is_file() and not fresh:
-            _is_done(out, job)  # before anything is written
+        _is_done(out, job, fresh=fresh)  # before anything is written
         with locked(folder / "job"):
-            if out.is_file() and not fresh and _is_done(out, job):
+            if _is_done(out, job, fresh=fresh):
                 _discard(folder)
                 return Mapped(source.count, source.count, count_errors(out), 0)
             _claim(folder, job, fresh=fresh)
@@ -124,15 +123,20 @@ def _part_size(count: int, batch: int) -> int:
     return -(-size // batch) * batch
 
 
-def _is_done(out: Path, job: str) -> bool:
-    """Return whether `out` is the result of this job.
+def _is_done(out: Path, job: str, *, fresh: bool) -> bool:
+    """Return whether `out` is the result of this job, and may stay.
 
     Raises:
         InputError: it is something else.
     """
-    if read_job(out) == job:
-        return True
-    raise InputError(f"--out {out} exists, and is of another bundle, other images or other options: pass --fresh")
+    if not out.is_file() or not out.stat().st_size:  # an empty file, as mktemp makes it, holds nothing
+        return False
+    found = read_job(out)
+    if found is None:
+        raise InputError(f"--out {out} exists, and is no readable table of repmlp-map: name another file, or remove it")
+    if found != job and not fresh:
+        raise InputError(f"--out {out} exists, and is of another bundle, other images or other options: pass --fresh")
+    return not fresh
 
 
 def _claim(folder: Path, job: str, *, fresh: bool) -> None:

@@ -184,6 +184,21 @@ def test_jobs_do_not_mix(images, predictor, tmp_path):
     assert not (tmp_path / "notes.txt.parts").exists()
 
 
+def test_a_file_that_no_run_wrote_stays(images, predictor, tmp_path):
+    """Also with `--fresh`: it may be the table that the images come from."""
+    table, notes, empty = tmp_path / "table.parquet", tmp_path / "notes.txt", tmp_path / "empty.parquet"
+    pq.write_table(pa.table({"image": [path.read_bytes() for path in sorted(images.rglob("*.png"))[:3]]}), table)
+    notes.write_text("no table")
+    for out in (table, notes):
+        before = out.read_bytes()
+        with pytest.raises(InputError, match=f"{out.name} exists, and is no readable table of repmlp-map"):
+            map_images(predictor, open_source(str(table)), out, fresh=True)
+        assert out.read_bytes() == before
+        assert not out.with_name(f"{out.name}.parts").exists()
+    empty.touch()
+    assert map_images(predictor, open_source(str(table)), empty).count == 3
+
+
 def parts_of_a_stopped_run(source, predictor, out):
     """Stop a run when all of its parts are made; return them."""
 
