@@ -261,6 +261,8 @@ def load_card(name_or_path: str | Path) -> ModelCard:
         if path.suffix == ".toml" or path.name != str(name_or_path) or not _exists(shipped):
             near = difflib.get_close_matches(str(name_or_path), list_cards(), n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(list_cards())}"
+            if path.suffix == ".toml" and not near:
+                hint = "there is no such file"
             raise CardError(f"no card {str(name_or_path)!r}; {hint}")
         path = shipped
     return _read_card(path)

@@ -68,10 +68,10 @@ def read_text(path: Path, most_bytes: int) -> str:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no regular file, is larger than `most_bytes`, or is no UTF-8; the message says which.
+        ValueError: it is missing, no regular file, larger than `most_bytes`, or no UTF-8; the message says which.
     """
     if not path.is_file():
-        raise ValueError("it is not a regular file")
+        raise ValueError("it is not a regular file" if path.exists() else "no such file")
     with path.open("rb") as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:

@@ -44,7 +44,7 @@ def test_a_card_of_ones_own_is_read_by_path(tmp_path: Path) -> None:
     [
         ("repmlpnet-b244", r"did you mean repmlpnet-b224\?"),
         ("zzz", "known: "),
-        ("no/such.toml", "no card"),
+        ("no/such.toml", "no card 'no/such.toml'; there is no such file"),
         ("../repmlp-digits", "no card"),
     ],
 )

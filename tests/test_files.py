@@ -39,6 +39,13 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     assert store.text(path, 100) == "a.png 1\ncat\n"
 
 
+def test_a_file_that_is_not_there_and_a_folder_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        read_text(tmp_path / "none", 100)
+    with pytest.raises(ValueError, match="it is not a regular file"):
+        read_text(tmp_path, 100)
+
+
 def test_every_cache_follows_one_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPMLP_CACHE", str(tmp_path / "ours"))
     assert cache_folder("a", "b") == tmp_path / "ours" / "a" / "b"

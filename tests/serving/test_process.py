@@ -231,8 +231,10 @@ def _run(*arguments: str | Path) -> tuple[int, str]:
         (("{b}", "--tls-key", "k"), "belong together"),
         (("{b}", "--tls-certificate", "c", "--tls-key", "k", "--port", "0"), "TLS: cannot use c and k"),
         (("--watch", "none"), "--watch none is no folder"),
-        (("{b}", "--config", "none.toml"), "--config none.toml: it is not a regular file"),
-        (("{b}", "--config", "{bad}"), "no option 'colour'"),
+        (("{b}", "--config", "none.toml"), "--config none.toml: no such file"),
+        (("{b}", "--config", "{b}"), "it is not a regular file"),
+        (("{b}", "--config", "{bad}"), "no option 'colour'; known: body-mb, bundles, cache, connections,"),
+        (("{b}", "--config", "{bad}"), ", grpc-port, host, host-engine,"),
     ],
 )
 def test_what_cannot_be_served_is_one_line_and_exit_2(
@@ -252,7 +254,7 @@ def test_what_cannot_be_served_is_one_line_and_exit_2(
 def test_options_come_from_a_file_and_the_line_wins(bundle_folder: Path, tmp_path: Path) -> None:
     shutil.move(bundle_folder, tmp_path / "b")
     config = tmp_path / "serve.toml"
-    config.write_text(f'bundles = ["mine={tmp_path / "b"}"]\nformat = "onnx"\nbody_mb = 1\nlog-format = "text"\n')
+    config.write_text(f'bundles = "mine={tmp_path / "b"}"\nformat = "onnx"\nbody_mb = 1\nlog-format = "text"\n')
     with running_server("--config", config, "--log-format", "json") as server:
         server.wait_until_ready()
         assert json.loads(server.text.splitlines()[0])["message"] == "listening"
