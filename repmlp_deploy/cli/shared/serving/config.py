@@ -12,6 +12,7 @@ from repmlp_deploy.text import printable
 __all__ = ["read_config"]
 
 _LARGEST_BYTES = 1 << 20
+_NOT_IN_A_FILE = ("config", "debug", "version")  # read before the file is, or from the command line itself
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -32,13 +33,15 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise InputError(f"--config {path}: {error.strerror or error}") from None
     except ValueError as error:
         raise InputError(f"--config {path}: {error}") from None
-    names = {option.lstrip("-"): p.name for p in context.command.params for option in (*p.opts, p.name)}
+    params = [one for one in context.command.params if one.name not in _NOT_IN_A_FILE]
+    named = {option.lstrip("-"): one for one in params for option in (*one.opts, one.name)}
     defaults = {}
     for key, value in values.items():
-        name = names.get(key.replace("_", "-"), names.get(key))
-        if name in (None, "config", "debug"):
-            known = ", ".join(sorted(set(names) - {"config", "debug"} - set(names.values())))
-            raise InputError(f"--config {path}: no option {printable(key, 100)!r}; known: {known}")
-        defaults[name] = value
+        one = named.get(key.replace("_", "-"), named.get(key))
+        if one is None:
+            known = sorted(name.lstrip("-") for one in params for name in one.opts if len(name.lstrip("-")) > 1)
+            raise InputError(f"--config {path}: no option {printable(key, 100)!r}; known: {', '.join(known)}")
+        several = one.nargs == -1 or getattr(one, "multiple", False)
+        defaults[one.name] = [value] if several and isinstance(value, str) else value
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
