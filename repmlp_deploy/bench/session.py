@@ -25,6 +25,7 @@ from repmlp_deploy.bench.scenarios import Scenarios
 from repmlp_deploy.bench.settings import Settings
 from repmlp_deploy.bench.subjects.table import SUBJECTS, chosen_rows, require_device, why_not
 from repmlp_deploy.bench.targets import Target, Unavailable, counts_key, find_targets
+from repmlp_deploy.convert.options import require_choice
 
 __all__ = ["run_benchmark"]
 
@@ -62,8 +63,7 @@ class _Session:
         self.settings = settings
         self.threads = settings.threads or usable_cores()
         self.chosen = chosen_rows(settings.formats, settings.precision, settings.device)
-        if settings.baseline not in SUBJECTS:
-            chosen_rows([settings.baseline], settings.precision, settings.device)
+        require_choice("--baseline", settings.baseline, tuple(SUBJECTS))
         require_device(settings.device)
         if settings.scenario:  # a missing package is told before minutes of measuring, not after
             import_module("repmlp_deploy.bench.load.generator")

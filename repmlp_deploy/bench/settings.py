@@ -15,6 +15,7 @@ from repmlp_deploy.errors import InputError
 from repmlp_deploy.files import read_toml
 from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.reading import state_of
+from repmlp_deploy.text import printable
 
 __all__ = ["DEFAULT_MODEL", "Settings", "read_settings"]
 
@@ -23,7 +24,7 @@ DEFAULT_MODEL = "repmlpnet-b224"
 _LARGEST_SUITE_BYTES = 1 << 20
 
 _OPTIONS = {"limit_seconds": "limit", "idle_ms": "idle", "end_to_end": "end-to-end", "p99_ms": "p99"}
-"""Setting to its option, where the names differ."""
+"""Setting to its option, where the names differ; a suite may use either."""
 
 _SOURCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -99,12 +100,7 @@ def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
     Raises:
         InputError: the file cannot be read, or a setting is wrong or contradicts another.
     """
-    found: dict[str, Any] = {}
-    if suite is not None:
-        try:
-            found = read_toml(suite, _LARGEST_SUITE_BYTES)
-        except (OSError, ValueError) as error:
-            raise InputError(f"--suite {suite}: {getattr(error, 'strerror', None) or error}") from None
+    found = {} if suite is None else _read_suite(suite)
     named = {name: _parsed(name, value) for name, value in given.items() if value is not None}
     try:
         settings = Settings.model_validate(_with_defaults(_without_other_source(found, named) | named))
@@ -115,6 +111,28 @@ def read_settings(suite: Path | None, given: Mapping[str, Any]) -> Settings:
         raise InputError(f"{where}: {first['msg']}; got {first['input']!r}") from None
     _require_consistent(settings, named)
     return settings
+
+
+def _read_suite(suite: Path) -> dict[str, Any]:
+    """Return the settings in a suite's file; a list may be written as on the command line.
+
+    Raises:
+        InputError: it cannot be read, or names no setting.
+    """
+    try:
+        values = read_toml(suite, _LARGEST_SUITE_BYTES)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--suite {suite}: {getattr(error, 'strerror', None) or error}") from None
+    settings = {_OPTIONS.get(name, name): name for name in Settings.model_fields}
+    found = {}
+    for key, value in values.items():
+        name = settings.get(key, key)
+        if name not in Settings.model_fields:
+            known = ", ".join(sorted(settings))
+            raise InputError(f"--suite {suite}: no setting {printable(key, 100)!r}; known: {known}")
+        one = str(value) if name == "batch" and type(value) is int else value
+        found[name] = _parsed(name, one)
+    return found
 
 
 def _require_consistent(settings: Settings, named: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from repmlp_deploy.bench import worker
 from repmlp_deploy.bench.crew import Child, ChildFailed
 from repmlp_deploy.bench.load.pictures import image_like, synthetic_jpeg
+from repmlp_deploy.bench.session import run_benchmark
 from repmlp_deploy.bench.settings import Settings, read_settings
 from repmlp_deploy.bench.subjects import table as subjects
 from repmlp_deploy.bench.subjects.seeding import seeded_samples
@@ -62,6 +63,17 @@ def test_unknown_words_are_refused(formats, precisions):
         chosen_rows(formats, precisions)
 
 
+def test_a_precision_of_another_device_is_no_unknown_word():
+    with pytest.raises(InputError, match="--precision: tf32 does not run on cpu; these do: fp32, "):
+        chosen_rows(None, ("tf32",))
+    assert ("torch-trained", "tf32") in chosen_rows(None, ("tf32",), "cuda")
+
+
+def test_an_unknown_baseline_is_named_by_its_option():
+    with pytest.raises(InputError, match=r"--baseline onx: unknown; did you mean onnx\?"):
+        run_benchmark(Settings(baseline="onx"), print)
+
+
 @pytest.mark.parametrize("name", sorted({subject.opener for subject in SUBJECTS.values()}))
 def test_every_opener_exists(name):
     module, function = name.split(":")
@@ -104,6 +116,19 @@ def test_a_wrong_suite_is_refused(tmp_path, text):
     suite = tmp_path / "s.toml"
     suite.write_text(text)
     with pytest.raises(InputError, match=r"s\.toml"):
+        read_settings(suite, {})
+
+
+def test_a_suite_takes_the_names_and_the_lists_of_the_command_line(tmp_path):
+    suite = tmp_path / "s.toml"
+    suite.write_text('models = "a, b"\nbatch = 4\nlimit = 60\nend-to-end = true\nidle_ms = 5\np99 = 20\n')
+    settings = read_settings(suite, {})
+    assert (settings.models, settings.batch) == (("a", "b"), (4,))
+    assert (settings.limit_seconds, settings.end_to_end, settings.idle_ms, settings.p99_ms) == (60, True, 5, 20)
+    suite.write_text('batch = "8,1"\n')
+    assert read_settings(suite, {}).batch == (1, 8)
+    suite.write_text("batches = 4\n")
+    with pytest.raises(InputError, match=r"no setting 'batches'; known: .*, end-to-end, .*, limit, .*, p99, "):
         read_settings(suite, {})
 
 

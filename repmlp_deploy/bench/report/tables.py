@@ -96,7 +96,8 @@ def conventions(report: Report) -> list[str]:
     said = [
         (
             f"vs base: latency of the base row ({report.baseline}, or the first that ran) over the row's, median over "
-            "rounds, with its 95 % interval (bootstrap over rounds); ≈ where the interval holds 1: not distinguishable."
+            "rounds, with its 95 % interval (bootstrap over rounds; it covers all rounds if there are fewer than six); "
+            "≈ where the interval holds 1: not distinguishable."
         ),
         "Nothing is clipped. A percentile is left out where fewer than one call lies beyond it.",
         "error: largest absolute difference from the trained network in float64, on the probe's inputs.",

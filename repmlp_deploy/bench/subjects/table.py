@@ -228,6 +228,8 @@ def chosen_rows(formats: Sequence[str] | None, precisions: Sequence[str], device
         if name not in here:
             raise InputError(f"--formats: {name} does not run on {device}; these do: {', '.join(here)}")
     for precision in precisions:
+        if precision in ON_CUDA and precision not in known:
+            raise InputError(f"--precision: {precision} does not run on {device}; these do: {', '.join(known)}")
         require_choice("--precision", precision, tuple(known))
     if not precisions:
         raise InputError("--precision is empty; name one of " + ", ".join(known))
