@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from repmlp_deploy.bundle import Bundle, Hop
@@ -126,9 +127,8 @@ def _write_engine_report(bundle: Bundle, path: Path, artifact: str | None, *, as
     if as_json:
         print_json({"bundle": str(bundle.folder), "script": str(path)})
     else:
-        print_line(
-            f"{path}: run `python {path} {bundle.folder}` where the engine's GPU is; its first lines say what it needs"
-        )
+        how = f"python {quote(str(path))} {quote(str(bundle.folder))}"
+        print_line(f"{path}: run `{how}` where the engine's GPU is; its first lines say what it needs")
 
 
 def _bisect(  # noqa: PLR0913 - what to compare with what

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from shlex import quote
 
 from repmlp_deploy.bundle import ArtifactEntry, Bundle, GraphRecord, Hop, Manifest, Verdict
 from repmlp_deploy.cli.shared.console import print_line, print_table, print_verdict_line
@@ -130,15 +131,17 @@ def print_summary(bundle: Bundle) -> None:
             print_line(f"{name}: {accuracy.summary()}")
     seconds = sum(manifest.origin.seconds.values())
     print_line(f"{bundle.folder}: complete after {seconds:.1f} s; --details shows every comparison")
-    print_line(f"next: repmlp-predict {bundle.folder} IMAGE" if _takes_images(manifest) else f"next: {_verify(bundle)}")
+    folder = quote(str(bundle.folder))
+    runs = f"repmlp-predict {folder} IMAGE"
+    print_line(f"next: {runs if _takes_images(manifest) else _verify(folder)}")
 
 
 def _takes_images(manifest: Manifest) -> bool:
     return not find_task(manifest.task).refusal and any(name in RUNNERS for name in manifest.artifacts)
 
 
-def _verify(bundle: Bundle) -> str:
-    return f"repmlp-verify {bundle.folder}, on the machine that will run it"
+def _verify(folder: str) -> str:
+    return f"repmlp-verify {folder}, on the machine that will run it"
 
 
 def _described(entry: ArtifactEntry) -> tuple[str, str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,11 @@ def test_the_summary_is_a_few_lines_with_the_next_command(bundle: Bundle, capsys
     assert lines[1].startswith("closest to its limit: ")
     assert "the same class for 100 % of the probe" in lines[2]
     assert lines[-1] == f"next: repmlp-predict {bundle.folder} IMAGE"
+
+
+def test_the_next_command_can_be_pasted(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary(Bundle(bundle.manifest, Path("my artifacts/$x")))
+    assert capsys.readouterr().out.splitlines()[-1] == "next: repmlp-predict 'my artifacts/$x' IMAGE"
 
 
 def test_the_summary_says_what_was_merged_by_structure(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

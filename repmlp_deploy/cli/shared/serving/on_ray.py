@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 from repmlp_deploy.cli.shared.console import print_line, typer
@@ -124,4 +125,4 @@ class RayServing:
             replace_file(path, yaml.safe_dump(content, sort_keys=False).encode())
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-        print_line(f"{path}: serve deploy {path}")
+        print_line(f"{path}: written; on the cluster, run `serve deploy {quote(str(path))}`")
