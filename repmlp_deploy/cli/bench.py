@@ -6,6 +6,7 @@ Exit codes beyond the common ones: 3 when `--compare` finds a row slower than be
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -214,6 +215,8 @@ def _check_outputs(outputs: dict[str, Path | None]) -> None:
         target = path.resolve()
         if not target.parent.is_dir():
             raise OutputError(f"could not write {path}: {target.parent} does not exist")
+        if not os.access(target.parent, os.W_OK | os.X_OK) and (target.is_file() or not target.exists()):
+            raise OutputError(f"could not write {path}: {target.parent} cannot be written to")
         if target in options and (target.is_file() or not target.exists()):  # a device takes several
             raise InputError(f"--{options[target]} and --{name} are both {path}; name two files")
         options[target] = name

@@ -299,6 +299,13 @@ def test_an_option_that_would_be_lost_is_refused(tmp_path, monkeypatch, capsys, 
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(session, "run_benchmark", lambda *_: pytest.fail("measured for nothing"))
+    monkeypatch.setattr(os, "access", lambda path, _mode: path != tmp_path)  # root may write everywhere
+    assert _bench("--json", str(tmp_path / "r.json")) == 5
+    assert f"{tmp_path} cannot be written to" in capsys.readouterr().err
+
+
 def test_json_on_stdout_stays_json_beside_a_comparison(tmp_path, monkeypatch, capsys):
     (tmp_path / "old.json").write_text(make_report(seed=1).to_json())
     monkeypatch.setattr(session, "run_benchmark", lambda *_: make_report(seed=2))
