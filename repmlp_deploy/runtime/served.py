@@ -214,7 +214,8 @@ class Served:
         if not isinstance(values, np.ndarray) or values.ndim != len(expected) + 1 or values.shape[1:] != expected:
             got = tuple(values.shape) if isinstance(values, np.ndarray) else type(values).__name__
             takes = ", ".join(("N", *(str(edge) for edge in expected)))
-            raise InputError(f"{what} is {got}; {self.manifest.name} takes ({takes})")
+            kind = "" if isinstance(values, np.ndarray) else "a NumPy array "
+            raise InputError(f"{what} is {got}; {self.manifest.name} takes {kind}({takes})")
         if values.dtype.name != spec.dtype:
             raise InputError(f"{what} is {values.dtype}; {self.manifest.name} takes {spec.dtype}")
 

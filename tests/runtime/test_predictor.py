@@ -112,7 +112,7 @@ def test_inputs_are_left_alone_and_outputs_are_the_callers(predictor: Predictor)
         (np.zeros((3, 32, 32), np.float32), r"input is \(3, 32, 32\)"),
         (np.zeros((1, 3, 32, 32)), "input is float64; repmlp-digits takes float32"),
         (np.zeros((0, 3, 32, 32), np.float32), "empty batch"),
-        ([[1.0]], "input is list"),
+        ([[1.0]], r"input is list; repmlp-digits takes a NumPy array \(N, 3, 32, 32\)"),
     ],
 )
 def test_a_batch_that_is_not_the_networks_is_refused(predictor: Predictor, batch: np.ndarray, said: str) -> None:
