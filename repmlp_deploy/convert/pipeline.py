@@ -84,7 +84,7 @@ def export(  # noqa: PLR0913 - one per command-line option
     """Merge, prove, export: return a bundle on disk whose every artifact was compared with the trained network.
 
     Args:
-        model_or_checkpoint: a weights file; a network of `get_model`; or, with `example_input`, any module with blocks.
+        model_or_checkpoint: a weights file; a network of `get_model`; or, with `example_input`, any module.
         module: `package.module:factory` of the network that the weights file is for, if it is no family's.
         model: `timm:NAME[,key=value…]`, the network of timm that the weights file is for; needs the extra `timm`.
         example_input: a tensor, or several by position or name, whose first axis is the batch.
@@ -100,11 +100,11 @@ def export(  # noqa: PLR0913 - one per command-line option
         opset: of the ONNX graph, for older runtimes, by default 20 or the first that the precision needs; before 20,
             GELU is made of other operators.
         engine: how to build engines.
-        calibration: for int8: a folder of images, a `.npz`, or arrays (n, …) by the names of the inputs.
+        calibration: for int8, fp8 and fp16: a folder of images, a `.npz`, or arrays (n, …) by the names of the inputs.
         calibration_method: of `CALIBRATION_METHODS`, by default `minmax`.
         keep_fp32: patterns of module or node names that stay in float32, such as `stages.0.*`.
         sensitivity: also measure the error of lowering each block alone.
-        max_drop: percentage points of top-1 on `labelled` that int8 may lose: blocks return to float32, the most
+        max_drop: percentage points of top-1 on `labelled` that int8 or fp8 may lose: blocks return to float32, the most
             sensitive first, until every artifact holds that.
         labelled: the images, as `LabelledFolder(path)`.
         weights: see `load_trained`.
