@@ -100,7 +100,7 @@ def test_files_folders_and_foreign_folders_are_not_overwritten(bundle_folder: Pa
         draft.save(tmp_path / "file")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("mine")
-    with pytest.raises(InputError, match=r"holds files of others \(cat.jpg\)"):
+    with pytest.raises(InputError, match=r"holds other files \(cat.jpg\)"):
         draft.save(tmp_path / "photos")
     (bundle_folder / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"notes.txt"):
@@ -146,19 +146,19 @@ def test_the_manifest_of_something_else_makes_no_bundle(tmp_path: Path, manifest
     for name in ("index.html", "probe.html"):
         (tmp_path / "site" / name).write_text("mine")
     (tmp_path / "site" / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="holds files of others"):
+    with pytest.raises(InputError, match="holds other files"):
         check_output_folder(tmp_path / "site")
 
 
 def test_a_folder_in_a_bundle_belongs_to_somebody_else(bundle_folder: Path) -> None:
     check_output_folder(bundle_folder)
     (bundle_folder / "photos").mkdir()
-    with pytest.raises(InputError, match=r"holds files of others \(photos\)"):
+    with pytest.raises(InputError, match=r"holds other files \(photos\)"):
         check_output_folder(bundle_folder)
     (bundle_folder / "photos").rmdir()
     (bundle_folder / "model.onnx").unlink()
     (bundle_folder / "model.onnx").mkdir()
-    with pytest.raises(InputError, match=r"holds files of others \(model.onnx\)"):
+    with pytest.raises(InputError, match=r"holds other files \(model.onnx\)"):
         check_output_folder(bundle_folder)
 
 

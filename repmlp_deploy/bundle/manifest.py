@@ -260,7 +260,7 @@ class Manifest(_Frozen):
 
     @property
     def origin(self) -> Origin:
-        """What the bundle was made of.
+        """What the bundle was made from.
 
         Raises:
             BundleError: the manifest says it in another form.

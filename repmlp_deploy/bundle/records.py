@@ -178,7 +178,7 @@ class EngineReport(Record):
 
 
 class CheckpointOrigin(Record):
-    """The weights file that a bundle was made of.
+    """The weights file that a bundle was made from.
 
     Attributes:
         file: its name.
@@ -196,7 +196,7 @@ class CheckpointOrigin(Record):
 
 
 class Origin(Record):
-    """What a bundle was made of, and when.
+    """What a bundle was made from, and when.
 
     Attributes:
         checkpoint: None for a network that was handed over in memory.

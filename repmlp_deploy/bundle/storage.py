@@ -219,7 +219,7 @@ def check_output_folder(out: Path) -> None:
     if target == here or target in here.parents:
         raise InputError(f"--out {out} is the working folder, or lies around it; name a folder inside it")
     if foreign:
-        raise InputError(f"--out {out} holds files of others ({', '.join(foreign[:3])}); name another folder")
+        raise InputError(f"--out {out} holds other files ({', '.join(foreign[:3])}); name another folder")
     written = target if target.is_dir() and not can_be_replaced(target) else target.parent
     try:
         tempfile.TemporaryFile(dir=written).close()  # tried: to root, permissions say yes where the file system says no

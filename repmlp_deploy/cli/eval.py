@@ -162,7 +162,7 @@ class _Origin:
             size, wanted = "x".join(map(str, trained.card.input_size)), "x".join(map(str, takes))
             raise InputError(
                 f"--ckpt {self.ckpt} is made to {trained.card.task} {size} images; {bundle.manifest.name} to "
-                f"{bundle.manifest.task} {wanted}: give the checkpoint that the bundle was made of"
+                f"{bundle.manifest.task} {wanted}: give the checkpoint that the bundle was made from"
             )
         how = bundle.manifest.preprocessing
 

@@ -87,7 +87,7 @@ def parse_batch(text: str | int) -> BatchRange:
         )
     low, best, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
     if not low <= best <= high:
-        raise InputError(f"--batch is {text}; MIN, OPT and MAX must not fall")
+        raise InputError(f"--batch is {text}; MIN, OPT and MAX must be in ascending order")
     return BatchRange(min=low, opt=best, max=high)
 
 

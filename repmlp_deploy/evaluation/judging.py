@@ -105,7 +105,7 @@ def _outputs(runs: Mapping[str, Run], images: Sequence[F32]) -> dict[str, F32]:
     shapes = {name: output.shape for name, output in outputs.items()}
     if len(set(shapes.values())) > 1:
         said = ", ".join(f"{name} gives {shape}" for name, shape in shapes.items())
-        raise InputError(f"these are different networks: {said}; give the checkpoint that the bundle was made of")
+        raise InputError(f"these are different networks: {said}; give the checkpoint that the bundle was made from")
     return outputs
 
 

@@ -117,7 +117,7 @@ def test_an_option_about_a_checkpoint_is_refused_without_one(
         (["--ckpt", "x.pth", "--format", "onxx"], "--format onxx: unknown; did you mean onnx?"),
         (["--ckpt", "x.pth", "--graph", "fold"], "--graph fold: unknown; did you mean folded?"),
         (["--ckpt", "x.pth", "--precision", "fp4"], "--precision fp4: unknown"),
-        (["--ckpt", "x.pth", "--batch", "8:1:64"], "--batch is 8:1:64; MIN, OPT and MAX must not fall"),
+        (["--ckpt", "x.pth", "--batch", "8:1:64"], "--batch is 8:1:64; MIN, OPT and MAX must be in ascending order"),
         (["--ckpt", "x.pth", "--input-size", "224"], "expected HxW, such as 224x224"),
         (["--ckpt", "x.pth", "--card", "repmlpnet-b222"], "did you mean repmlpnet-b224?"),
         (["--ckpt", "x.pth"], "x.pth: no such file"),

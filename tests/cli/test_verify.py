@@ -101,7 +101,7 @@ def test_the_checkpoint_derives_the_certificate_again(
     with other.open("ab") as file:
         file.write(b"\0")
     assert verify(bundle.folder, "--ckpt", other) == 3
-    assert "the bundle was made of repmlp-digits.safetensors" in capsys.readouterr().err
+    assert "the bundle was made from repmlp-digits.safetensors" in capsys.readouterr().err
 
 
 def test_the_certificate_says_what_it_rests_on(bundle: Bundle) -> None:

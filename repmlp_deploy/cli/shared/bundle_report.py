@@ -114,7 +114,7 @@ def print_summary(bundle: Bundle) -> None:
         found = f"close to the {reference} network in {precision}" if verdict.passed else found
     print_verdict_line(f"{manifest.name}: {found}, in {len(hops)} comparisons", passed=verdict.passed)
     if verdict.margin is not None:
-        print_line(f"closest to its limit: {verdict.closest}, {_margin(verdict.margin)} inside")
+        print_line(f"closest to its limit: {verdict.closest}, with a margin of {_margin(verdict.margin)}")
     last = next((hop for hop in reversed(hops) if hop.kind == "output"), None)
     if last is not None:
         same = "" if last.top1 is None else f"; the same class for {100 * last.top1:g} % of the probe"

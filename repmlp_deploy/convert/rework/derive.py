@@ -1,4 +1,4 @@
-"""Origins: a bundle's certificate derived once more from the checkpoint that the bundle was made of.
+"""Origins: a bundle's certificate derived once more from the checkpoint that the bundle was made from.
 
 A bundle is verified without torch against the outputs in its own probe. To check these too, go back to the checkpoint:
 its hash must be the manifest's, the trained network must give the probe's outputs, merging and folding must leave no
@@ -57,7 +57,7 @@ def derive_again(
         progress: called with the name of every step as it begins.
 
     Raises:
-        InputError: the bundle was made of no file, or of a network of the user's own without a `module`.
+        InputError: the bundle was made from no file, or of a network of the user's own without a `module`.
         BundleError: a file is not what was certified.
         VerificationError: the checkpoint is another one, or a step or a file is not what comes of it.
     """
@@ -106,7 +106,7 @@ def _read_again(path: Path, trained: Trained, merged: nn.Module) -> nn.Module:
 
 
 def _read_same_file(bundle: Bundle, path: Path) -> Checkpoint:
-    """Return the content of a file; raise unless the bundle was made of this very file."""
+    """Return the content of a file; raise unless the bundle was made from this very file."""
     name, source = bundle.manifest.name, bundle.manifest.origin.checkpoint
     if source is None:
         raise InputError(f"{name} was exported from a network in memory: there is no checkpoint to go back to")
@@ -116,7 +116,7 @@ def _read_same_file(bundle: Bundle, path: Path) -> Checkpoint:
     def check(digest: str) -> None:
         if digest != source.sha256:
             raise VerificationError(
-                f"{path} has sha256 {digest[:16]}…; the bundle was made of {source.file} with "
+                f"{path} has sha256 {digest[:16]}…; the bundle was made from {source.file} with "
                 f"{source.sha256[:16]}…: give that file"
             )
 

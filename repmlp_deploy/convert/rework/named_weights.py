@@ -44,10 +44,10 @@ def named_weights(
 
     Raises:
         CheckpointError: it is of another architecture: a weight is missing, unused or of another shape.
-        InputError: the graph is in 8 bits: its scales were measured of one checkpoint.
+        InputError: the graph is in 8 bits: its scales were measured with one checkpoint.
     """
     if any(t.data_type in _QUANTIZED for t in graph.graph.initializer):
-        raise InputError("8-bit graphs hold scales that were measured of one checkpoint: export the new one instead")
+        raise InputError("8-bit graphs hold scales that were measured with one checkpoint: export the new one instead")
     found: dict[str, NDArray[Any]] = {}
     unused, slopes = set(state), _slopes(graph)
     for tensor in graph.graph.initializer:

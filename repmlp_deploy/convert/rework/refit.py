@@ -154,7 +154,7 @@ def _check(bundle: Bundle) -> list[str]:
     if other:
         raise InputError(f"{manifest.name} also holds {', '.join(other)}, which cannot be refitted: export anew")
     if PRECISIONS[bundle.artifact("onnx").precision].lowering == "quantize":
-        raise InputError("8-bit graphs hold scales that were measured of one checkpoint: export the new one instead")
+        raise InputError("8-bit graphs hold scales that were measured with one checkpoint: export the new one instead")
     engines = [name for name in manifest.artifacts if name in FLAVOURS]
     for name in engines:
         options = bundle.artifact(name).record(EngineReport).options

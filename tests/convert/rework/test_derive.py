@@ -126,7 +126,7 @@ def test_another_checkpoint_is_refused_by_its_hash(
 ) -> None:
     other = tmp_path / "other.safetensors"
     safetensors.torch.save_file({**digits_state, "head.bias": digits_state["head.bias"] + 1e-3}, other)
-    with pytest.raises(VerificationError, match=r"has sha256 .*; the bundle was made of repmlp-digits.safetensors"):
+    with pytest.raises(VerificationError, match=r"has sha256 .*; the bundle was made from repmlp-digits.safetensors"):
         derive_again(bundle, other)
     with pytest.raises(InputError, match="no such file"):
         derive_again(bundle, tmp_path / "none.pth")

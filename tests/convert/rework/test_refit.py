@@ -90,7 +90,7 @@ def test_weights_beyond_the_type_are_refused() -> None:
 def test_int8_scales_are_of_one_checkpoint() -> None:
     graph = graph_case("repmlpnet").model
     lowered = set_precision(graph, "int8", ranges=dict.fromkeys(product_tensors(graph), 4.0)).model
-    with pytest.raises(InputError, match="8-bit graphs hold scales that were measured of one checkpoint"):
+    with pytest.raises(InputError, match="8-bit graphs hold scales that were measured with one checkpoint"):
         named_weights(state_of("repmlpnet", 0), lowered)
 
 
