@@ -121,6 +121,8 @@ def _of_path(data: str, column: str | None) -> Source:
         used = find_column(data, column)
         items = partial(_table_items, data, used, None)
         return Source(count_rows(data), _fingerprint([path], used), items, is_table=True)
+    if name.endswith(IMAGE_SUFFIXES):
+        raise InputError(f"--data {data} is one image; give a folder, a glob or a list, or use repmlp-predict")
     return _of_files(path.parent, _lines(read_text(path, _LARGEST_LIST_BYTES)))
 
 

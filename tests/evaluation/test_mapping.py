@@ -303,6 +303,9 @@ def test_unusable_sources_are_one_line(tmp_path):
         open_source(str(tmp_path / "none"))
     with pytest.raises(InputError, match="holds no images"):
         open_source(str(tmp_path))
+    (tmp_path / "a.PNG").write_bytes(b"\x89PNG")
+    with pytest.raises(InputError, match=r"a\.PNG is one image; give a folder, a glob or a list"):
+        open_source(str(tmp_path / "a.PNG"))
     for name in ("x.tar", "x.parquet", "x.arrow", "x.tgz"):
         (tmp_path / name).write_bytes(b"damaged" * 100)
         with pytest.raises(InputError, match="cannot be read"):
