@@ -265,8 +265,10 @@ def _split_name(option: str, text: str) -> tuple[str, str]:
     kind, purpose = _NAMED[option]
     if not module_name or not name.isidentifier() or len(text) > _LONGEST_NAME:
         raise InputError(f"{option} is {text[:_LONGEST_NAME]!r}; expected package.module:{kind}")
-    if module_name.partition(".")[0] in (*sys.stdlib_module_names, ""):
-        raise InputError(f"{option} {text}: {module_name or 'a relative module'} {purpose}; name your package")
+    if module_name.endswith(".py") or not all(part.isidentifier() for part in module_name.split(".")):
+        raise InputError(f"{option} {text}: {module_name} is no module's name; expected it as `import` takes it")
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise InputError(f"{option} {text}: {module_name} is a module of Python and {purpose}; name or rename your own")
     return module_name, name
 
 

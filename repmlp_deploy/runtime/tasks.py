@@ -275,7 +275,7 @@ TASKS: Mapping[str, Task] = {
         "output",
         2,
         lambda outputs, *_: list(outputs),
-        refusal="has no card, so how it takes images is unknown: call logits(), or export it with card=",
+        refusal="has no card, so how it takes images is unknown: call logits(), or export it with a card",
     ),
 }
 """Task to what its outputs mean; the tasks of cards and manifests."""

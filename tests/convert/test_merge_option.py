@@ -54,7 +54,7 @@ def test_what_merges_is_a_word_or_a_function(text: str) -> None:
         (":function", "expected package.module:function"),
         ("package:", "expected package.module:function"),
         ("package:" + "f" * 300, "expected package.module:function"),
-        ("os:remove", "os merges no network; name your package"),
+        ("os:remove", "os is a module of Python and merges no network; name or rename your own"),
     ],
 )
 def test_anything_else_is_refused_before_any_work(text: str, said: str) -> None:

@@ -248,6 +248,10 @@ def test_tied_weights_that_differ_in_a_file_are_refused() -> None:
     ("module", "said"),
     [
         ("nowhere", "expected package.module:factory"),
+        ("mynet.py:make", "mynet.py is no module's name; expected it as `import` takes it"),
+        ("./mynet.py:make", "./mynet.py is no module's name"),
+        (".mynet:make", ".mynet is no module's name"),
+        ("code:make", "code is a module of Python and holds no network; name or rename your own"),
         ("nowhere.at_all:make", "No module named 'nowhere'"),
         ("support.own_networks:absent", "has no absent"),
         ("support.own_networks:make_nothing", "fails: KeyError: 'no weights here'"),
