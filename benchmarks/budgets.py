@@ -117,7 +117,8 @@ def main() -> int:
         shown = Budget(
             "repmlp-export --help",
             python(
-                "import sys; sys.argv = ['repmlp-export', '-h']; from repmlp_deploy.cli.entry import export; export()"
+                "import sys; sys.argv = ['repmlp-export', '-h']; "
+                "from repmlp_deploy.cli.shared.entry import run; run('export')"
             ),
             python("import numpy, pydantic, typer, rich.table"),
             "import what it is made of",

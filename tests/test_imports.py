@@ -33,7 +33,7 @@ def test_importing_the_package_loads_no_framework_and_almost_nothing_else() -> N
 def test_the_help_of_a_command_loads_no_framework() -> None:
     script = """
 import json, sys
-from repmlp_deploy.cli.entry import COMMANDS, run
+from repmlp_deploy.cli.shared.entry import COMMANDS, run
 sys.argv = [sys.argv[0], "--help"]
 for name in COMMANDS:
     try:

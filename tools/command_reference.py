@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from repmlp_deploy.cli.entry import COMMANDS, STAGES
 from repmlp_deploy.cli.shared.command import EXAMPLES
 from repmlp_deploy.cli.shared.completion import command_of
+from repmlp_deploy.cli.shared.entry import COMMANDS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "commands.md"
 
@@ -40,8 +40,7 @@ repmlp --completion bash > ~/.local/share/bash-completion/completions/repmlp
 
 def page() -> str:
     """Return the whole page."""
-    order = [name for names in STAGES.values() for name in names if name in COMMANDS]
-    return "\n".join([HEAD, *(line for name in order for line in section(name))])
+    return "\n".join([HEAD, *(line for name in COMMANDS for line in section(name))])
 
 
 def section(name: str) -> Iterator[str]:

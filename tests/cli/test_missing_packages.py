@@ -38,7 +38,8 @@ DISTRIBUTIONS = {
 
 def run_without(package: str, module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a command in an interpreter that cannot import the package."""
-    script = f"import sys; sys.modules[{package!r}] = None; from repmlp_deploy.cli.entry import run; run({module!r})"
+    start = f"from repmlp_deploy.cli.shared.entry import run; run({module!r})"
+    script = f"import sys; sys.modules[{package!r}] = None; {start}"
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

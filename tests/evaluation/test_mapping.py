@@ -460,7 +460,7 @@ def test_an_interruption_is_one_error(images, bundle, tmp_path, capsys, monkeypa
 
 
 def test_without_pyarrow_the_remedy_is_named(images, bundle, tmp_path):
-    script = "import sys; sys.modules['pyarrow'] = None; from repmlp_deploy.cli.entry import run; run('map')"
+    script = "import sys; sys.modules['pyarrow'] = None; from repmlp_deploy.cli.shared.entry import run; run('map')"
     given = [str(bundle.folder), "--data", str(images), "--out", str(tmp_path / "out.parquet")]
     done = subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True, check=False)
     assert done.returncode == 4

@@ -138,7 +138,7 @@ def test_options_that_do_not_fit_are_refused(bundle: Bundle, images: Path, tmp_p
 
 
 def test_without_ray_the_remedy_is_named(bundle: Bundle, images: Path, tmp_path: Path):
-    script = "import sys; sys.modules['ray'] = None; from repmlp_deploy.cli.entry import run; run('map')"
+    script = "import sys; sys.modules['ray'] = None; from repmlp_deploy.cli.shared.entry import run; run('map')"
     given = [bundle.folder, "--data", images, "--out", tmp_path / "out.parquet", "--engine", "ray"]
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, given)],

@@ -11,7 +11,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
-from repmlp_deploy.cli import entry
+from repmlp_deploy.cli.shared import entry
 from repmlp_deploy.cli.shared.command import as_command
 
 __all__ = ["SHELLS", "command_of", "completion_script"]

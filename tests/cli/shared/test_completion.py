@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from repmlp_deploy.cli import entry
+from repmlp_deploy.cli.shared import entry
 from repmlp_deploy.cli.shared.completion import SHELLS, completion_script
 
 BASH = shutil.which("bash")

@@ -84,7 +84,7 @@ def test_options_that_do_not_fit_are_refused(
 
 
 def test_without_ray_the_remedy_is_named(bundle: Bundle) -> None:
-    script = "import sys; sys.modules['ray'] = None; from repmlp_deploy.cli.entry import run; run('serve')"
+    script = "import sys; sys.modules['ray'] = None; from repmlp_deploy.cli.shared.entry import run; run('serve')"
     given = [sys.executable, "-c", script, str(bundle.folder), "--host-engine", "ray"]
     done = subprocess.run(given, capture_output=True, text=True, check=False)
     assert done.returncode == 4

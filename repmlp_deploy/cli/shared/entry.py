@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from types import MappingProxyType
@@ -19,51 +20,42 @@ from repmlp_deploy.cli.shared import process
 from repmlp_deploy.errors import MissingDependency, missing_dependency
 from repmlp_deploy.text import printable
 
-__all__ = [
-    "COMMANDS",
-    "bench",
-    "build",
-    "doctor",
-    "evaluate",
-    "export",
-    "inspect",
-    "main",
-    "map_",
-    "pack",
-    "predict",
-    "run",
-    "serve",
-    "verify",
-]
+__all__ = ["COMMANDS", "STAGES", "main", "run"]
 
-COMMANDS = MappingProxyType(
+STAGES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
-        "export": "Merge a trained network, prove the result, and write a bundle.",
-        "predict": "Run a bundle on images.",
-        "verify": "Compare a bundle with the trained network on this machine.",
-        "inspect": "Describe a checkpoint or a bundle.",
-        "eval": "Score a bundle on labelled data.",
-        "map": "Write predictions for any number of images to a parquet file.",
-        "serve": "Answer requests over HTTP and gRPC, by the Open Inference Protocol.",
-        "pack": "Write a model repository for Triton, OpenVINO or KServe.",
-        "build": "Add engines to a bundle, or replace its weights.",
-        "bench": "Measure latency, memory and multiply-adds in every format.",
-        "doctor": "List what this machine can run and build.",
+        "Make a bundle": {
+            "inspect": "Describe a checkpoint or a bundle.",
+            "export": "Merge a trained network, prove the result, and write a bundle.",
+            "build": "Add engines to a bundle, or replace its weights.",
+        },
+        "Check it": {
+            "verify": "Compare a bundle with the trained network on this machine.",
+            "eval": "Score a bundle on labelled data.",
+            "bench": "Measure latency, memory and multiply-adds in every format.",
+        },
+        "Run it": {
+            "predict": "Run a bundle on images.",
+            "serve": "Answer requests over HTTP and gRPC, by the Open Inference Protocol.",
+            "map": "Write predictions for any number of images to a parquet file.",
+            "pack": "Write a model repository for Triton, OpenVINO or KServe.",
+        },
+        "This machine": {"doctor": "List what this machine can run and build."},
     }
 )
-"""Command to what it does: a module of its name in this folder has `main`."""
+"""What a user does, in this order, to the commands for it and what they do: `cli/NAME.py` has `main`."""
 
-STAGES = MappingProxyType(
-    {
-        "Make a bundle": ("inspect", "export", "build"),
-        "Check it": ("verify", "eval", "bench"),
-        "Run it": ("predict", "serve", "map", "pack"),
-        "This machine": ("doctor",),
-    }
-)
-"""What a user does, in this order, to the commands for it; those that this installation has not are left out."""
+COMMANDS = MappingProxyType({name: about for stage in STAGES.values() for name, about in stage.items()})
+"""Command to what it does."""
 
 USAGE = 2
+
+
+def __getattr__(name: str) -> Callable[[], NoReturn]:
+    """Return where the program `repmlp-NAME` starts."""
+    if name not in COMMANDS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return partial(run, name)
 
 
 def main() -> NoReturn:
@@ -134,33 +126,17 @@ def _print_completion(given: list[str]) -> int:
 def _help() -> str:
     """Return the map of all commands, by what a user does with them."""
     width = max(map(len, COMMANDS))
-    staged = {name for names in STAGES.values() for name in names}
-    stages = {**STAGES, "Others": tuple(name for name in COMMANDS if name not in staged)}
     lines = [f"Usage: {_program()} COMMAND [OPTIONS]", ""]
     lines += [
         "  From a trained checkpoint to a bundle that is proved equal to it, and from",
         "  there into service.",
         "",
     ]
-    for title, names in stages.items():
-        known = [f"  {name:{width}}  {COMMANDS[name]}" for name in names if name in COMMANDS]
-        lines += [f"{title}:", *known, ""] if known else []
+    for title, stage in STAGES.items():
+        lines += [f"{title}:", *(f"  {name:{width}}  {about}" for name, about in stage.items()), ""]
     lines += ["Options:"]
     lines += ["  -V, --version       Print the version and exit."]
     lines += ["  --completion SHELL  Print the completion script for bash, zsh or fish."]
     lines += ["  -h, --help          Show this message and exit.", ""]
     lines += [f"Options and examples of a command: {_program()} COMMAND --help", ""]
     return "\n".join(lines)
-
-
-bench = partial(run, "bench")
-build = partial(run, "build")
-doctor = partial(run, "doctor")
-evaluate = partial(run, "eval")
-export = partial(run, "export")
-inspect = partial(run, "inspect")
-map_ = partial(run, "map")
-pack = partial(run, "pack")
-predict = partial(run, "predict")
-serve = partial(run, "serve")
-verify = partial(run, "verify")
