@@ -31,6 +31,7 @@ __all__ = [
     "Published",
     "Resize",
     "Scores",
+    "TaskName",
     "Weights",
     "count_classes",
     "data_root",
@@ -54,6 +55,9 @@ Levels = Annotated[tuple[float, ...], Field(min_length=1, max_length=64)]
 
 Scores = Literal["softmax", "sigmoid", "multi-label"]
 """How logits become probabilities: of one class among several, of one yes-or-no question, of several such questions."""
+
+TaskName = Literal["classify", "segment", "embed", "features", "custom"]
+"""The tasks that a card may have; `runtime.tasks.TASKS` has an entry for each."""
 
 _COLOURS = 3
 
@@ -198,7 +202,7 @@ class ModelCard(_Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
     family: str
-    task: Literal["classify", "segment", "embed", "features", "custom"] = "classify"
+    task: TaskName = "classify"
     input_size: Size
     network: dict[str, Any]
     layout: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)] | None = None

@@ -1,4 +1,5 @@
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -7,16 +8,21 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from repmlp_deploy import Embedding, Predictor, Segmentation, export
-from repmlp_deploy.card import ModelCard, load_card
-from repmlp_deploy.cli.predict import predict_command
+from repmlp_deploy.card import ModelCard, TaskName, load_card
+from repmlp_deploy.cli.predict import _SHOWN, predict_command
 from repmlp_deploy.cli.shared.console import _run
 from repmlp_deploy.convert.reparam.merge import merge_branches
+from repmlp_deploy.convert.source.description import _NAMED
 from repmlp_deploy.convert.source.trained import load_trained
 from repmlp_deploy.errors import BundleError, CardError, InputError, VerificationError
+from repmlp_deploy.evaluation.datasets import DATASETS
+from repmlp_deploy.evaluation.metrics import TALLIES
+from repmlp_deploy.evaluation.tables import _ANSWERS
 from repmlp_deploy.nets.families import build_network
 from repmlp_deploy.numerics import compare, require_close
 from repmlp_deploy.runtime.images import preprocess, to_image
 from repmlp_deploy.runtime.tasks import TASKS, embeddings_from_outputs, find_task, masks_from_logits, palette
+from repmlp_deploy.serving.images import IMAGE_OUTPUTS
 from repmlp_deploy.zoo import inference_model
 from support.task_cases import filled, random_inputs, save_network, small_card, small_network
 
@@ -62,6 +68,14 @@ def test_a_network_of_every_task_passes_all_stations(exported):
     has_top1 = {hop.top1 is not None for hop in manifest.certificate if hop.batch}
     assert has_top1 == {TASKS[manifest.task].class_axes is not None}
     assert not any("not simplified" in note for note in manifest.notes)
+
+
+def test_every_table_has_tasks_that_a_card_may_have():
+    known = set(get_args(TaskName))
+    assert set(TASKS) == known
+    assert set(DATASETS) == set(TALLIES)
+    for table in (_ANSWERS, _NAMED, _SHOWN, DATASETS, IMAGE_OUTPUTS):
+        assert set(table) <= known
 
 
 def test_the_exported_graph_has_no_batch_norm(exported):
