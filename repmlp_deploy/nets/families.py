@@ -1,4 +1,4 @@
-"""The families of networks: one entry each. Adding a family is adding its file here and its entry to the table."""
+"""The families of networks: one entry each. A new one is a file in `networks/` and an entry here."""
 
 from __future__ import annotations
 
