@@ -178,7 +178,7 @@ def absorbed_checks(
             for what, a, b in wrong_affines(bn):
                 yield part, what, values(a, b)[i]
 
-        yield Check(part, name, got.detach(), expected[i].view(got.shape), faults)
+        yield Check(part, name, got.detach(), expected[i], faults)
 
 
 def fused_checks(conv: nn.Conv2d, bn: BatchNorm | None, fused: nn.Conv2d) -> Iterator[Check]:
@@ -191,14 +191,7 @@ def fused_checks(conv: nn.Conv2d, bn: BatchNorm | None, fused: nn.Conv2d) -> Ite
     def values(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return a[:, None, None, None] * kernel, a * before + b
 
-    expected = values(*affine_by_running(bn))
-    for i, name, got in ((0, "conv.weight", fused.weight), (1, "conv.bias", fused.bias)):
-
-        def faults(i: int = i) -> Iterator[Fault]:
-            for what, a, b in wrong_affines(bn):
-                yield "bn fold", what, values(a, b)[i]
-
-        yield Check("bn fold", name, got.detach(), expected[i], faults)
+    yield from absorbed_checks("bn fold", bn, values, [("conv.weight", fused.weight), ("conv.bias", fused.bias)])
 
 
 def parameter_checks(trained: nn.Module, candidate: nn.Module, part: str) -> Iterator[Check]:
