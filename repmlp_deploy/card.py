@@ -23,6 +23,7 @@ from pydantic import (
 
 from repmlp_deploy.errors import CardError
 from repmlp_deploy.files import read_text, read_toml
+from repmlp_deploy.text import first_fault
 
 __all__ = [
     "Label",
@@ -285,9 +286,8 @@ def _read_card(path: Path) -> ModelCard:
     except OSError as error:
         raise CardError(f"{path}: {error.strerror or error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "card"
-        raise CardError(f"{path}: {where}: {first['msg']}") from None
+        where, said = first_fault(error)
+        raise CardError(f"{path}: {where or 'card'}: {said}") from None
     except ValueError as error:  # not TOML, too large, or a number that no card has
         raise CardError(f"{path}: {error}") from None
 

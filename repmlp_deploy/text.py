@@ -7,8 +7,9 @@ or a megabyte. `printable` shows such characters as escapes and shortens the res
 from __future__ import annotations
 
 import re
+from typing import Any
 
-__all__ = ["LONGEST", "escape_document", "escape_unsafe", "first_line", "kind_and_line", "printable"]
+__all__ = ["LONGEST", "escape_document", "escape_unsafe", "first_fault", "first_line", "kind_and_line", "printable"]
 
 LONGEST = 2_000
 """Characters of one piece of text that are shown; a full path and a reason fit."""
@@ -38,6 +39,12 @@ def kind_and_line(error: BaseException) -> str:
     """Return an exception's kind and the first line of its text, as `KeyError: 'a'`."""
     kind, line = type(error).__name__, first_line(error)
     return kind if line == kind else f"{kind}: {line}"
+
+
+def first_fault(error: Any) -> tuple[str, str]:
+    """Return where the first fault in a ValidationError of pydantic is, as `network.depth.0`, and what it is."""
+    first = error.errors()[0]
+    return ".".join(map(str, first["loc"])), first["msg"]
 
 
 def escape_unsafe(text: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
-from repmlp_deploy.text import LONGEST, escape_document, first_line, kind_and_line, printable
+from repmlp_deploy.text import LONGEST, escape_document, first_fault, first_line, kind_and_line, printable
 
 
 @pytest.mark.parametrize("odd", ["\x1b[2J", "\x07", "\x9b31m", "\u202e", "\u2066", "\u200b", "\ufeff", "\ud800"])
@@ -13,6 +14,17 @@ def test_unsafe_characters_become_escapes(odd: str) -> None:
     assert odd[0] not in said
     assert said.startswith("a\\")
     said.encode("utf-8")
+
+
+def test_the_first_fault_has_its_place_and_its_message() -> None:
+    class Given(BaseModel):
+        sizes: list[int]
+
+    with pytest.raises(ValidationError) as caught:
+        Given.model_validate({"sizes": [1, "many", None]})
+    where, said = first_fault(caught.value)
+    assert where == "sizes.1"
+    assert said.startswith("Input should be a valid integer")
 
 
 def test_line_breaks_become_spaces_and_long_text_is_cut() -> None:

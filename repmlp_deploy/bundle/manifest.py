@@ -12,6 +12,7 @@ from repmlp_deploy.bundle.records import Origin
 from repmlp_deploy.card import Label, Preprocessing, Scores, count_classes
 from repmlp_deploy.errors import BundleError
 from repmlp_deploy.precision import PRECISIONS
+from repmlp_deploy.text import first_fault
 
 __all__ = [
     "MANIFEST",
@@ -300,6 +301,5 @@ def _checked(kind: type[R], data: Any, where: str) -> R:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"the manifest's {where}: {place}: {first['msg']}; export the checkpoint again") from None
+        place, said = first_fault(error)
+        raise BundleError(f"the manifest's {where}: {place}: {said}; export the checkpoint again") from None

@@ -39,6 +39,7 @@ from repmlp_deploy.files import (
     take_place,
     write_new,
 )
+from repmlp_deploy.text import first_fault
 
 __all__ = ["Bundle", "check_output_folder", "describe_file", "hash_file"]
 
@@ -86,9 +87,8 @@ class Bundle:
         try:
             manifest = Manifest.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise BundleError(f"{path}: {where}: {first['msg']}") from None
+            where, said = first_fault(error)
+            raise BundleError(f"{path}: {where}: {said}") from None
         for entry in _files(manifest):
             file = folder / entry.path
             try:  # a link is followed: caches of model hubs are links, and what is read has a digest

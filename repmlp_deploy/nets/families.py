@@ -24,6 +24,7 @@ from repmlp_deploy.nets.networks.repmlpnet import (
     infer_backbone,
     infer_repmlpnet,
 )
+from repmlp_deploy.text import first_fault
 
 __all__ = ["FAMILIES", "Family", "build_network", "card_spec"]
 
@@ -74,9 +75,8 @@ def card_spec(card: ModelCard) -> Any:
     try:
         return FAMILIES[card.family].spec.model_validate({**card.network, "input_size": card.input_size})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CardError(f"{card.name}: network.{where}: {first['msg']}") from None
+        where, said = first_fault(error)
+        raise CardError(f"{card.name}: network.{where}: {said}") from None
 
 
 def build_network(card: ModelCard, *, deploy: bool = False) -> nn.Module:

@@ -12,6 +12,7 @@ from repmlp_deploy.bench.counting.counts import Counts
 from repmlp_deploy.bench.measure.timing import Ratio, Rounds, Summary, Warmup
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.files import read_text
+from repmlp_deploy.text import first_fault
 
 __all__ = [
     "SCHEMA",
@@ -308,10 +309,9 @@ def load_report(path: Path) -> Report:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
+        where, said = first_fault(error)
         raise InputError(
-            f"{path} is no report of repmlp-bench (schema {SCHEMA}): {where}: {first['msg']}; make one with --json"
+            f"{path} is no report of repmlp-bench (schema {SCHEMA}): {where or 'file'}: {said}; make one with --json"
         ) from None
     except ValueError as error:  # of which ValidationError is one
         raise InputError(f"{path} cannot be read: {error}") from None
