@@ -92,7 +92,6 @@ def bench_command(  # noqa: PLR0913 - one per option
     threshold: Annotated[
         float | None, typer.Option(help="Change of latency in percent that --compare reports; default 10.")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Measure latency, memory and multiply-adds of a RepMLP network in every format, against the machine's limit."""
     outputs = {"json": json, "csv": csv, "markdown": markdown, "html": html}

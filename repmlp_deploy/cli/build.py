@@ -46,7 +46,6 @@ def build_command(  # noqa: PLR0913 - one per option
     weights: Annotated[str | None, typer.Option(help="model or ema, if CKPT has both.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the result; default: replace the bundle.")] = None,
     json: Annotated[bool, typer.Option("--json", help="The report as one JSON object on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Build TensorRT engines from a bundle's verified ONNX graph, and put them into the bundle."""
     wanted = parse_formats("trt-rtx" if formats is None else formats)

@@ -31,7 +31,6 @@ def doctor_command(
         Path | None, typer.Argument(help="Also measure its artifacts, and say which of them runs here.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """List what this machine can run and build: runtimes, devices, instruction sets, GPUs, versions, remedies."""
     with progress(quiet=json) as show:

@@ -77,7 +77,6 @@ def eval_command(  # noqa: PLR0913 - one per option
         bool, typer.Option("--skip-unreadable", help="Count unreadable images instead of stopping.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Score a bundle on labelled data: accuracy, intersection over union, or verification of faces."""
     for option, value in (("--batch", batch), ("--workers", workers)):

@@ -74,7 +74,6 @@ def export_command(  # noqa: PLR0913 - one per option
     allow_merged: asked.AllowMerged = False,
     details: asked.Details = False,
     json: asked.Json = False,
-    debug: asked.Debug = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Merge a trained RepMLP, prove the result equal to it, and export it."""
     wanted, profiles = parse_formats(formats), parse_profiles(batch)

@@ -43,7 +43,6 @@ def inspect_command(  # noqa: PLR0913 - one per option
         Path | None, typer.Option(metavar="FILE.toml", help="Write the card, to complete it and pass it as --card.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Describe a checkpoint or a bundle: layout, architecture, parameters, hops."""
     choices: dict[str, Any] = {

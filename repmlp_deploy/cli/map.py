@@ -47,7 +47,6 @@ def map_command(  # noqa: PLR0913 - one per option
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; discard what an earlier run has done.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Write predictions for any number of images to a parquet file; the same command continues a stopped run."""
     for option, value in (("--batch", batch), ("--top", top), ("--workers", workers)):

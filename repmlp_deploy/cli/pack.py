@@ -43,7 +43,6 @@ def pack_command(  # noqa: PLR0913 - one per option
         ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Pack a bundle's verified artifact for Triton, OpenVINO Model Server or KServe."""
     found = find_layout(layout)

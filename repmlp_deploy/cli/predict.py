@@ -48,7 +48,6 @@ def predict_command(  # noqa: PLR0913 - one per option
     out: Annotated[Path | None, typer.Option(help="segment: folder for NAME-mask.png and NAME-overlay.png.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Run the probe first; exit 3 if it fails.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Run a bundle on images, and print classes, masks or embeddings."""
     if top < 1:

@@ -99,7 +99,6 @@ def serve_command(  # noqa: PLR0913 - one per option
     tls_key: Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's private key.")] = None,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log every request.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Serve bundles over HTTP and gRPC; a bundle is ready only after its self-check passed on this machine."""
     if log_format not in ("text", "json"):

@@ -50,7 +50,6 @@ def verify_command(  # noqa: PLR0913 - one per option
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by console
 ) -> None:
     """Check every file of a bundle, and compare its artifacts with the trained network's outputs again."""
     about = {"--ckpt": ckpt, "--card": card, "--module": module, "--device": device, "--threads": threads}

@@ -196,7 +196,6 @@ def test_a_defect_is_one_line_and_a_traceback_only_on_demand(
     code, message = export_fails(capsys, "--ckpt", digits_checkpoint)
     assert code == 1
     assert "ZeroDivisionError: by nothing (this is a defect" in message
-    monkeypatch.setattr(sys, "argv", ["repmlp-export", "--debug"])
     assert ends_with(export_cli.export_command, "--ckpt", digits_checkpoint, "--debug") == 1
     assert "Traceback" in capsys.readouterr().err
 

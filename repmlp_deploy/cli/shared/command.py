@@ -1,4 +1,4 @@
-"""What every command has in common: groups of options, examples after them, `--quiet` and `--version`.
+"""What every command has in common: groups of options, examples after them, `--debug`, `--quiet` and `--version`.
 
 The groups are one table over all commands, so an option means the same thing and stands at the same place everywhere.
 """
@@ -138,6 +138,7 @@ def _be_quiet(asked: bool) -> None:
 _QUIET = ContextVar("quiet", default=False)
 
 _COMMON = {
+    "debug": Annotated[bool, typer.Option("--debug", help="Show tracebacks.")],  # read by console and process
     "quiet": Annotated[bool, typer.Option("--quiet", "-q", callback=_be_quiet, help="Print no progress on stderr.")],
     "version": Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version and exit.")

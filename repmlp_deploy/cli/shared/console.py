@@ -68,7 +68,7 @@ def _run(command: Any, arguments: list[str]) -> int:
             return reader_left()
         raise
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - the last line of defence: a traceback is no message
-        code = _failed(error)
+        code = _failed(error, debug="--debug" in arguments)
         try:
             sys.stdout.flush()
         except OSError:  # Python would try once more at its end, and take another exit code
@@ -79,7 +79,7 @@ def _run(command: Any, arguments: list[str]) -> int:
     return outcome if isinstance(outcome, int) else 0
 
 
-def _failed(error: BaseException) -> int:
+def _failed(error: BaseException, *, debug: bool) -> int:
     """Return the exit code of an error, after its one line on stderr."""
     if isinstance(error, KeyboardInterrupt) or signal_number() is not None:  # libraries turn an interrupt into anything
         return end_interrupted()
@@ -90,7 +90,7 @@ def _failed(error: BaseException) -> int:
         code, message = USAGE, format_message()
     else:
         code, message = _meaning(error)
-        if "--debug" in sys.argv:
+        if debug:
             traceback.print_exception(error)
     sys.stderr.write(f"error: {printable(message)}\n")
     return code

@@ -74,4 +74,3 @@ Out = Annotated[Path | None, typer.Option(help="The bundle; default artifacts/<n
 AllowMerged = Annotated[bool, typer.Option("--allow-merged", help="Accept a merged checkpoint; proof starts there.")]
 Details = Annotated[bool, typer.Option("--details", help="Print every comparison, and all the notes.")]
 Json = Annotated[bool, typer.Option("--json", help="The report as one JSON object on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
