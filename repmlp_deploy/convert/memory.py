@@ -28,8 +28,9 @@ def peak_bytes() -> int | None:
     """Return the largest resident size of this process so far; None if the system does not say."""
     status = Path("/proc/self/status")
     if status.is_file():  # of this program alone: getrusage also counts what it was started from
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     if sys.platform == "win32":
         return None
     import resource  # noqa: PLC0415 - not on Windows

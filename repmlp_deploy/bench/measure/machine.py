@@ -6,11 +6,11 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import repmlp_deploy
+from repmlp_deploy.convert import memory
 from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.errors import MissingDependency
 from repmlp_deploy.runtime.cpus import cpu_info, cpu_instructions, cpu_name, usable_cpus
@@ -78,16 +78,7 @@ def resident_bytes() -> int:
 
 def peak_bytes() -> int:
     """Return the largest resident memory of this process since it began, or since `reset_peak` if that works."""
-    status = _read("/proc/self/status") or ""
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource  # noqa: PLC0415 - not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return memory.peak_bytes() or int(psutil.Process().memory_info().peak_wset)  # only Windows does not say
 
 
 def reset_peak() -> bool:
