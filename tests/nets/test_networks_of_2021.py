@@ -14,6 +14,7 @@ from repmlp_deploy.convert.source.state_dict import find_state_dict
 from repmlp_deploy.nets.families import FAMILIES, card_spec
 from repmlp_deploy.nets.networks.pure_mlp import PureMLP, PureMLPSpec
 from repmlp_deploy.nets.networks.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec
+from repmlp_deploy.nets.networks.shapes import branch_kernels, count_layers
 from support.golden_cases import GoldenCase, assert_matches_golden, names
 from support.networks import randomize
 
@@ -63,6 +64,15 @@ def test_the_official_networks_are_recognised_and_equal_trained_merged_and_folde
     x = torch.from_numpy(case.input()).double()
     for form in (network, merged, fold_affine(merged)):
         assert_matches_golden(form(x).numpy(), case.output(), atol=1e-10)
+
+
+def test_a_layer_that_is_missing_in_between_counts() -> None:
+    shapes = {f"stages.0.{key}": (1,) for key in ("0.repconv3.bn.bias", "0.repconv1.conv.weight", "2.fc.bias")}
+    assert [count_layers(shapes, prefix) for prefix in ("stages.", "stages.0.", "stages.1.")] == [1, 3, 0]
+    assert branch_kernels(shapes, "stages.0.0.") == (1, 3)
+    found = _shapes(PureMLP(PURE))
+    moved = {key.replace("stages.0.1.", "stages.0.5."): shape for key, shape in found.items()}
+    assert FAMILIES["pure-mlp"].infer(moved, PURE.input_size).depths[0] == 6  # whose weights are then named as missing
 
 
 @pytest.mark.parametrize(("family", "spec"), SPECS)

@@ -21,6 +21,7 @@ from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.nets.blocks.repmlp_unit import RepMLPUnit
 from repmlp_deploy.nets.networks.bounds import Count, Counts, Depths, PerStage
 from repmlp_deploy.nets.networks.input_size import require_input
+from repmlp_deploy.nets.networks.shapes import branch_kernels, count_layers
 from repmlp_deploy.nets.surgery import switch_blocks
 
 __all__ = ["UNITS", "Bottleneck", "ConvPReLU", "FaceStage", "MobileFaceNet", "MobileFaceNetSpec", "infer_mobilefacenet"]
@@ -203,7 +204,7 @@ def infer_mobilefacenet(shapes: Mapping[str, Sequence[int]], input_size: tuple[i
         KeyError: a key that every MobileFaceNet has is missing.
         ValueError: the shapes fit no MobileFaceNet, or contradict `input_size`.
     """
-    stages = 1 + max((int(key.split(".")[1]) for key in shapes if key.startswith("stages.")), default=-1)
+    stages = count_layers(shapes, "stages.")
     stride, last = _STEM_STRIDE * 2**stages, shapes["gdc.conv.weight"]  # (final, 1, h, w)
     size = (last[2] * stride, last[3] * stride)
     if input_size is not None and input_size != size:
@@ -236,28 +237,21 @@ def _infer_stage(shapes: Mapping[str, Sequence[int]], stage: int) -> dict[str, A
     start = f"stages.{stage}."
     wide, before = shapes[f"{start}down.expand.conv.conv.weight"][:2]
     C = shapes[f"{start}down.project.conv.weight"][0]
-    units = {int(key.split(".")[3]) for key in shapes if key.startswith(f"{start}units.")}
     first = f"{start}units.0."
     about: dict[str, Any] = {
         "channels": C,
         "down": wide // before,
-        "depth": 1 + max(units, default=-1),
+        "depth": count_layers(shapes, f"{start}units."),
         "unit": "bottleneck",
     }
     about |= {"sharesets": 1, "kernels": (1, 3), "reduction": 4}
     fc3 = shapes.get(f"{first}repmlp_block.fc3.weight")  # (S·h·w, h·w, 1, 1)
     if fc3 is None:
         return about | {"expansion": shapes[f"{first}expand.conv.conv.weight"][0] // C}
-    branch = f"{first}repmlp_block.repconv"
-    kernels = [
-        int(key.removeprefix(branch).split(".")[0])
-        for key in shapes
-        if key.startswith(branch) and key.endswith(".conv.weight")
-    ]
     return about | {
         "unit": "repmlp",
         "sharesets": fc3[0] // fc3[1],
-        "kernels": tuple(sorted(kernels)),
+        "kernels": branch_kernels(shapes, f"{first}repmlp_block."),
         "reduction": max(1, C // shapes[f"{first}repmlp_block.gp.fc1.weight"][0]),
         "expansion": shapes[f"{first}ffn_block.ffn_fc1.conv.weight"][0] // C,
     }

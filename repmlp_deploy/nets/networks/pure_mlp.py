@@ -21,7 +21,7 @@ from repmlp_deploy.nets.blocks.conv_bn import MergeableConvBN
 from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
 from repmlp_deploy.nets.networks.bounds import Count, Counts, Depths, PerStage
 from repmlp_deploy.nets.networks.input_size import require_input
-from repmlp_deploy.nets.networks.shapes import partition_of, read_block, square_input
+from repmlp_deploy.nets.networks.shapes import count_layers, partition_of, read_block, square_input
 from repmlp_deploy.nets.surgery import switch_blocks
 
 __all__ = ["PureMLP", "PureMLPSpec", "PureUnit", "infer_pure_mlp"]
@@ -142,8 +142,8 @@ def infer_pure_mlp(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, i
         KeyError: a key that every pure MLP has is missing.
         ValueError: the shapes fit no pure MLP, or only with an `input_size`.
     """
-    stages = 1 + max((int(key.split(".")[1]) for key in shapes if key.startswith("stages.")), default=-1)
-    depths = [len({key.split(".")[2] for key in shapes if key.startswith(f"stages.{i}.")}) for i in range(stages)]
+    stages = count_layers(shapes, "stages.")
+    depths = [count_layers(shapes, f"stages.{i}.") for i in range(stages)]
     channels = [shapes[f"stages.{i}.0.fc.conv.weight"][0] for i in range(stages)]
     blocks = [read_block(shapes, f"stages.{i}.0.repmlp.", channels=C) for i, C in enumerate(channels)]
     if input_size is None:

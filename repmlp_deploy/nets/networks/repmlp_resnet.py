@@ -21,7 +21,7 @@ from repmlp_deploy.nets.blocks.conv_bn import MergeableConvBN
 from repmlp_deploy.nets.blocks.repmlp2021 import RepMLP
 from repmlp_deploy.nets.networks.bounds import Count, Counts
 from repmlp_deploy.nets.networks.input_size import require_input
-from repmlp_deploy.nets.networks.shapes import partition_of, read_block, square_input
+from repmlp_deploy.nets.networks.shapes import count_layers, partition_of, read_block, square_input
 from repmlp_deploy.nets.surgery import switch_blocks
 
 __all__ = ["BottleneckUnit", "LightUnit", "RepMLPResNet", "RepMLPResNetSpec", "ResNetUnit", "infer_repmlp_resnet"]
@@ -200,7 +200,7 @@ def infer_repmlp_resnet(shapes: Mapping[str, Sequence[int]], input_size: tuple[i
     stem = shapes["stage0.0.conv.weight"]  # (stem, in_channels, 7, 7)
     block: Literal["light", "bottleneck"] = "light" if any(".light_repmlp." in key for key in shapes) else "bottleneck"
     short = "light" if block == "light" else "btnk"
-    depths = [len({key.split(".")[1] for key in shapes if key.startswith(f"stage{i}.")}) for i in range(1, 5)]
+    depths = [count_layers(shapes, f"stage{i}.") for i in range(1, 5)]
     channels = [shapes[f"stage{i}.0.conv3.conv.weight"][0] for i in range(1, 5)]
     found = [stage for stage in _REPMLP_STAGES if depths[stage] > 1]
     if not found:

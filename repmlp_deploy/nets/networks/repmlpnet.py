@@ -20,6 +20,7 @@ from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
 from repmlp_deploy.nets.blocks.repmlp_unit import RepMLPUnit
 from repmlp_deploy.nets.networks.bounds import Count, Counts, Depths, PerStage
 from repmlp_deploy.nets.networks.input_size import require_input
+from repmlp_deploy.nets.networks.shapes import branch_kernels, count_layers
 from repmlp_deploy.nets.surgery import switch_blocks
 
 __all__ = [
@@ -267,22 +268,13 @@ def infer_trunk(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int]
         KeyError: a key that every RepMLPNet has is missing.
         ValueError: the shapes fit no RepMLPNet, or only with an `input_size`.
     """
-    stages = 1 + max((int(key.split(".")[1]) for key in shapes if key.startswith("stages.")), default=-1)
+    stages = count_layers(shapes, "stages.")
     if not stages:
         raise KeyError("stages.0.0.repmlp_block.fc3.weight")
-    depths = []
-    for i in range(stages):
-        units = {int(key.split(".")[2]) for key in shapes if key.startswith(f"stages.{i}.")}
-        depths.append(1 + max(units, default=-1))
     firsts = [f"stages.{i}.0." for i in range(stages)]
     fc3 = [shapes[f"{first}repmlp_block.fc3.weight"] for first in firsts]  # (S·h·w, h·w, 1, 1)
     ffn = [shapes[f"{first}ffn_block.ffn_fc1.conv.weight"] for first in firsts]  # (C·expansion, C, 1, 1)
     channels = [shape[1] for shape in ffn]
-    kernels = sorted(
-        int(key.removeprefix(f"{firsts[0]}repmlp_block.repconv").split(".")[0])
-        for key in shapes
-        if key.startswith(f"{firsts[0]}repmlp_block.repconv") and key.endswith(".conv.weight")
-    )
     embedding = shapes["conv_embedding.conv.weight"]  # (C, in_channels, *patch)
     patch, areas = (embedding[2], embedding[3]), [shape[1] for shape in fc3]
     if input_size is None:
@@ -294,9 +286,9 @@ def infer_trunk(shapes: Mapping[str, Sequence[int]], input_size: tuple[int, int]
     spec = RepMLPTrunkSpec(
         input_size=input_size,
         channels=tuple(channels),
-        depths=tuple(depths),
+        depths=tuple(count_layers(shapes, f"stages.{i}.") for i in range(stages)),
         sharesets=tuple(shape[0] // shape[1] for shape in fc3),
-        kernels=tuple(kernels),
+        kernels=branch_kernels(shapes, f"{firsts[0]}repmlp_block."),
         reduction=reduction,
         gate_widths=None if gates == tuple(C // reduction for C in channels) else gates,
         expansion=max(1, ffn[0][0] // channels[0]),

@@ -1,4 +1,4 @@
-"""Infer a RepMLP block of 2021, trained or merged, from the shapes of its weights.
+"""Infer a RepMLP block of 2021, trained or merged, from the shapes of its weights, and count layers and branches.
 
 FC3 holds the area of a partition, FC1 the number of partitions: their product is the area of the map. Edges are not
 told, so that squares are assumed unless the input's size is known.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["BlockShapes", "partition_of", "read_block", "square_input"]
+__all__ = ["BlockShapes", "branch_kernels", "count_layers", "partition_of", "read_block", "square_input"]
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,28 @@ def read_block(shapes: Mapping[str, Sequence[int]], prefix: str, *, channels: in
     """
     fc3 = shapes[f"{prefix}fc3.weight"]  # (C·h·w, C·h·w / groups, 1, 1)
     fc1 = shapes.get(f"{prefix}fc1_fc2.fc1.weight")  # (width, C·partitions)
-    branch = f"{prefix}repconv"
-    kernels = {int(key.removeprefix(branch).split(".")[0]) for key in shapes if key.startswith(branch)}
     return BlockShapes(
         channels=channels,
         area=fc3[0] // channels,
         groups=fc3[0] // fc3[1],
         partitions=1 if fc1 is None else fc1[1] // channels,
         reduction=1 if fc1 is None else max(1, fc1[1] // fc1[0]),
-        kernels=tuple(sorted(kernels)),
+        kernels=branch_kernels(shapes, prefix),
     )
+
+
+def branch_kernels(shapes: Mapping[str, Sequence[int]], prefix: str) -> tuple[int, ...]:
+    """Return the kernels of the branches of the block whose keys begin with `prefix`, the smallest first."""
+    return tuple(sorted(_numbers(shapes, f"{prefix}repconv")))
+
+
+def count_layers(shapes: Mapping[str, Sequence[int]], prefix: str) -> int:
+    """Return how many numbered layers have keys that begin with `prefix`; one that is missing in between counts."""
+    return 1 + max(_numbers(shapes, prefix), default=-1)
+
+
+def _numbers(shapes: Mapping[str, Sequence[int]], prefix: str) -> set[int]:
+    return {int(key.removeprefix(prefix).split(".")[0]) for key in shapes if key.startswith(prefix)}
 
 
 def square_input(blocks: Sequence[tuple[int, BlockShapes]]) -> tuple[int, int]:
