@@ -166,7 +166,7 @@ def _print_report(report: Report, outputs: dict[str, Path | None]) -> None:
         for table in tables(report):
             print_table(table.title, table.columns, table.rows, left=table.left)
         for line in (*facts(report), *conventions(report)):
-            print_line(f"{line}")
+            print_line(line)
     for name, path in outputs.items():
         if path is not None and not (name == "json" and on_stdout):
             _write(path, writers[name]())

@@ -56,12 +56,14 @@ class Stage:
     Attributes:
         name: of its result, and of its rows in the certificate.
         verb: what the progress display calls it.
-        transform: a module to a new one, in any dtype; with `use_up` it may free the module it gets.
+        transform: a module to a new one, in any dtype.
+        frees: whether `transform` takes `use_up=True`, to free the module it gets.
     """
 
     name: str
     verb: str
     transform: Callable[..., nn.Module]
+    frees: bool = False
 
 
 def stages_of(trained: Trained, graph: str, merge: str = "auto") -> tuple[Stage, ...]:
@@ -74,12 +76,12 @@ def stages_of(trained: Trained, graph: str, merge: str = "auto") -> tuple[Stage,
             network's own package brings, or `PACKAGE:FUNCTION`.
     """
     interface, by_package = trained.interface, is_by_package(merge)
-    folding = Stage("folded", "fold", partial(fold_affine, keep_unknown=interface is not None))
+    folding = Stage("folded", "fold", partial(fold_affine, keep_unknown=interface is not None), frees=True)
     merging: tuple[Stage, ...] = ()
     if by_package:
         merging = (Stage("merged", "merge", _hooks(trained, merge)), folding)
     elif _merges_modules(trained, merge):
-        merging = (folding,) if trained.merged else (Stage("merged", "merge", merge_branches), folding)
+        merging = (folding,) if trained.merged else (Stage("merged", "merge", merge_branches, frees=True), folding)
     if graph == "merged":
         return merging[:-1]
     if by_package or merge == "blocks" or (merge == "auto" and interface is None):
@@ -111,8 +113,8 @@ def _merges_modules(trained: Trained, merge: str) -> bool:
     return merge == "blocks" or is_by_package(merge)
 
 
-def _with_regions_merged(network: nn.Module, examples: Sequence[Tensor], *, use_up: bool = False) -> nn.Module:
-    return merge_regions(network, examples, use_up=use_up).value
+def _with_regions_merged(network: nn.Module, examples: Sequence[Tensor]) -> nn.Module:
+    return merge_regions(network, examples).value
 
 
 def _hooks(trained: Trained, merge: str) -> Callable[..., nn.Module]:
@@ -154,7 +156,8 @@ def transform_and_prove(
         merged = form if stage.name == "merged" else merged
         if certifier is not None:
             hops += _compared(stage.name, trained, before, form, certifier, clock)
-            done.append(Transformation(stage.name, partial(stage.transform, use_up=True), form))
+            spent = partial(stage.transform, use_up=True) if stage.frees else stage.transform
+            done.append(Transformation(stage.name, spent, form))
     if certifier is not None and trained.merged:
         hops = [*_compared("merged", trained, trained.network, merged, certifier, clock), *hops]
     if certifier is not None:

@@ -95,10 +95,6 @@ class Counts(BaseModel):
             operations=ops,
         )
 
-    def traffic_bytes(self, batch: int, precision: str = "fp32") -> int:
-        """Return bytes that the operations read and write for a batch, none of them kept in a cache."""
-        return WIDTHS[precision] * (self.weight_elements + batch * self.activation_elements)
-
     def least_bytes(self, batch: int, precision: str = "fp32") -> int:
         """Return bytes that no implementation can avoid: the weights once, the input and the output."""
         return WIDTHS[precision] * (self.weight_elements + batch * self.io_elements)

@@ -85,7 +85,7 @@ def print_details(bundle: Bundle) -> None:
     )
     print_engines(bundle)
     for line in _precision_lines(manifest):
-        print_line(f"{line}")
+        print_line(line)
     for note in manifest.notes:
         print_line(f"note: {note}")
 

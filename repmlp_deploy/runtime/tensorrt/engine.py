@@ -222,17 +222,9 @@ def _batches(profile: Mapping[str, ShapeRange]) -> tuple[int, int]:
     return max(lo[0] for lo, _, _ in profile.values()), min(hi[0] for _, _, hi in profile.values())
 
 
-def _input_specs(manifest: Manifest) -> tuple[TensorSpec, ...]:
-    return manifest.inputs
-
-
-def _output_specs(manifest: Manifest) -> tuple[TensorSpec, ...]:
-    return manifest.outputs
-
-
 def _check_profiles(record: EngineRecord, manifest: Manifest, artifact_format: str) -> None:
     """Raise unless every profile has the network's inputs, and together they serve the bundle's batch sizes."""
-    expected = {spec.name: spec.shape[1:] for spec in _input_specs(manifest)}
+    expected = {spec.name: spec.shape[1:] for spec in manifest.inputs}
     for profile in record.profiles:
         found = {name: {shape[1:] for shape in shapes} for name, shapes in profile.items()}
         if found != {name: {shape} for name, shape in expected.items()}:
@@ -280,7 +272,7 @@ def load_engine(trt: Any, plan: bytes, record: EngineRecord, manifest: Manifest)
         message = said.errors[-1].splitlines()[0] if said.errors else "no message"
         raise BundleError(f"{trt.__name__} {trt.__version__} refuses the engine: {message}")
     found = {name: _mode(trt, engine, name) for name in map(engine.get_tensor_name, range(engine.num_io_tensors))}
-    specs = [(spec, True) for spec in _input_specs(manifest)] + [(spec, False) for spec in _output_specs(manifest)]
+    specs = [(spec, True) for spec in manifest.inputs] + [(spec, False) for spec in manifest.outputs]
     if found != {spec.name: is_input for spec, is_input in specs}:
         raise BundleError(
             f"the engine has {_list_tensors(found)}; the manifest says "

@@ -41,19 +41,17 @@ _REMEDY = "repair it, or merge by structure with --merge auto"
 
 
 @torch.no_grad()
-def merge_by_hooks(trained: nn.Module, examples: Sequence[Tensor], *, use_up: bool = False) -> nn.Module:
+def merge_by_hooks(trained: nn.Module, examples: Sequence[Tensor]) -> nn.Module:
     """Return a copy of `trained`, in its type, on which every hook has been called; `trained` is unchanged.
 
     Args:
         trained: in evaluation mode, float32 or float64.
         examples: a tensor (n, …) for every input, by position; floating-point inputs are drawn in their shape.
-        use_up: nothing can be freed early here.
 
     Raises:
         InputError: no module has a hook.
         VerificationError: a hook is wrong; the message names the module, the hook and the fault.
     """
-    del use_up
     hooked = {module for module in trained.modules() if find_hook(module) is not None}
     if not hooked:
         raise InputError(
@@ -91,7 +89,6 @@ def merge_by_function(
     examples: Sequence[Tensor],
     *,
     called: str,
-    use_up: bool = False,
 ) -> nn.Module:
     """Return what `function` makes of a copy of `trained`, in its type; `trained` is unchanged.
 
@@ -100,12 +97,10 @@ def merge_by_function(
         function: takes the network; changes it in place, or returns another one.
         examples: see `merge_by_hooks`.
         called: its name in messages.
-        use_up: nothing can be freed early here.
 
     Raises:
         VerificationError: it fails, does nothing, or its result computes something else; the first module is named.
     """
-    del use_up
     with _in_float64():
         before, given = in_double(trained), in_double(trained)
         inner = given.module if isinstance(given, Flat) else given

@@ -107,20 +107,18 @@ class Merged:
 
 
 @torch.no_grad()
-def merge_regions(network: nn.Module, example_inputs: Sequence[Tensor], *, use_up: bool = False) -> Merged:
+def merge_regions(network: nn.Module, example_inputs: Sequence[Tensor]) -> Merged:
     """Return a network that computes the same with every region of `network` merged; `network` is unchanged.
 
     Args:
         network: any module in evaluation mode, in float32 or float64.
         example_inputs: a tensor (n, …) for every input, by position.
-        use_up: for steps that free what they get; here nothing needs to be freed.
 
     Raises:
         ValueError: a module is in training mode, or a BatchNorm has no running statistics.
         InputError: the network cannot be traced.
         VerificationError: a region that was written does not compute what was there.
     """
-    del use_up
     _require_evaluated(network)
     graph = trace(network, example_inputs)
     counts = _counted(graph)

@@ -83,11 +83,6 @@ class Sources:
         self._named, self._watched, self.every = dict(named), tuple(watched), every
         self._left_out: set[Path] = set()
 
-    @property
-    def followed(self) -> bool:
-        """Whether anything may change."""
-        return bool(self._watched)
-
     def find(self) -> dict[str, Served]:
         """Return what lies there now, by name.
 
