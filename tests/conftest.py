@@ -11,7 +11,7 @@ import pytest
 
 from repmlp_deploy import Bundle
 from repmlp_deploy.card import data_root
-from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
+from repmlp_deploy.runtime.tensorrt.driver import find_gpus
 from support.exporter import keep_functions
 from support.extras import is_missing, reason_to_skip
 from support.warm_process import WarmProcess

@@ -26,11 +26,11 @@ from gpu_report import (
 from repmlp_deploy import Bundle, get_model
 from repmlp_deploy.bench.subjects.pytorch import NetworkSubject
 from repmlp_deploy.card import load_card
-from repmlp_deploy.convert.formats.tensorrt.driver import Gpu
 from repmlp_deploy.convert.graph.calibrate import take_calibration
 from repmlp_deploy.convert.reparam.fold import fold_affine
 from repmlp_deploy.convert.reparam.merge import merge_branches
 from repmlp_deploy.runtime.runner import EngineSettings
+from repmlp_deploy.runtime.tensorrt.driver import Gpu
 from support.fakes.machine import Machine, with_engines
 
 ROW = ("trt-rtx on cuda", 8, 1e-6, 4e-6, True)

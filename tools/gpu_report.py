@@ -40,7 +40,6 @@ from repmlp_deploy.bench.subjects.cuda import DTYPES, CudaNetwork
 from repmlp_deploy.bench.subjects.table import OpenedSubject
 from repmlp_deploy.bundle import Hop
 from repmlp_deploy.card import ModelCard
-from repmlp_deploy.convert.formats.tensorrt.driver import LIBRARY, find_gpus
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
 from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes, recertify
 from repmlp_deploy.convert.proof.probe import probe_inputs
@@ -51,6 +50,7 @@ from repmlp_deploy.errors import MissingDependency, RepMLPError
 from repmlp_deploy.files import replace_file
 from repmlp_deploy.runtime.runner import EngineSettings, RunnerOptions
 from repmlp_deploy.runtime.tasks import find_task
+from repmlp_deploy.runtime.tensorrt.driver import LIBRARY, find_gpus
 
 __all__ = ["Latency", "Line", "Record", "find_card", "measure", "measure_pytorch", "settings_of_engines", "to_markdown"]
 

@@ -13,12 +13,10 @@ from repmlp_deploy.cli.shared.capabilities import describe_cpu, find_capabilitie
 from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, run_command, typer
 from repmlp_deploy.cli.shared.progress import progress
 from repmlp_deploy.errors import installation_of
-from repmlp_deploy.runtime.choice import measure_artifacts
+from repmlp_deploy.runtime.choice import CHOICES, measure_artifacts
 from repmlp_deploy.runtime.predictor import Predictor
 
 __all__ = ["main"]
-
-_CHOICES = ("chosen", "streams_chosen", "passed_over")
 
 
 def main() -> None:
@@ -62,7 +60,7 @@ def _speeds(bundle: Bundle) -> dict[str, Any]:
     said: dict[str, Any] = {"name": bundle.manifest.name, "artifacts": artifacts}
     with Predictor(bundle, streams="throughput") as predictor:
         said |= {"format": predictor.format, "device": predictor.device}
-        return said | {key: predictor.details[key] for key in _CHOICES if key in predictor.details}
+        return said | {key: predictor.details[key] for key in CHOICES if key in predictor.details}
 
 
 def _print_speeds(speeds: dict[str, Any]) -> None:

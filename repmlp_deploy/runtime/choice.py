@@ -28,7 +28,10 @@ from repmlp_deploy.runtime.cpus import usable_cpus
 from repmlp_deploy.runtime.runner import RUNNERS, THROUGHPUT, Runner, RunnerOptions, open_named
 from repmlp_deploy.text import first_line
 
-__all__ = ["measure_artifacts", "open_runner", "with_speeds"]
+__all__ = ["CHOICES", "measure_artifacts", "open_runner", "with_speeds"]
+
+CHOICES = ("chosen", "streams_chosen", "passed_over")
+"""The keys of a runner's details that say how it was chosen."""
 
 _SEVERAL = 2
 _MOST_ROUNDS = 20

@@ -29,12 +29,12 @@ from repmlp_deploy.serving.protocol import (
     tensor_to_raw,
 )
 
-__all__ = ["decode_base64", "decode_request", "encode_response", "parse_json", "timeout_of"]
+__all__ = ["MAX_TENSORS", "decode_base64", "decode_request", "encode_response", "parse_json", "timeout_of"]
 
 _KINDS: Mapping[str, set[type]] = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
 """The types of JSON's values, by the kind of NumPy's type."""
 _WIDEST: Mapping[str, type] = {"b": bool, "u": np.uint64, "i": np.int64, "f": np.float64}
-_MAX_TENSORS = 256
+MAX_TENSORS = 256
 _MAX_LISTS = 1 << 21  # with objects; a million takes a second, in which the interpreter does nothing else
 _MAX_ID = 1024
 _MICROSECONDS = 1e6
@@ -133,8 +133,8 @@ def _given(data: Mapping[str, Any], key: str, otherwise: object) -> Any:
 
 def _items(data: Mapping[str, Any], key: str) -> Sequence[dict[str, Any]]:
     items = _given(data, key, [])
-    if not isinstance(items, list) or len(items) > _MAX_TENSORS or not all(isinstance(item, dict) for item in items):
-        raise BadRequest(f"{key} must be a list of at most {_MAX_TENSORS} objects")
+    if not isinstance(items, list) or len(items) > MAX_TENSORS or not all(isinstance(item, dict) for item in items):
+        raise BadRequest(f"{key} must be a list of at most {MAX_TENSORS} objects")
     return items
 
 

@@ -23,6 +23,7 @@ from repmlp_deploy.bundle.manifest import MANIFEST
 from repmlp_deploy.bundle.storage import hash_file
 from repmlp_deploy.errors import BundleError, RepMLPError
 from repmlp_deploy.runtime.batching import Execution, Queueing
+from repmlp_deploy.runtime.choice import CHOICES
 from repmlp_deploy.runtime.runner import RunnerOptions
 from repmlp_deploy.runtime.served import Served
 from repmlp_deploy.serving.metrics import ModelMetrics
@@ -35,7 +36,6 @@ State = Literal["loading", "ready", "unavailable", "unloaded"]
 
 _TRUSTED = 10.0  # times what a check takes, for which it is believed
 _DIGITS = 12  # of a version's name, which is a number since clients of Triton read it as one
-_CHOICES = ("chosen", "streams_chosen", "passed_over")  # what a runner says of how it was chosen
 _log = logging.getLogger("repmlp.serve")
 
 
@@ -204,7 +204,7 @@ class ServedModel:
         }
         if self.options.target is not None:
             said["target_ms"] = 1000 * self.options.target
-        said |= {key: runner.details[key] for key in _CHOICES if key in runner.details}
+        said |= {key: runner.details[key] for key in CHOICES if key in runner.details}
         if version.manifest.warnings:
             said["warnings"] = list(version.manifest.warnings)
         return said

@@ -24,8 +24,8 @@ from repmlp_deploy.cli import pack as pack_cli
 from repmlp_deploy.cli import predict as predict_cli
 from repmlp_deploy.cli import serve as serve_cli
 from repmlp_deploy.cli import verify as verify_cli
-from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.precision import PRECISIONS, Tolerance
+from repmlp_deploy.runtime.tensorrt.driver import find_gpus
 from support.commands import SAMPLES, ends_with
 
 ROOT = Path(__file__).resolve().parents[2]

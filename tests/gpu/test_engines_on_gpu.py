@@ -19,12 +19,12 @@ import torch
 
 from repmlp_deploy import Bundle, EngineOptions, export
 from repmlp_deploy.bundle import ArtifactEntry
-from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.convert.proof.certificate import recertify
 from repmlp_deploy.convert.rework.add_engine import add_engines
 from repmlp_deploy.errors import BundleError, MissingDependency, MissingDevice
 from repmlp_deploy.runtime.onnx.runner import OnnxRunner
 from repmlp_deploy.runtime.runner import EngineSettings, RunnerOptions
+from repmlp_deploy.runtime.tensorrt.driver import find_gpus
 from repmlp_deploy.runtime.tensorrt.engine import FLAVOURS
 from repmlp_deploy.runtime.tensorrt.runner import TensorRTRunner
 

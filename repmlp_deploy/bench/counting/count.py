@@ -1,6 +1,6 @@
 """Counting: parameters, multiply-adds and memory traffic of a network or an ONNX graph, from shapes alone.
 
-The conventions are those of `bench.counts`.
+The conventions are those of `counts`.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from typing import Any
 
 import repmlp_deploy
 from repmlp_deploy.convert import memory
-from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.errors import MissingDependency
 from repmlp_deploy.runtime.cpus import cpu_info, cpu_instructions, cpu_name, usable_cpus
+from repmlp_deploy.runtime.tensorrt.driver import find_gpus
 
 try:
     import psutil

@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict
 from repmlp_deploy.bench.measure.machine import has_nvidia_gpu
 from repmlp_deploy.bench.measure.results import ProfileLine
 from repmlp_deploy.card import ModelCard
-from repmlp_deploy.convert.formats.tensorrt.driver import LIBRARY
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
 from repmlp_deploy.convert.options import require_choice
 from repmlp_deploy.errors import InputError, MissingDevice, installation_of
 from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.runtime.runner import RUNNERS, RunnerOptions
+from repmlp_deploy.runtime.tensorrt.driver import LIBRARY
 
 __all__ = [
     "BASELINE",

@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.errors import RepMLPError, installation_of, optional_imports
 from repmlp_deploy.runtime.cpus import cpu_instructions, cpu_name, usable_cpus
+from repmlp_deploy.runtime.tensorrt.driver import find_gpus
 
 __all__ = ["EXTRAS_FOR", "Capability", "Extra", "describe_cpu", "find_capabilities", "find_extras"]
 

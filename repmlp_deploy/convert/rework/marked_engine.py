@@ -21,12 +21,12 @@ from repmlp_deploy.bundle import BatchRange, Bundle, TensorSpec
 from repmlp_deploy.convert.diagnosis.bisect import Compute
 from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.convert.formats.tensorrt.build import Engine, GraphSpec, build_engine
-from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS, check_flavour
 from repmlp_deploy.convert.graph.proto import large_weights, serialize_model, without_weights
 from repmlp_deploy.convert.rework.add_engine import engine_entry, graph_spec
 from repmlp_deploy.errors import MissingDependency, MissingDevice
 from repmlp_deploy.runtime.runner import RunnerOptions
+from repmlp_deploy.runtime.tensorrt.driver import find_gpus
 from repmlp_deploy.runtime.tensorrt.runner import TensorRTRunner
 
 try:

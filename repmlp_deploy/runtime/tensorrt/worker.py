@@ -1,6 +1,6 @@
 """One worker of an engine: an execution context, a stream, pinned and device buffers, and its CUDA graphs.
 
-An execution context serves one thread at a time, so a worker does too; the pool in `tensorrt_runner` sees to that.
+An execution context serves one thread at a time, so a worker does too; the pool in `runner` sees to that.
 Buffers are as large as the largest batch needs and live as long as the worker, so that their addresses can be captured.
 
 CUDA graphs. TensorRT-RTX captures by itself, once its kernels for a shape are compiled, and is told so when its context

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from repmlp_deploy.errors import InputError, optional_imports
-from repmlp_deploy.serving.codec import timeout_of
+from repmlp_deploy.serving.codec import MAX_TENSORS, timeout_of
 from repmlp_deploy.serving.hosts.health import Health
 from repmlp_deploy.serving.hosts.messages import POOL, SERVICE, message, service
 from repmlp_deploy.serving.inference import Inference
@@ -76,7 +76,6 @@ _METHODS: Mapping[str, str] = {
     "RepositoryModelLoad": "repository_model_load",
     "RepositoryModelUnload": "repository_model_unload",
 }
-_MAX_TENSORS = 256
 _log = logging.getLogger("repmlp.serve.grpc")
 
 
@@ -296,8 +295,8 @@ def _decoded(request: Any) -> InferRequest:
     """
     if not request.inputs:
         raise BadRequest("the request has no inputs")
-    if max(len(request.inputs), len(request.outputs)) > _MAX_TENSORS:
-        raise BadRequest(f"a request has at most {_MAX_TENSORS} inputs and outputs")
+    if max(len(request.inputs), len(request.outputs)) > MAX_TENSORS:
+        raise BadRequest(f"a request has at most {MAX_TENSORS} inputs and outputs")
     raws: Sequence[bytes] = request.raw_input_contents
     if raws and len(raws) != len(request.inputs):
         raise BadRequest(f"{len(raws)} raw_input_contents for {len(request.inputs)} inputs")

@@ -18,10 +18,10 @@ import pytest
 from repmlp_deploy import Bundle, export
 from repmlp_deploy.cli import verify as verify_cli
 from repmlp_deploy.cli.shared.console import run_command
-from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.convert.rework import engine_script
 from repmlp_deploy.convert.rework.engine_report import compared_values, engine_report
 from repmlp_deploy.errors import InputError
+from repmlp_deploy.runtime.tensorrt.driver import find_gpus
 from support.graph_cases import SMALL, graph_case
 
 pytest.importorskip("polygraphy", reason='needs pip install "repmlp-deploy[dev]"')

@@ -14,7 +14,6 @@ from repmlp_deploy import Bundle, export
 from repmlp_deploy.convert.diagnosis.bisect import GraphValues, compute_in_onnx_runtime
 from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.convert.formats.tensorrt.build import Engine, GraphSpec
-from repmlp_deploy.convert.formats.tensorrt.driver import Gpu
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS
 from repmlp_deploy.convert.graph.lowering.lower import set_precision
 from repmlp_deploy.convert.graph.proto import serialize_model
@@ -22,6 +21,7 @@ from repmlp_deploy.convert.rework import marked_engine
 from repmlp_deploy.convert.rework.locate import blame_bundle
 from repmlp_deploy.convert.rework.marked_engine import build_marked, compute_in_engine, mark_outputs
 from repmlp_deploy.errors import BuildError, MissingDevice
+from repmlp_deploy.runtime.tensorrt.driver import Gpu
 from support.bundles import certify_again
 from support.fakes.machine import VERSIONS, Machine, with_engines
 from support.fakes.tensorrt import Plan, make_tensorrt

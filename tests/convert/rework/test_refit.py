@@ -15,13 +15,13 @@ from onnx import numpy_helper
 from repmlp_deploy import Bundle, Predictor, export
 from repmlp_deploy.bundle import MANIFEST, Verdict
 from repmlp_deploy.convert.formats.tensorrt import refit as engine_refit
-from repmlp_deploy.convert.formats.tensorrt.driver import Gpu
 from repmlp_deploy.convert.formats.tensorrt.refit import refit_engine
 from repmlp_deploy.convert.graph.lowering.lower import product_tensors, set_precision
 from repmlp_deploy.convert.rework import refit as refitting
 from repmlp_deploy.convert.rework.named_weights import named_weights, with_named_weights
 from repmlp_deploy.convert.rework.refit import refit_bundle
 from repmlp_deploy.errors import BuildError, CheckpointError, InputError, MissingDevice, VerificationError
+from repmlp_deploy.runtime.tensorrt.driver import Gpu
 from support.graph_cases import SMALL, graph_case
 from support.task_cases import network_reaching, save_network, small_card, small_network
 

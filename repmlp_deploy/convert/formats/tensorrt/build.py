@@ -15,7 +15,6 @@ from typing import Any
 
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert.engine_options import FLAGS, EngineOptions
-from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.convert.formats.tensorrt.flavours import (
     FLAVOURS,
     capability_name,
@@ -26,6 +25,7 @@ from repmlp_deploy.convert.formats.tensorrt.flavours import (
 from repmlp_deploy.convert.formats.tensorrt.network_types import read_types, require_precision
 from repmlp_deploy.convert.formats.tensorrt.timing_cache import TimingCache, default_timing_cache
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency, OutputError
+from repmlp_deploy.runtime.tensorrt.driver import find_gpus
 from repmlp_deploy.runtime.tensorrt.log import recording, shared_logger
 
 __all__ = ["NOT_RUN", "Engine", "GraphSpec", "build_engine"]

@@ -12,9 +12,9 @@ from importlib import import_module
 from typing import Any
 
 from repmlp_deploy.convert.engine_options import FLAGS, EngineOptions
-from repmlp_deploy.convert.formats.tensorrt.driver import LIBRARY, find_gpus
 from repmlp_deploy.convert.formats.tensorrt.versions import find_name, has_name
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency, MissingDevice
+from repmlp_deploy.runtime.tensorrt.driver import LIBRARY, find_gpus
 from repmlp_deploy.runtime.tensorrt.flavours import FLAVOURS as RUNTIMES
 
 __all__ = [

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repmlp_deploy.convert.formats.tensorrt.driver import find_gpus
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS, check_flavour
 from repmlp_deploy.convert.formats.tensorrt.versions import DIFFERENCES, has_name
 from repmlp_deploy.errors import BuildError, MissingDevice
+from repmlp_deploy.runtime.tensorrt.driver import find_gpus
 from repmlp_deploy.runtime.tensorrt.log import Recording, recording, shared_logger
 
 __all__ = ["check_refit", "refit_engine"]

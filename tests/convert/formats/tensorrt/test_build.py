@@ -15,13 +15,13 @@ from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.convert.formats.tensorrt import build as engine
 from repmlp_deploy.convert.formats.tensorrt import flavours
 from repmlp_deploy.convert.formats.tensorrt.build import GraphSpec, build_engine
-from repmlp_deploy.convert.formats.tensorrt.driver import Gpu
 from repmlp_deploy.convert.formats.tensorrt.flavours import Flavour, check_flavour
 from repmlp_deploy.convert.formats.tensorrt.network_types import NetworkTypes, require_precision
 from repmlp_deploy.convert.graph.lowering.lower import set_precision
 from repmlp_deploy.convert.graph.nodes import node_modules
 from repmlp_deploy.convert.graph.proto import SCOPES
 from repmlp_deploy.errors import BuildError, InputError, MissingDependency, MissingDevice, VerificationError
+from repmlp_deploy.runtime.tensorrt.driver import Gpu
 from repmlp_deploy.runtime.tensorrt.log import shared_logger
 from support.plan_files import Embedded, find_embedded
 

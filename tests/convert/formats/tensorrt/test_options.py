@@ -12,11 +12,12 @@ import tensorrt_rtx
 
 from repmlp_deploy.bundle import BatchRange
 from repmlp_deploy.convert.engine_options import FLAGS, EngineOptions, parse_capabilities, with_profiles
-from repmlp_deploy.convert.formats.tensorrt import driver, flavours
-from repmlp_deploy.convert.formats.tensorrt.driver import Gpu, find_gpus
+from repmlp_deploy.convert.formats.tensorrt import flavours
 from repmlp_deploy.convert.formats.tensorrt.flavours import FLAVOURS, check_options, creation_flags
 from repmlp_deploy.convert.options import parse_profiles, whole_range
 from repmlp_deploy.errors import BuildError, InputError, MissingDevice
+from repmlp_deploy.runtime.tensorrt import driver
+from repmlp_deploy.runtime.tensorrt.driver import Gpu, find_gpus
 
 AMPERE = (Gpu("a GPU", "8.6"),)
 

@@ -13,9 +13,9 @@ import tensorrt_rtx
 
 from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.convert.formats.tensorrt import build as engine
-from repmlp_deploy.convert.formats.tensorrt.driver import Gpu
 from repmlp_deploy.convert.formats.tensorrt.timing_cache import TimingCache, default_timing_cache
 from repmlp_deploy.errors import OutputError
+from repmlp_deploy.runtime.tensorrt.driver import Gpu
 from support.graph_cases import graph_case
 
 
