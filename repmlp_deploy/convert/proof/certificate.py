@@ -133,7 +133,8 @@ class Certifier:
             name: the step.
             outputs: (n, …); if they are float64, only its rounding is allowed.
             references: the right outputs. If another network than the trained one gave them, the floor is the trained
-                network's in proportion to the largest output.
+                network's in proportion to the largest output, and a few units in the last place at least. It is the
+                trained network's own where one of the two gave only zeros, as behind a ReLU.
 
         Raises:
             VerificationError: they differ by more than rounding.
@@ -141,8 +142,9 @@ class Certifier:
         hops = []
         for i, (output, reference) in enumerate(zip(outputs, references, strict=True)):
             rows = np.arange(len(reference))
-            own = np.abs(self._probe.outputs()[i][0][rows]).max()
-            floors = self._floors[i][rows] * (np.abs(reference).max() / own if own > 0 else 1.0)
+            own, size = np.abs(self._probe.outputs()[i][0][rows]).max(), np.abs(reference).max()
+            scale = size / own if size > 0 and own > 0 else 1.0
+            floors = np.maximum(self._floors[i][rows] * scale, noise_floors(reference, reference))
             precision = "fp64" if output.dtype == np.float64 else "fp32"
             hops.append(self._hop(name, i, output, reference, floors, rows, precision))
         return self.require_passed(hops)

@@ -88,6 +88,18 @@ def test_answers_in_float64_are_judged_by_float64s_row(probe: Probe) -> None:
     certifier.require_outputs("scaled", [probe.reference[:1] * 1e6], [probe.reference[:1] * 1e6])
 
 
+def test_a_sample_that_one_network_answers_with_zeros_is_judged(probe: Probe) -> None:
+    """A ReLU at the end may leave nothing, of the trained network or of the one with redrawn statistics."""
+    nothing, something = np.zeros((1, 4)), probe.reference[:1]
+    silent = Probe(probe.inputs, nothing.repeat(5, axis=0), nothing.repeat(5, axis=0).astype(np.float32))
+    for trained, right in [(probe, nothing), (silent, something), (silent, nothing)]:
+        certifier = Certifier(trained, (5,))
+        (hop,) = certifier.require_outputs("redrawn", [right * (1 + 1e-15)], [right])
+        assert hop.passed
+        with pytest.raises(VerificationError, match="off at batch 1 differs"):
+            certifier.require_outputs("off", [right + 1e-9], [right])
+
+
 def test_the_verdict_is_the_closest_hop(probe: Probe) -> None:
     certifier = Certifier(probe, (5,))
     floor = 4 * 2.0**-23 * probe.reference[0].max()
