@@ -19,14 +19,17 @@ class Flat(nn.Module):
     Args:
         module: the network.
         keywords: what it calls its inputs, where they are passed by name; empty where they are passed by position.
+        copies: whether it gets copies of its inputs, as it writes into them.
     """
 
-    def __init__(self, module: nn.Module, keywords: Sequence[str] = ()) -> None:
+    def __init__(self, module: nn.Module, keywords: Sequence[str] = (), *, copies: bool = False) -> None:
         super().__init__()
         self.module = module
         self.keywords = tuple(keywords)
+        self.copies = copies
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        inputs = tuple(x.clone() for x in inputs) if self.copies else inputs
         named = dict(zip(self.keywords, inputs, strict=True)) if self.keywords else {}
         answer = self.module(**named) if named else self.module(*inputs)
         return tuple(flatten_outputs(answer).values())

@@ -133,8 +133,9 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
     _require_plain(network)
     keywords = tuple(example_input) if isinstance(example_input, Mapping) else ()
     examples = _tensors(example_input)
+    passed = tuple(x.clone() for x in examples)
     try:
-        answer = network(**dict(zip(keywords, examples, strict=True))) if keywords else network(*examples)
+        answer = network(**dict(zip(keywords, passed, strict=True))) if keywords else network(*passed)
         outputs = flatten_outputs(answer)
     except Exception as error:  # noqa: BLE001 - a user's code raises anything
         raise InputError(f"{called} does not run on example_input: {kind_and_line(error)}") from None
@@ -150,11 +151,12 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
             raise InputError(f"{called}: {name} is {value.dtype}; only float32 outputs can be proved: return scores")
     inputs = keywords or _parameter_names(network, len(examples))
     names = _output_names(tuple(outputs), inputs)
-    plain = isinstance(answer, Tensor) and not keywords and len(examples) == 1 and _names_its_input(network)
+    writes = any(x._version for x in passed)  # noqa: SLF001 - of PyTorch: it counts the writes, also those of equal values
+    plain = isinstance(answer, Tensor) and not (keywords or writes) and len(examples) == 1 and _names_its_input(network)
     shapes = [value.shape for value in outputs.values()]
     classes = shapes[0][1] if len(shapes) == 1 and len(shapes[0]) > 1 else None
     interface = Interface(inputs, examples, names, classes, by_name=bool(keywords))
-    return (network if plain else Flat(network, keywords).eval()), interface
+    return (network if plain else Flat(network, keywords, copies=writes).eval()), interface
 
 
 def inputs_as_passed(network: nn.Module, inputs: Mapping[str, Tensor], *, by_name: bool | None) -> Any:

@@ -112,6 +112,29 @@ def test_the_merged_checkpoint_has_the_networks_own_names(exported: Bundle, segm
     torch.testing.assert_close(merged["head.weight"], trained["head.weight"], rtol=0, atol=0)
 
 
+class Normalises(nn.Module):
+    """Normalise the image where it lies, as a step of preprocessing does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.5
+        x /= 0.25
+        return self.norm(x)
+
+
+def test_a_network_that_writes_into_its_input_is_exported(tmp_path: Path) -> None:
+    network, example = _make(Normalises), torch.full((1, 3, 8, 8), 0.5)
+    bundle = export(network, example_input=example, batch="1:2:3", out=tmp_path / "bundle")
+    assert (example == 0.5).all()
+    images = torch.rand(3, 3, 8, 8)
+    with Predictor(bundle, check=True) as predictor, torch.no_grad():
+        found = predictor.run(x=images.numpy().copy())["output"]
+        np.testing.assert_allclose(found, network(images).numpy(), atol=1e-4)
+
+
 def test_predictor_refuses_several_outputs_by_name(exported: Bundle) -> None:
     with Predictor(exported) as predictor, pytest.raises(InputError, match=r"2 inputs \(images, weight\).*run\(\)"):
         predictor.logits(np.zeros((1, 3, 32, 32), np.float32))
