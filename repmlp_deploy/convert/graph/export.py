@@ -28,6 +28,7 @@ from repmlp_deploy.text import first_line, kind_and_line
 
 try:
     import onnx
+    import onnx_ir
     import onnxscript  # noqa: F401 - torch.onnx.export needs it, and says so only in passing
     from onnx import helper
 except ImportError as error:
@@ -138,6 +139,7 @@ def export_graph(
             raise _failure(error) from error
     if exported is None:
         raise RepMLPError(f"torch.onnx.export returned nothing: {chatter.getvalue()[-200:]}")
+    _part_outputs(exported.model.graph, input_names, output_names)
     graph = exported.model_proto
     if (given := graph.opset_import[0].version) != opset:
         raise RepMLPError(f"torch.onnx.export wrote opset {given} where {opset} was asked for")
@@ -146,6 +148,21 @@ def export_graph(
     name_by_module(graph)
     graph.ir_version = helper.find_min_ir_version_for(graph.opset_import)
     return graph
+
+
+def _part_outputs(graph: onnx_ir.Graph, input_names: Sequence[str], output_names: Sequence[str]) -> None:
+    """Give a value of its own to every output that is an input or another output: a value has only one name."""
+    seen = list(graph.inputs)
+    for i, value in enumerate(list(graph.outputs)):
+        if any(value is other for other in seen):
+            copied = onnx_ir.node("Identity", [value])
+            copied.outputs[0].type, copied.outputs[0].shape = value.type, value.shape
+            graph.append(copied)
+            graph.outputs[i] = copied.outputs[0]
+        seen.append(value)
+    for values, names in ((graph.inputs, input_names), (graph.outputs, output_names)):
+        for value, name in zip(values, names, strict=True):
+            value.name = name
 
 
 def _failure(error: BaseException) -> RepMLPError:

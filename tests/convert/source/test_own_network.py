@@ -135,6 +135,37 @@ def test_a_network_that_writes_into_its_input_is_exported(tmp_path: Path) -> Non
         np.testing.assert_allclose(found, network(images).numpy(), atol=1e-4)
 
 
+class Repeats(nn.Module):
+    """Return the input itself and one map twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.norm(x)
+        return {"x": x, "first": y, "second": y, "mean": y.mean((2, 3))}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_outputs_that_are_an_input_or_each_other_have_names_of_their_own(precision: str, tmp_path: Path) -> None:
+    network, formats = _make(Repeats), "onnx,openvino" if precision == "fp32" else "onnx"
+    example = torch.zeros(1, 3, 8, 8)
+    bundle = export(network, example_input=example, formats=formats, precision=precision, out=tmp_path / "bundle")
+    names = ["x_out", "first", "second", "mean"]
+    graph = onnx.load(bundle.folder / "model.onnx").graph
+    assert [value.name for value in graph.input] == ["x"]
+    assert [value.name for value in graph.output] == [spec.name for spec in bundle.manifest.outputs] == names
+    images = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        expected = network(images)
+    for name in bundle.manifest.artifacts:
+        with Predictor(bundle, format=name, check=True) as predictor:
+            found = predictor.run(x=images.numpy())
+        for output, right in zip(names, expected.values(), strict=True):
+            np.testing.assert_allclose(found[output], right.numpy(), atol=1e-5 if precision == "fp32" else 1e-2)
+
+
 def test_predictor_refuses_several_outputs_by_name(exported: Bundle) -> None:
     with Predictor(exported) as predictor, pytest.raises(InputError, match=r"2 inputs \(images, weight\).*run\(\)"):
         predictor.logits(np.zeros((1, 3, 32, 32), np.float32))
