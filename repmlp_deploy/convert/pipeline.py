@@ -7,6 +7,7 @@ Every value is compared with the probe, that is with the trained network, before
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -221,6 +222,10 @@ def _with_artifacts(made: Assembly, job: Job, names: Sequence[str], source: Grap
 
 def _loaded(source: nn.Module | str | Path, own: SourceRequest, clock: _Clock) -> Trained:
     """Return the trained network, of a family or of the user's own."""
+    if not isinstance(source, nn.Module | str | os.PathLike):
+        raise InputError(
+            f"export got a {type(source).__name__}; expected a network, a torch.nn.Module, or the path of a weights file"
+        )
     with clock.step("load"):
         if own.module is not None or own.model is not None or own.example_input is not None:
             return load_own(source, own)

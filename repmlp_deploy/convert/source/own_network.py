@@ -34,6 +34,7 @@ FAMILY = "custom"
 
 _IMAGE_AXES = 4  # (N, C, H, W)
 _COLOURS = 3
+_REPEATED = 1e-3  # of the largest output: more than sums in another order make
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,7 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
     keywords = tuple(example_input) if isinstance(example_input, Mapping) else ()
     examples = _tensors(example_input)
     passed = tuple(x.clone() for x in examples)
-    try:
-        answer = network(**dict(zip(keywords, passed, strict=True))) if keywords else network(*passed)
-        outputs = flatten_outputs(answer)
-    except Exception as error:  # noqa: BLE001 - a user's code raises anything
-        raise InputError(f"{called} does not run on example_input: {kind_and_line(error)}") from None
+    answer, outputs = _answers(network, keywords, passed)
     if not outputs:
         raise InputError(f"{called} returns no tensor")
     batch = len(examples[0])
@@ -149,6 +146,7 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
             )
         if value.dtype != torch.float32:
             raise InputError(f"{called}: {name} is {value.dtype}; only float32 outputs can be proved: return scores")
+    _require_same(called, outputs, _answers(network, keywords, tuple(x.clone() for x in examples))[1])
     inputs = keywords or _parameter_names(network, len(examples))
     names = _output_names(tuple(outputs), inputs)
     writes = any(x._version for x in passed)  # noqa: SLF001 - of PyTorch: it counts the writes, also those of equal values
@@ -157,6 +155,27 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
     classes = shapes[0][1] if len(shapes) == 1 and len(shapes[0]) > 1 else None
     interface = Interface(inputs, examples, names, classes, by_name=bool(keywords))
     return (network if plain else Flat(network, keywords, copies=writes).eval()), interface
+
+
+def _answers(network: nn.Module, keywords: Sequence[str], inputs: Sequence[Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """Return what the network answers, as it is and by name."""
+    try:
+        answer = network(**dict(zip(keywords, inputs, strict=True))) if keywords else network(*inputs)
+        return answer, flatten_outputs(answer)
+    except Exception as error:  # noqa: BLE001 - a user's code raises anything
+        raise InputError(f"{type(network).__name__} does not run on example_input: {kind_and_line(error)}") from None
+
+
+def _require_same(called: str, outputs: Mapping[str, Tensor], repeated: Mapping[str, Tensor]) -> None:
+    """Raise if the same inputs got other outputs the second time."""
+    for name, value in outputs.items():
+        again = repeated.get(name)
+        noise = _REPEATED * float(value.abs().nan_to_num().max()) if value.numel() else 0.0
+        if again is None or not torch.allclose(value, again, rtol=0, atol=noise, equal_nan=True):
+            raise InputError(
+                f"{called}: {name} is another for the same inputs: dropout, noise or what is kept between calls must "
+                "be switched off in forward, where .eval() does not do it"
+            )
 
 
 def inputs_as_passed(network: nn.Module, inputs: Mapping[str, Tensor], *, by_name: bool | None) -> Any:
@@ -243,6 +262,10 @@ def _require_plain(network: nn.Module) -> None:
             raise InputError(
                 f"{name or called} ({type(module).__name__}) keeps no running statistics, so its output depends on the "
                 "batch: train it with track_running_stats=True"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{name or called} is TorchScript, which cannot be traced again: pass the network that it was made of"
             )
     for name, value in (*network.named_parameters(), *network.named_buffers()):
         if value.device.type != "cpu":

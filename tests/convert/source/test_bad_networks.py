@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,47 @@ def test_whatever_a_network_raises_is_one_line(error: Exception, always: bool, t
     said = "on example_input" if always else r"in float64 on \d+ samples"
     with pytest.raises(InputError, match=f"does not run {said}.*: {type(error).__name__}: '?of mine"):
         export(Fails(error, always=always).eval(), example_input=X, out=tmp_path / "no")
+
+
+class Noisy(nn.Module):
+    """Drop values in evaluation mode, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x.flatten(1), training=True)
+
+
+class Counting(nn.Module):
+    """Answer by what was asked before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x.flatten(1) + self.calls
+
+
+@pytest.mark.parametrize("part", [Noisy, Counting])
+def test_a_network_that_answers_the_same_inputs_otherwise_is_refused(part: type[nn.Module], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{part.__name__}: output is another for the same inputs: dropout, noise"):
+        export(part().eval(), example_input=torch.ones(1, 3, 8, 8), out=tmp_path / "no")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda network: torch.jit.trace(network, X)])
+def test_torchscript_is_refused_with_the_remedy(make: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    whole = make(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()).eval())
+    for network, said in [(whole, ""), (nn.Sequential(whole, nn.Flatten()).eval(), "0 ")]:
+        with pytest.raises(InputError, match=f"^{said}.*is TorchScript.*: pass the network that it was made of"):
+            export(network, example_input=X, out=tmp_path / "no")
+
+
+@pytest.mark.parametrize("source", [{}, None, nn.ReLU], ids=["a state dict", "nothing", "a class"])
+@pytest.mark.parametrize("example", [None, X], ids=["alone", "with an example"])
+def test_what_is_no_network_is_named(source: object, example: Tensor | None, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"got a {type(source).__name__}; expected a network, a torch.nn.Module, or"):
+        export(source, example_input=example, out=tmp_path / "no")  # type: ignore[arg-type]
 
 
 def test_a_network_that_mixes_samples_is_refused(tmp_path: Path) -> None:
