@@ -224,7 +224,7 @@ def _loaded(source: nn.Module | str | Path, own: SourceRequest, clock: _Clock) -
     """Return the trained network, of a family or of the user's own."""
     if not isinstance(source, nn.Module | str | os.PathLike):
         raise InputError(
-            f"export got a {type(source).__name__}; expected a network, a torch.nn.Module, or the path of a weights file"
+            f"got a {type(source).__name__}; expected a network, a torch.nn.Module, or the path of a weights file"
         )
     with clock.step("load"):
         if own.module is not None or own.model is not None or own.example_input is not None:

@@ -8,9 +8,11 @@ operations, so that what would overflow on a GPU does not there. Rounding and ba
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 
+from repmlp_deploy.convert.graph.lowering.cast import float_tensors
 from repmlp_deploy.errors import MissingDependency
 from repmlp_deploy.precision import PRECISIONS, Precision
 
@@ -43,34 +45,30 @@ def emulate_casts(graph: onnx.ModelProto, precision: Precision) -> onnx.ModelPro
     """Return a float32 graph that rounds wherever `graph` has the precision's element type; `graph` does not change."""
     kind = TensorProto.DataType.Value(precision.onnx_type)
     weights = [_widened(tensor, kind) for tensor in graph.graph.initializer]
-    low = {tensor.name for tensor in graph.graph.initializer if tensor.data_type == kind}
+    low = {tensor.name for tensor in graph.graph.initializer if tensor.data_type == kind} | float_tensors(graph, kind)
     nodes = [made for node in graph.graph.node for made in _emulated(node, low, precision)]
     made = helper.make_graph(nodes, graph.graph.name, graph.graph.input, graph.graph.output, weights)
     return helper.make_model(made, opset_imports=graph.opset_import, ir_version=graph.ir_version)
 
 
-def _emulated(node: NodeProto, low: set[str], precision: Precision) -> Iterator[NodeProto]:
-    """Yield the nodes that replace a node; add the names of its rounded outputs to `low`."""
+def _emulated(node: NodeProto, low: AbstractSet[str], precision: Precision) -> Iterator[NodeProto]:
+    """Yield the nodes that replace a node; `low` are the names of values in the low type."""
     kind = TensorProto.DataType.Value(precision.onnx_type)
-    made = NodeProto()
-    made.CopyFrom(node)
     to = next((a.i for a in node.attribute if a.name == "to"), None) if node.op_type == "Cast" else None
-    if to is not None and node.input[0] in low and to == TensorProto.FLOAT:
+    if to == TensorProto.FLOAT and node.input[0] in low:
         yield helper.make_node("Identity", node.input, node.output, name=node.name)
         return
-    rounds = to == kind if to is not None else any(name in low for name in node.input)
-    if not rounds:
-        yield made
-        return
-    if to is not None:  # its input is float32 already: only the rounding is left of it
+    if to == kind:  # its input is float32 already: only the rounding is left of it
         yield from _rounding(node.input[0], node.output[0], precision)
-    else:
-        for i, name in enumerate(node.output):
-            made.output[i] = f"{name}_unrounded"
-        yield made
-        for name in node.output:
+        return
+    made = NodeProto()
+    made.CopyFrom(node)
+    for i, name in enumerate(node.output):
+        made.output[i] = f"{name}_unrounded" if name in low else name
+    yield made
+    for name in node.output:
+        if name in low:
             yield from _rounding(f"{name}_unrounded", name, precision)
-    low.update(node.output)
 
 
 def _rounding(source: str, result: str, precision: Precision) -> Iterator[NodeProto]:

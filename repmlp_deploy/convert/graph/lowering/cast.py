@@ -2,11 +2,13 @@
 
 **fp16, bf16.** Weights and what flows between nodes have the low type; inputs and outputs of the graph stay float32.
 A node that stays in float32 gets a Cast at its borders. Products accumulate in float32 in every runtime we know.
+An operator may take float32 alone, or for some of its inputs, such as the scales of Resize: its schema says so.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -28,7 +30,7 @@ __all__ = ["cast_graph", "float_tensors"]
 
 _CRASHES = "ONNX Runtime crashes with it in fp16"
 _MATRIX = 2  # axes of one
-_TYPED = ("Cast", "CastLike", "ConstantOfShape", "If", "Loop", "Range", "Scan")
+_TYPED = ("Cast", "CastLike", "Constant", "ConstantOfShape", "If", "Loop", "Range", "Scan")
 
 
 @dataclass
@@ -80,20 +82,24 @@ def cast_graph(graph: onnx.ModelProto, precision: Precision, kept_names: Abstrac
     initializers = {tensor.name: tensor for tensor in graph.graph.initializer}
     work = _Casting(precision, dict.fromkeys(floats, TensorProto.FLOAT))
     outputs = {value.name for value in graph.graph.output}
+    opset = max(graph.opset_import[0].version, precision.min_opset)
     counts: Counter[str] = Counter()
     kept, crashing = [], _crashing(graph) if low == TensorProto.FLOAT16 else set()
     for node in graph.graph.node:
         reason = _why_float32(node, precision, floats | initializers.keys(), kept_names)
         reason = reason or (_CRASHES if node.output[0] in crashing else "")
+        signature = _Signature.of(node, opset, precision)
+        reason = reason or signature.refusal(node, floats)
         wanted = TensorProto.FLOAT if reason else low
         made = NodeProto()
         made.CopyFrom(node)
         for i, name in enumerate(node.input):
+            kind = wanted if signature.takes(i) else TensorProto.FLOAT
             tensor = initializers.get(name)
             if tensor is None:
-                made.input[i] = work.as_type(name, wanted) if name in floats else name
+                made.input[i] = work.as_type(name, kind) if name in floats else name
             elif tensor.data_type == TensorProto.FLOAT:
-                made.input[i] = work.weight_as(tensor, wanted)
+                made.input[i] = work.weight_as(tensor, kind)
             else:
                 work.weights[name] = tensor
         work.nodes.append(made)
@@ -103,8 +109,47 @@ def cast_graph(graph: onnx.ModelProto, precision: Precision, kept_names: Abstrac
             kept.append(Kept(node.name, node.op_type, module_of(node), reason))
         elif any(name in floats for name in node.output):
             counts[node.op_type] += 1
-    opset = max(graph.opset_import[0].version, precision.min_opset)
     return Lowered(rebuild(graph, work.nodes, work.weights.values(), opset), dict(counts), tuple(kept))
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """What the schema of an operator says of its inputs and outputs: the name of their type, and whether it may be low.
+
+    Attributes:
+        inputs: in their order; the last may be of any number. Empty if nothing is known.
+        outputs: likewise.
+        element: the low type.
+    """
+
+    inputs: tuple[tuple[str, bool], ...]
+    outputs: tuple[tuple[str, bool], ...]
+    element: str
+
+    @classmethod
+    def of(cls, node: NodeProto, opset: int, precision: Precision) -> _Signature:
+        """Return the signature of a node's operator."""
+        if not onnx.defs.has(node.op_type, opset, node.domain):
+            return cls((), (), precision.element)
+        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+        allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
+
+        def described(parameters: Sequence[onnx.defs.OpSchema.FormalParameter]) -> tuple[tuple[str, bool], ...]:
+            names = [p.type_str for p in parameters]
+            return tuple((n, any(f"({precision.element})" in kind for kind in allowed.get(n, (n,)))) for n in names)
+
+        return cls(described(schema.inputs), described(schema.outputs), precision.element)
+
+    def takes(self, i: int) -> bool:
+        """Return whether an input may have the low type."""
+        return not self.inputs or self.inputs[min(i, len(self.inputs) - 1)][1]
+
+    def refusal(self, node: NodeProto, floats: AbstractSet[str]) -> str:
+        """Return why a node cannot give the low type: an output, or an input of an output's type, may not be low."""
+        fixed = {kind for kind, is_low in (*self.outputs, *self.inputs) if not is_low}
+        last = len(self.outputs) - 1
+        given = [self.outputs[min(i, last)][0] for i, name in enumerate(node.output) if name in floats and last >= 0]
+        return f"{node.op_type} has no {self.element} in ONNX" if fixed.intersection(given) else ""
 
 
 def _why_float32(node: NodeProto, precision: Precision, floats: set[str], kept_names: AbstractSet[str]) -> str:
@@ -139,13 +184,13 @@ def _crashing(graph: onnx.ModelProto) -> set[str]:
     return found
 
 
-def float_tensors(graph: onnx.ModelProto) -> set[str]:
-    """Return activations that are float32, inputs of the graph among them."""
+def float_tensors(graph: onnx.ModelProto, kind: int = TensorProto.FLOAT) -> set[str]:
+    """Return activations that are float32, or of another type, inputs of the graph among them."""
     small = without_weights(graph, large_weights(graph), as_inputs=True)
     inferred = onnx.shape_inference.infer_shapes(small).graph
     weights = {tensor.name for tensor in graph.graph.initializer}
     values = (*inferred.value_info, *inferred.input, *inferred.output)
-    return {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT} - weights
+    return {v.name for v in values if v.type.tensor_type.elem_type == kind} - weights
 
 
 def _in_type(tensor: TensorProto, name: str, precision: Precision) -> TensorProto:
