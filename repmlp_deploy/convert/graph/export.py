@@ -41,10 +41,8 @@ BATCH_AXIS = "batch"
 _TALKATIVE = ("torch", "onnxscript", "onnx_ir")
 _OPERATOR = re.compile(r"target=torch\.ops\.([\w.]+)")
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
-_FOLDED = (
-    *("conv1d", "conv3d", "conv_transpose"),  # without a bias, they become a dozen nodes for it
-    *("chunk", "split", "unsafe_chunk", "unsafe_split"),  # sequences, which TensorRT does not take
-)
+_BULKY = ("conv1d", "conv3d", "conv_transpose")  # without a bias, they become a dozen nodes for it
+_SEQUENCES = ("chunk", "split", "unbind", "unsafe_chunk", "unsafe_split")  # become sequences, which TensorRT does not take
 _TRACED_BATCH = 2  # 0 and 1 would be specialised
 TRACED = BatchRange(min=_TRACED_BATCH, opt=_TRACED_BATCH, max=_TRACED_BATCH)
 """The fixed batch to trace with where the batch is to be made symbolic afterwards."""
@@ -64,9 +62,9 @@ class Traced:
 
     @property
     def needs_folding(self) -> bool:
-        """Whether the exporter must fold: a BatchNorm, or what it writes for splits and for convolutions but conv2d."""
+        """Whether the exporter must fold: a BatchNorm, parts of a tensor, or a convolution other than conv2d."""
         kinds = {str(node.target).removeprefix("aten.") for node in self.program.graph.nodes}
-        return any("batch_norm" in kind or kind.startswith(_FOLDED) for kind in kinds)
+        return any("batch_norm" in kind or kind.startswith(_BULKY + _SEQUENCES) for kind in kinds)
 
 
 def trace_network(network: nn.Module, examples: Sequence[Tensor], batch: BatchRange) -> Traced:

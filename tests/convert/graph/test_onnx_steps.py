@@ -130,23 +130,9 @@ def test_exporting_prints_nothing_and_names_the_tensors(
     assert model.opset_import[0].version == 20
 
 
-class Halves(nn.Module):
-    """Two halves of the channels, exchanged: by `chunk`, or by `split`."""
-
-    def __init__(self, *, chunk: bool) -> None:
-        super().__init__()
-        self.chunk = chunk
-
-    def forward(self, x: Tensor) -> Tensor:
-        left, right = x.chunk(2, 1) if self.chunk else x.split([3, 1], 1)
-        return torch.cat([right, left], 1)
-
-
 @pytest.mark.parametrize(
     ("network", "shape", "left"),
     [
-        (Halves(chunk=True), (1, 4, 5, 5), ["Split", "Concat"]),
-        (Halves(chunk=False), (1, 4, 5, 5), ["Split", "Concat"]),
         (nn.Sequential(nn.Conv1d(3, 4, 3, bias=False), nn.BatchNorm1d(4), nn.ReLU()), (1, 3, 9), ["Conv", "Relu"]),
         (nn.Sequential(nn.ConvTranspose2d(3, 4, 2, bias=False), nn.ReLU()), (1, 3, 5, 5), ["ConvTranspose", "Relu"]),
         (nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4)), (1, 3, 5, 5), ["ConvTranspose"]),
@@ -159,6 +145,29 @@ def test_what_regions_leave_is_folded_by_the_exporter(
     """The graph of an export is no larger than the exporter's own."""
     bundle = export(randomize(network), example_input=torch.zeros(shape), batch="1:2:4", out=tmp_path / "out")
     assert [node.op_type for node in onnx.load(bundle.folder / "model.onnx").graph.node] == left
+
+
+class Parts(nn.Module):
+    """Take a map apart and put it together in another order."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.norm, self.kind = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        if self.kind == "unbind":
+            return torch.stack(y.unbind(2)[::-1], 2)
+        return torch.cat((y.chunk(2, 1) if self.kind == "chunk" else y.split([1, 3], 1))[::-1], 1)
+
+
+@pytest.mark.parametrize("kind", ["chunk", "split", "unbind"])
+def test_parts_of_a_map_are_no_sequence(kind: str, tmp_path: Path) -> None:
+    """TensorRT takes none."""
+    example, out = torch.zeros(1, 3, 4, 4), tmp_path / "out"
+    bundle = export(randomize(Parts(kind)), example_input=example, batch="1:2:4", formats="onnx,trt-rtx", out=out)
+    operators = {node.op_type for node in onnx.load(bundle.folder / "model.onnx").graph.node}
+    assert operators in ({"Conv", "Split", "Concat"}, {"Conv", "Slice", "Concat"})
 
 
 class Attention(nn.Module):
