@@ -3,7 +3,8 @@
 The nodes of the graph were named after their modules, as `stages.0.1.fc3/MatMul`, and its constants after the weights.
 OpenVINO keeps both as friendly names, NNCF as well where it does not replace a constant. So the last node of a name
 gives a module's value, and a further result of the model makes it readable. Nodes that OpenVINO made have no such name;
-those that give an output have the output's, and stand for whatever module of the trace gives it.
+those that give an output have the output's, and stand for whatever module of the trace gives it. A node that took in
+the BatchNorm after it has the name of its own module, whose value no node gives then.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class ModelValues(Values):
             if node.get_type_name() in _NO_VALUES or _COLUMNS.search(name):
                 continue
             for key in module_and_parents(_module_of(name)):
-                found[key] = Anchor(key, name, i)
+                if trace.nodes.get(key) not in trace.normalised:
+                    found[key] = Anchor(key, name, i)
         places = {node.get_friendly_name(): i for i, node in enumerate(self._nodes)}
         for name, traced in zip(self._outputs, trace.outputs, strict=True):
             for key in [key for key, node in trace.nodes.items() if node == traced]:

@@ -142,6 +142,7 @@ class Trace:
         weights: name to value; none where the network still has BatchNorms, which simplification puts into weights.
         nodes: module or weight to the node of the trace that gives its value.
         outputs: the nodes that give the outputs, in order.
+        normalised: the nodes that only a BatchNorm reads; in an artifact, it may be part of the operation before it.
     """
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
@@ -151,7 +152,10 @@ class Trace:
             self._double = copy.deepcopy(self._single).double()
         self.weights: Mapping[str, Tensor] = program.state_dict
         self.nodes: dict[str, str] = {}
-        if any("batch_norm" in str(node.target) for node in self._single.graph.nodes):
+        norms = [node for node in self._single.graph.nodes if "batch_norm" in str(node.target)]
+        read = [norm.all_input_nodes[0] for norm in norms]
+        self.normalised = {node.name for node in read if len(node.users) == 1}
+        if norms:
             self.weights = {}
         returned = next(node for node in self._single.graph.nodes if node.op == "output").all_input_nodes
         self.outputs = [node.name for node in returned]

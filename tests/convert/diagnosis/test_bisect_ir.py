@@ -13,6 +13,7 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
+from torch import nn
 
 from repmlp_deploy import Bundle
 from repmlp_deploy.bundle import BatchRange
@@ -35,6 +36,7 @@ from repmlp_deploy.errors import BundleError, MissingDependency
 from support.bundles import certify_again
 from support.graph_cases import BATCH, SMALL, graph_case
 from support.ir_files import constant_names, with_constant
+from support.networks import randomize
 from support.openvino_bundle import with_openvino
 from support.task_cases import small_network
 
@@ -98,6 +100,35 @@ def test_the_model_of_every_family_is_blameless_and_every_module_is_compared(fam
 def test_a_model_of_a_lower_precision_is_blameless(precision: str) -> None:
     ir = built("repmlpnet", precision)
     assert blame("repmlpnet", (ir.xml, ir.weights), precision) is None
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)), (3, 5, 5)),
+        (nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 1)), (3, 9)),
+    ],
+)
+def test_a_convolution_that_took_in_its_norm_is_blameless(network: nn.Module, shape: tuple[int, ...]) -> None:
+    """It gives the value of the BatchNorm; what follows is compared all the same."""
+    torch.manual_seed(0)
+    program = trace_network(randomize(network), [torch.zeros(1, *shape)], BATCH)
+    graph = export_graph(program, input_names=["x"], output_names=["y"], optimize=program.needs_folding)
+    ir = build_ir(
+        serialize_model(simplify_graph(graph)),
+        precision="fp32",
+        batch=BatchRange(min=1, opt=2, max=4),
+        inputs={"x": shape},
+    )
+    inputs = [np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32)]
+
+    def blamed(weights: bytes) -> Blame | None:
+        return first_difference(ModelValues((ir.xml, weights), "fp32"), program.program, [inputs])
+
+    assert blamed(ir.weights) is None
+    found = blamed(with_constant(ir.xml, ir.weights, "3.weight", off_by(0.1)))
+    assert found is not None
+    assert found.place == "3"
 
 
 WEIGHTS = {
