@@ -20,7 +20,8 @@ Where a channel's weights are nearly 0, as after a BatchNorm with γ = 0, its bi
 output have a scale in which its bias takes at most 2³⁰ units, and a range of 0 counts as 1.
 
 Weights that two products read along different axes, as in a tied autoencoder, have one scale too: with one per output
-of the first product, the second would sum over values of different scales.
+of the first product, the second would sum over values of different scales. Each product has codes of its own: in
+the precise mode of ONNX Runtime, which our sessions ask for, it fails where it meets the same codes again.
 
 FC3 of several sharesets, (S, h·w, h·w), has one scale: DequantizeLinear takes scales along one axis, and ONNX Runtime
 computes no batched product with those. (Bringing the sharesets to one range beforehand, exactly, by powers of two that
@@ -224,7 +225,7 @@ class _Quantizing:
         name = node.input[1]
         result, stored = f"{name}_dequantized", f"{name}_{TensorProto.DataType.Name(self._kind).lower()}"
         if stored in self.tensors:
-            return result
+            return self._copied_weight(name, stored, node.output[0])
         values = numpy_helper.to_array(self._weights[name])
         axis = self._axes[name]
         others = tuple(i for i in range(values.ndim) if i != axis) if axis is not None else None
@@ -235,6 +236,18 @@ class _Quantizing:
         self.tensors[stored] = self._stored(values / factor.reshape(shape), stored)
         attributes = {} if axis is None else {"axis": axis}
         return self._add("DequantizeLinear", [stored, scale, zero], result, **attributes)
+
+    def _copied_weight(self, name: str, stored: str, output: str) -> str:
+        """Return the name of dequantized weights that another product has as well, from codes of their own."""
+        axis, own = self._axes[name], f"{output}_{name}"
+        names = [f"{own}_codes", f"{own}_zero_point"]
+        for shared, copied in zip((stored, f"{name}_zero_point"), names, strict=True):
+            self.tensors[copied] = TensorProto()
+            self.tensors[copied].CopyFrom(self.tensors[shared])
+            self.tensors[copied].name = copied
+        attributes = {} if axis is None else {"axis": axis}
+        inputs = [names[0], f"{name}_scale", names[1]]
+        return self._add("DequantizeLinear", inputs, f"{own}_dequantized", **attributes)
 
     def _stored(self, values: NDArray[np.float32], name: str) -> TensorProto:
         """Return values in units of their scale, each as the nearest code."""

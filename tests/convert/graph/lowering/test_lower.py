@@ -322,6 +322,23 @@ def test_int8_keeps_the_bias_of_a_product_whose_input_was_always_zero() -> None:
     assert max(int8_errors(nodes, weights, np.zeros((2, 8, 3, 3), np.float32))) < 1e-2
 
 
+@pytest.mark.parametrize("kind", ["Conv", "Gemm", "MatMul"])
+def test_int8_of_a_layer_that_runs_twice_has_codes_of_its_own_each_time(kind: str) -> None:
+    """ONNX Runtime does not open a graph with shared codes in its precise mode, which a session asks for."""
+    rng = np.random.default_rng(0)
+    weights, inputs = {"w": rng.standard_normal((8, 8))}, rng.standard_normal((5, 8)).astype(np.float32)
+    if kind == "Conv":
+        weights, inputs = {"w": weights["w"].reshape(8, 8, 1, 1)}, inputs[:, :, None, None].repeat(2, axis=3)
+    nodes = [helper.make_node(kind, [x, "w"], [y], name=y) for x, y in (("x", "h"), ("h", "f"), ("f", "y"))]
+    model = _model(nodes, weights, inputs, ["y"])
+    model.graph.output[0].type.CopyFrom(helper.make_tensor_type_proto(TensorProto.FLOAT, inputs.shape))
+    lowered = set_precision(model, "int8", ranges=dict.fromkeys(("x", "h", "f", "y"), 100.0)).model
+    session(lowered).run(None, {"x": inputs})
+    widened = [node for node in lowered.graph.node if node.op_type == "DequantizeLinear" and "w" in node.output[0]]
+    read = [node.input[0] for node in widened]
+    assert len(set(read)) == len(read) == len(nodes)
+
+
 @pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8)])
 def test_int8_multiplies_by_a_vector(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
