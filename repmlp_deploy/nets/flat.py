@@ -5,12 +5,13 @@ Where a network fails, `failing_module` says which of its modules was running.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Flat", "failing_module", "flatten_outputs"]
+__all__ = ["Flat", "cloned", "failing_module", "flatten_outputs", "map_tensors"]
 
 
 class Flat(nn.Module):
@@ -63,6 +64,26 @@ def flatten_outputs(answer: Any, name: str = "") -> dict[str, Tensor]:
             raise TypeError(f"two outputs are called {twice}: rename one")
         found |= inside
     return found
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return `value` with every tensor in it changed: in tuples, named tuples, lists and dictionaries, at any depth."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        made = copy.copy(value)
+        for key, each in value.items():
+            made[key] = map_tensors(each, change)
+        return made
+    if not isinstance(value, tuple | list):
+        return value
+    parts = [map_tensors(each, change) for each in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
+def cloned(value: Any) -> Any:
+    """Copy the tensors in a value: modules may change their inputs in place."""
+    return map_tensors(value, Tensor.clone)
 
 
 def failing_module(network: nn.Module, run: Callable[[], object]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from repmlp_deploy.convert.diagnosis.places import describe_place, place_of
 from repmlp_deploy.errors import VerificationError
@@ -25,7 +25,7 @@ from repmlp_deploy.nets.block_types import block_of
 from repmlp_deploy.nets.blocks.algebra import BatchNorm
 from repmlp_deploy.nets.blocks.checks import Check, Element, Finding, first_finding, parameter_checks
 from repmlp_deploy.nets.blocks.conv_bn import ChannelAffine
-from repmlp_deploy.nets.flat import flatten_outputs
+from repmlp_deploy.nets.flat import cloned, flatten_outputs, map_tensors
 from repmlp_deploy.nets.foreign import adopt_blocks
 from repmlp_deploy.numerics import allowed_error, compare, noise_floor
 from repmlp_deploy.text import first_line, kind_and_line
@@ -176,7 +176,7 @@ class _Walk:
         return type(other) is not type(trained) or (block is not None and block.mergeable)
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._given.append((_cloned(args), {key: _cloned(value) for key, value in kwargs.items()}))
+        self._given.append((cloned(args), cloned(kwargs)))
 
     def _after(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, _kwargs: Any, answer: Any) -> None:
@@ -190,11 +190,11 @@ class _Walk:
     def _outcome(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> _Outcome | None:
         """Return the wrong output of the counterpart; None if it is right."""
         try:
-            got = self._candidate[name](*_cloned(args), **kwargs)
+            got = self._candidate[name](*cloned(args), **cloned(kwargs))
             pairs = list(zip(_arrays(got), _arrays(answer), strict=True))
         except (RuntimeError, ValueError, TypeError) as failure:
             return _Outcome(None, None, None, f"does not run: {first_line(failure)}")
-        single = self._trained[name](*_narrow(args), **{key: _narrow(value) for key, value in kwargs.items()})
+        single = self._trained[name](*_narrow(args), **_narrow(kwargs))
         for (y, reference), float32 in zip(pairs, _arrays(single), strict=True):
             floor = noise_floor(float32, reference)
             try:
@@ -243,17 +243,9 @@ def _checks(trained: nn.Module, stored: nn.Module) -> Iterator[Check]:
         yield from parameter_checks(trained, stored, "")
 
 
-def _cloned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return tuple(_cloned(each) for each in value) if isinstance(value, tuple) else value
-
-
 def _narrow(value: Any) -> Any:
-    """Convert float64 tensors to float32."""
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value.clone()
-    return tuple(_narrow(each) for each in value) if isinstance(value, tuple) else value
+    """Convert float64 tensors to float32, and copy the others."""
+    return map_tensors(value, lambda x: x.float() if x.is_floating_point() else x.clone())
 
 
 def _arrays(answer: Any) -> list[NDArray[Any]]:

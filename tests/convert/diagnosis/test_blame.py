@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -124,6 +126,61 @@ def test_a_network_of_ones_own_with_foreign_blocks() -> None:
     forgetful.module.auxiliary.bias.data[3] += 1e-3
     blame = blame_network(called, merge_branches(forgetful), inputs)
     assert (blame.place, blame.element.index) == ("auxiliary", (3,))
+
+
+class Levels(NamedTuple):
+    fine: torch.Tensor
+    coarse: torch.Tensor
+
+
+class Neck(nn.Module):
+    """Takes its tensors in one value, and changes the first of them in place."""
+
+    def __init__(self, *, named: bool) -> None:
+        super().__init__()
+        self.named = named
+        self.mix = RepMLPBlock(8, 8, 8, sharesets=4, hidden=4)
+
+    def forward(self, levels: Any, *, weights: Any) -> torch.Tensor:
+        levels = levels.values() if isinstance(levels, dict) else levels
+        fine, coarse = (levels.fine, levels.coarse) if self.named else levels
+        fine += weights[0]["fine"]
+        return self.mix(fine + nn.functional.interpolate(coarse, scale_factor=2.0))
+
+
+class Pyramid(nn.Module):
+    """Levels that pass between its modules as a `kind`."""
+
+    def __init__(self, kind: Callable[..., object]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.neck = Neck(named=kind is Levels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fine = self.stem(x)
+        return self.neck(self.kind(fine, nn.functional.avg_pool2d(fine, 2)), weights=[{"fine": fine.mean()}])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda *levels: list(levels),
+        lambda *levels: dict(zip("ab", levels, strict=True)),
+        lambda *levels: OrderedDict(zip("ab", levels, strict=True)),
+        lambda *levels: levels,
+        Levels,
+    ],
+    ids=["list", "dict", "OrderedDict", "tuple", "named tuple"],
+)
+def test_modules_that_take_their_tensors_together_are_blamed_like_others(kind: Callable[..., object]) -> None:
+    torch.manual_seed(0)
+    network, inputs = randomize(Pyramid(kind)), [probe_inputs((3, 16, 16))]
+    assert blame_network(network, merge_branches(network), inputs) is None
+    forgetful = copy.deepcopy(network)
+    forgetful.neck.mix.repconv3.bn.bias.data.zero_()
+    blame = blame_network(network, merge_branches(forgetful), inputs)
+    assert (blame.place, blame.fault) == ("neck · mix · fc3 · branch repconv3", "bias forgotten")
 
 
 def test_what_a_container_does_itself_is_blamed_on_it() -> None:

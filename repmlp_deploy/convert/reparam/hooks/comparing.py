@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from repmlp_deploy.nets.blocks.algebra import BatchNorm
-from repmlp_deploy.nets.flat import Flat, flatten_outputs
+from repmlp_deploy.nets.flat import Flat, cloned, flatten_outputs
 from repmlp_deploy.text import kind_and_line
 
 __all__ = ["Call", "dropped_norm", "fault_of", "first_fault", "is_same", "lost_child", "outputs_of", "record_calls"]
@@ -33,11 +33,11 @@ def record_calls(network: nn.Module, wanted: Collection[nn.Module], inputs: Sequ
     calls: dict[str, list[Call]] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(names[module], []).append(Call(_cloned(args), _cloned(kwargs)))
+        calls.setdefault(names[module], []).append(Call(cloned(args), cloned(kwargs)))
 
     handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in names]
     try:
-        network(*_cloned(tuple(inputs)))
+        network(*cloned(tuple(inputs)))
     finally:
         for handle in handles:
             handle.remove()
@@ -46,7 +46,7 @@ def record_calls(network: nn.Module, wanted: Collection[nn.Module], inputs: Sequ
 
 def outputs_of(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
     """Return every tensor that a module returns for the calls."""
-    answers = (module(*_cloned(call.args), **_cloned(dict(call.kwargs))) for call in calls)
+    answers = (module(*cloned(call.args), **cloned(dict(call.kwargs))) for call in calls)
     return [value for answer in answers for value in flatten_outputs(answer).values()]
 
 
@@ -81,7 +81,7 @@ def first_fault(before: nn.Module, after: nn.Module, calls: Sequence[Call]) -> t
     given: list[Call] = []
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given.append(Call(_cloned(args), _cloned(kwargs)))
+        given.append(Call(cloned(args), cloned(kwargs)))
 
     def leave(name: str, answer: Any) -> None:
         call = given.pop()
@@ -137,14 +137,3 @@ def lost_child(before: nn.Module, after: nn.Module) -> str | None:
             if value is None and full in parts:
                 return full
     return None
-
-
-def _cloned(value: Any) -> Any:
-    """Copy the tensors in a value: modules may change their inputs in place."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _cloned(each) for key, each in value.items()}
-    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
-        return type(value)(_cloned(each) for each in value)
-    return value
