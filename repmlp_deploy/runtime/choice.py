@@ -237,7 +237,7 @@ def _runners(bundle: Bundle, names: Sequence[str], options: RunnerOptions, stack
     for name in names:
         try:
             runners[name] = open_named(bundle, name, options)
-        except (MissingDependency, MissingDevice):
+        except (MissingDependency, MissingDevice, DeviceError):
             continue
         stack.callback(runners[name].close)
     return runners
@@ -246,20 +246,23 @@ def _runners(bundle: Bundle, names: Sequence[str], options: RunnerOptions, stack
 def _measure(bundle: Bundle, runners: Mapping[str, Runner], sizes: Sequence[int]) -> dict[str, dict[int, float]]:
     """Return the milliseconds of the shortest run of every size; runs of the probe's samples, in turns."""
     times: dict[str, dict[int, float]] = {name: {} for name in runners}
-    for size in sizes:
-        inputs, _ = bundle.probe().batches(size)
-        first = {}
+
+    def run_each(inputs: Sequence[Any]) -> dict[str, float]:
+        taken = {}
         for name in list(times):
             try:
-                first[name] = _milliseconds(runners[name].run_all, inputs)
+                taken[name] = _milliseconds(runners[name].run_all, inputs)
             except DeviceError:  # such as too little memory: what cannot run is not compared
                 del times[name]
-        total = max(sum(first.values()), 1e-3)
+        return taken
+
+    for size in sizes:
+        inputs, _ = bundle.probe().batches(size)
+        total = max(sum(run_each(inputs).values()), 1e-3)
         rounds = min(max(int(1000 * _ROUND_SECONDS / total), _FEWEST_ROUNDS), _MOST_ROUNDS)
         for _ in range(rounds):
-            for name, found in times.items():
-                taken = _milliseconds(runners[name].run_all, inputs)
-                found[size] = min(found.get(size, taken), taken)
+            for name, taken in run_each(inputs).items():
+                times[name][size] = min(times[name].get(size, taken), taken)
     return {name: {size: float(f"{ms:.4g}") for size, ms in found.items()} for name, found in times.items()}
 
 

@@ -160,6 +160,36 @@ def test_measuring_writes_figures_of_every_size_into_the_manifest(both: Bundle, 
     assert set(measure_artifacts(both)) == {"onnx", "openvino"}
 
 
+@pytest.mark.parametrize("failing", range(1, 5))
+def test_an_export_is_saved_where_a_run_fails_while_it_is_measured(
+    both: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """The measurement is optional, so what cannot be measured has no figures."""
+    runs = []
+    run_all = OnnxRunner.run_all
+
+    def short_of_memory(self: OnnxRunner, *inputs: np.ndarray) -> list[np.ndarray]:
+        runs.append(inputs)
+        if len(runs) == failing:
+            raise DeviceError("too little memory")
+        return run_all(self, *inputs)
+
+    monkeypatch.setattr(OnnxRunner, "run_all", short_of_memory)
+    assert list(measure_artifacts(both)) == ["openvino"]
+    runs.clear()
+    contents = {entry.path: both.read(entry) for entry in both.files()}
+    saved = with_speeds(replace(both, contents=contents)).save(tmp_path / "bundle")
+    assert saved.artifact("onnx").record(MeasuredArtifact).speed is None
+
+
+def test_what_fails_to_open_is_not_measured(both: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise DeviceError("too little memory")
+
+    monkeypatch.setattr(OnnxRunner, "__init__", refused)
+    assert list(measure_artifacts(both)) == ["openvino"]
+
+
 def test_one_artifact_is_not_measured(bundle: Bundle) -> None:
     assert with_speeds(bundle) is bundle
 
