@@ -15,6 +15,7 @@ from rich.text import Text
 
 from repmlp_deploy.cli.shared.command import is_quiet
 from repmlp_deploy.cli.shared.process import raise_if_stopped
+from repmlp_deploy.convert.formats import FORMATS
 from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.text import printable
 
@@ -99,18 +100,18 @@ class Phases:
         """Prepare for an export.
 
         Args:
-            formats: that are made; the first of them after tracing begins the artifacts.
+            formats: that are made; the first of those that are made last begins the artifacts.
             precision: of the artifacts.
             clock: returns seconds.
         """
-        self._formats, self._clock = formats, clock
+        self._last, self._clock = _made_last(formats), clock
         self._shares = _shares(formats, precision)
         self._phase, self._part = 1, "load"
         self._begun = self._part_begun = clock()
 
     def number(self, step: str) -> str:
         """Return a step that begins with the number of its phase, as `3 of 6: verify merged`."""
-        if step in self._formats and self._phase >= _BEGINS["trace"]:  # a checkpoint is made before
+        if step in self._last:
             self._phase = _BEGINS["artifacts"]
         self._phase = max(self._phase, _BEGINS.get(step, 0))
         part = step if step in self._shares else PHASES[_BEGINS.get(step, 1) - 1]
@@ -131,16 +132,22 @@ class Phases:
         return max(0.0, of_this) + a_share * later
 
 
+def _made_last(formats: Sequence[str]) -> list[str]:
+    """Return the formats that are made of the ONNX graph; if there are none, those of the traced network."""
+    of_graph = [name for name in formats if FORMATS[name].needs in ("fp32", "lowered")]
+    return of_graph or [name for name in formats if FORMATS[name].needs == "trace"]
+
+
 def _shares(formats: Sequence[str], precision: str) -> dict[str, int]:
     """Return the parts of an export in their order, each with its share of the time."""
     quantized = PRECISIONS[precision].needs_calibration
     shares = {name: _SHARES[name] for name in ("load", "probe", "merge", "trace")}
     if quantized:
         shares["calibrate"] = _SHARES["calibrate"]
-    for name in formats:
-        if name.startswith("trt"):
+    for name in _made_last(formats):
+        if FORMATS[name].engine:
             shares[name] = _ENGINE
-        elif name not in {"onnx", "checkpoint"}:
+        elif name != "onnx":
             shares[name] = _QUANTIZED_ARTIFACT if quantized else _ARTIFACT
     return shares | {"save": _SHARES["save"]}
 

@@ -30,8 +30,7 @@ def build(name: str, job: Job, source: Traced) -> Step[Artifact]:
     Raises:
         VerificationError: it differs from the trained network.
     """
-    del name
-    with job.clock("torch program"):
+    with job.clock(name):
         traced = source
         if job.request.input == "uint8":
             levels = _OfLevels(source.program.module(), job.preprocessing)

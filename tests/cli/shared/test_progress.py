@@ -16,10 +16,11 @@ import pytest
 from repmlp_deploy import export
 from repmlp_deploy.cli.shared import progress as module
 from repmlp_deploy.cli.shared.console import run_command
-from repmlp_deploy.cli.shared.progress import PHASES, Phases, counting, progress, spoken
+from repmlp_deploy.cli.shared.progress import PHASES, Phases, _shares, counting, progress, spoken
+from repmlp_deploy.convert.formats import FORMATS, Format
 
 
-@pytest.mark.parametrize("formats", ["onnx", "onnx,openvino,torch,checkpoint"])
+@pytest.mark.parametrize("formats", ["onnx", "torch", "onnx,openvino,torch,checkpoint"])
 def test_phases_rise_to_the_last(formats: str, digits_checkpoint: Path, tmp_path: Path) -> None:
     shown: list[str] = []
     phases = Phases(formats.split(","))
@@ -36,6 +37,21 @@ def test_phases_rise_to_the_last(formats: str, digits_checkpoint: Path, tmp_path
     assert shown[-1] == "6 of 6: save"
     assert set(numbers) == ({1, 2, 3, 4, 6} if formats == "onnx" else {1, 2, 3, 4, 5, 6})
     assert phases.seconds_left() == pytest.approx(0, abs=1)
+    if formats == "torch":
+        assert "5 of 6: torch" in shown
+
+
+def test_formats_of_a_plugin_are_parts_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a format is made of says where it belongs, not its name."""
+    monkeypatch.setitem(FORMATS, "constants", Format("nowhere", "fp32", "constants"))
+    monkeypatch.setitem(FORMATS, "trtis", Format("nowhere", "fp32", "no engine"))
+    monkeypatch.setitem(FORMATS, "weights", Format("nowhere", "form", "made before the graph"))
+    monkeypatch.setitem(FORMATS, "plan", Format("nowhere", "lowered", "an engine", engine=True))
+    shares = _shares(["weights", "plan", "trtis", "constants"], "fp32")
+    assert list(shares.items())[4:] == [("plan", 40), ("trtis", 10), ("constants", 10), ("save", 1)]
+    phases = Phases(["weights", "constants"])
+    steps = ("load", "probe", "merge", "weights", "trace", "constants", "save")
+    assert [phases.number(step)[0] for step in steps] == [*"1233456"]
 
 
 def test_merging_regions_is_merging() -> None:
