@@ -32,7 +32,7 @@ from repmlp_deploy.text import kind_and_line
 __all__ = ["Task", "main"]
 
 _SENT = (BundleError, DeviceError, InputError, MissingDevice, OutputError, VerificationError)
-"""Errors that arrive as they are."""
+"""Errors that arrive as they are, and what derives from them: all of these can be pickled."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def main() -> None:
     except BrokenPipeError:
         os._exit(1)
     except RepMLPError as error:
-        _say(said, error if type(error) in _SENT else DeviceError(str(error)))
+        _say(said, error if isinstance(error, _SENT) else DeviceError(str(error)))
     except Exception as error:  # noqa: BLE001 - it must reach the first process
         _say(said, InputError(f"a process failed: {kind_and_line(error)}"))
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,7 @@ from repmlp_deploy.evaluation import mapping, process_engine
 from repmlp_deploy.evaluation.mapping import map_images
 from repmlp_deploy.evaluation.process_engine import Processes
 from repmlp_deploy.evaluation.sources import Source, open_source
+from repmlp_deploy.reading import DiskError, tried
 from train_digits import digit_images
 
 COUNT, CORRUPT, PART = 160, 7, 8
@@ -114,4 +116,11 @@ def test_what_a_process_raises_arrives(images: Path, predictor: Predictor, tmp_p
     short = replace(open_source(str(images)), count=COUNT + PART)
     with pytest.raises(InputError, match="the images changed during the run: 168 were expected"):
         map_images(predictor, short, tmp_path / "out.parquet", engine=Processes(count=2))
+    assert not workers()
+
+
+def test_a_disk_that_fails_in_a_process_ends_the_run_as_it_does_in_one(predictor: Predictor, tmp_path: Path):
+    failing = Source(COUNT, "failing", partial(tried, partial(os.listdir, __file__)))
+    with pytest.raises(DiskError, match=r"could not be read 4 times: .*; run again to go on"):
+        map_images(predictor, failing, tmp_path / "out.parquet", engine=Processes(count=2))
     assert not workers()
