@@ -29,7 +29,15 @@ from repmlp_deploy.serving.protocol import (
     tensor_to_raw,
 )
 
-__all__ = ["MAX_TENSORS", "decode_base64", "decode_request", "encode_response", "parse_json", "timeout_of"]
+__all__ = [
+    "MAX_TENSORS",
+    "decode_base64",
+    "decode_request",
+    "encode_response",
+    "parameters_of",
+    "parse_json",
+    "timeout_of",
+]
 
 _KINDS: Mapping[str, set[type]] = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
 """The types of JSON's values, by the kind of NumPy's type."""
@@ -77,7 +85,7 @@ def decode_request(body: bytes, header_length: int | None) -> InferRequest:
     view = memoryview(body)
     end = len(body) if header_length is None else header_length
     data, rest = parse_json(view[:end]), view[end:]
-    parameters = _parameters(data, "request")
+    parameters = parameters_of(data, "request")
     inputs, used = [], 0
     for item in _items(data, "inputs"):
         tensor, size = _input(item, rest[used:])
@@ -138,7 +146,8 @@ def _items(data: Mapping[str, Any], key: str) -> Sequence[dict[str, Any]]:
     return items
 
 
-def _parameters(data: Mapping[str, Any], what: str) -> dict[str, Any]:
+def parameters_of(data: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Return the parameters of a part of a request; raise BadRequest if they are no object."""
     parameters = data.get("parameters") or {}  # some clients write an empty object as an empty list
     if not isinstance(parameters, dict):
         raise BadRequest(f"{what}: parameters must be an object")
@@ -168,7 +177,7 @@ def _name(item: Mapping[str, Any], what: str) -> str:
 
 def _output(item: Mapping[str, Any]) -> RequestedOutput:
     name = _name(item, "output")
-    parameters = _parameters(item, name)
+    parameters = parameters_of(item, name)
     for key in ("classification", "shared_memory_region"):
         if key in parameters:
             raise BadRequest(f"output {name}: {key} is not offered")
@@ -179,7 +188,7 @@ def _input(item: Mapping[str, Any], rest: memoryview) -> tuple[Tensor, int]:
     """Return an input, and how many of the raw bytes are its own."""
     name = _name(item, "input")
     shape = check_shape(name, item.get("shape"))
-    datatype, parameters = item.get("datatype"), _parameters(item, name)
+    datatype, parameters = item.get("datatype"), parameters_of(item, name)
     if not isinstance(datatype, str):
         raise BadRequest(f"{name}: datatype must be a string")
     if "shared_memory_region" in parameters:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import Any
 from repmlp_deploy.bundle.manifest import MANIFEST
 from repmlp_deploy.errors import InputError
 from repmlp_deploy.serving.models import Models
-from repmlp_deploy.serving.protocol import NotReady, UnknownModel
+from repmlp_deploy.serving.protocol import BadRequest, Forbidden, NotReady, UnknownModel
 from repmlp_deploy.serving.served_model import Fingerprint, ServedModel
 from repmlp_deploy.text import printable
 
-__all__ = ["Library", "find_bundles"]
+__all__ = ["Library", "check_parameters", "find_bundles", "require_control"]
 
 _log = logging.getLogger("repmlp.serve")
 
@@ -93,13 +93,18 @@ class Library:
         with self._looking:
             self._model(name).unload()
 
-    def begin_load(self, name: str) -> Future[str]:
-        """Begin `load` in a thread, after those that were asked for before."""
-        return self._asked.submit(self.load, name)
+    def begin_load(self, name: str) -> Future[None]:
+        """Begin `load` in a thread, after what was asked for before; the future raises BadRequest if it was refused."""
+        return self._asked.submit(self._load_or_raise, name)
 
     def begin_unload(self, name: str) -> Future[None]:
-        """Begin `unload` in a thread, after those that were asked for before."""
+        """Begin `unload` in a thread, after what was asked for before."""
         return self._asked.submit(self.unload, name)
+
+    def _load_or_raise(self, name: str) -> None:
+        reason = self.load(name)
+        if reason:
+            raise BadRequest(f"{name} was not loaded: {reason}")
 
     def index(self) -> list[dict[str, Any]]:
         """Return the protocol's index: name, version, state and reason of every model."""
@@ -162,6 +167,23 @@ class Library:
         if path not in self._left_out:
             _log.error("bundle left out", extra={"folder": str(path), "reason": reason})
             self._left_out.add(path)
+
+
+def require_control(*, allowed: bool) -> None:
+    """Raise Forbidden unless clients may load and unload models."""
+    if not allowed:
+        raise Forbidden("this server loads and unloads nothing on request; start it with --control")
+
+
+def check_parameters(names: Iterable[str]) -> None:
+    """Raise BadRequest if a request to load or unload has a parameter that is not offered.
+
+    Args:
+        names: of its parameters. `unload_dependents` changes nothing, as no model depends on another.
+    """
+    unknown = sorted(set(names) - {"unload_dependents"})
+    if unknown:
+        raise BadRequest(f"parameters {printable(', '.join(unknown), 100)} are not offered")
 
 
 def find_bundles(folder: Path) -> list[Path]:

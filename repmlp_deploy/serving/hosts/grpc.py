@@ -22,7 +22,6 @@ from repmlp_deploy.serving.protocol import (
     DATATYPES,
     BadRequest,
     Failed,
-    Forbidden,
     InferRequest,
     InferResponse,
     RequestedOutput,
@@ -36,7 +35,7 @@ from repmlp_deploy.serving.protocol import (
     tensor_from_raw,
     tensor_to_raw,
 )
-from repmlp_deploy.serving.watch import Library
+from repmlp_deploy.serving.watch import Library, check_parameters, require_control
 from repmlp_deploy.text import printable
 
 with optional_imports():
@@ -261,9 +260,7 @@ class Servicer:
     async def repository_model_load(self, request: Any, _remaining: float | None) -> Any:
         """Load a model, or its bundle's new version."""
         self._require_control(request)
-        reason = await asyncio.wrap_future(self._library.begin_load(request.model_name))
-        if reason:
-            raise BadRequest(f"{request.model_name} was not loaded: {reason}")
+        await asyncio.wrap_future(self._library.begin_load(request.model_name))
         return message("RepositoryModelLoadResponse")()
 
     async def repository_model_unload(self, request: Any, _remaining: float | None) -> Any:
@@ -273,11 +270,8 @@ class Servicer:
         return message("RepositoryModelUnloadResponse")()
 
     def _require_control(self, request: Any) -> None:
-        if not self._control:
-            raise Forbidden("this server loads and unloads nothing on request; start it with --control")
-        unknown = set(request.parameters) - {"unload_dependents"}
-        if unknown:
-            raise BadRequest(f"parameters {printable(', '.join(sorted(unknown)), 100)} are not offered")
+        require_control(allowed=self._control)
+        check_parameters(request.parameters)
 
 
 def _parsed(kind: Any, data: bytes) -> Any:

@@ -26,14 +26,14 @@ with optional_imports():
     from starlette.routing import Route
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from repmlp_deploy.serving.codec import decode_request, encode_response, parse_json
+from repmlp_deploy.serving.codec import decode_request, encode_response, parameters_of, parse_json
 from repmlp_deploy.serving.hosts.bodies import read_body
 from repmlp_deploy.serving.hosts.page import page_file, render_page
 from repmlp_deploy.serving.inference import Inference
 from repmlp_deploy.serving.metrics import CONTENT_TYPE
 from repmlp_deploy.serving.models import Models
-from repmlp_deploy.serving.protocol import BadRequest, Forbidden, ServingError, UnknownModel
-from repmlp_deploy.serving.watch import Library
+from repmlp_deploy.serving.protocol import BadRequest, ServingError, UnknownModel
+from repmlp_deploy.serving.watch import Library, check_parameters, require_control
 
 __all__ = ["HttpOptions", "create_app"]
 
@@ -208,9 +208,7 @@ class _Host:
     async def load(self, request: Request) -> Response:
         """Load a model, or its bundle's new version; answer when it has passed its check, or why it was refused."""
         await self._controlled(request)
-        reason = await asyncio.wrap_future(self._library.begin_load(request.path_params["name"]))
-        if reason:
-            raise BadRequest(f"{request.path_params['name']} was not loaded: {reason}")
+        await asyncio.wrap_future(self._library.begin_load(request.path_params["name"]))
         return JSONResponse({})
 
     async def unload(self, request: Request) -> Response:
@@ -222,11 +220,8 @@ class _Host:
     async def _controlled(self, request: Request) -> None:
         """Raise unless clients may load and unload, without parameters."""
         body = await read_body(request, _CONTROL_BODY, self._options.body_seconds)
-        if not self._options.control:
-            raise Forbidden("this server loads and unloads nothing on request; start it with --control")
-        parameters = parse_json(body).get("parameters") if body else None
-        if isinstance(parameters, dict) and set(parameters) - {"unload_dependents"}:
-            raise BadRequest(f"parameters {printable(', '.join(parameters), 100)} are not offered")
+        require_control(allowed=self._options.control)
+        check_parameters(parameters_of(parse_json(body), "request") if body else ())
 
     async def page(self, _: Request) -> Response:
         """Show the page for people."""

@@ -155,6 +155,14 @@ def test_a_wrong_request_is_one_clear_error(
     assert (caught.value.code().name, message_ in caught.value.details()) == (code, True), caught.value.details()
 
 
+@pytest.mark.parametrize("method", ["RepositoryModelLoad", "RepositoryModelUnload"])
+def test_only_unknown_parameters_are_named(channel: grpc.Channel, method: str) -> None:
+    parameters = {name: {"bool_param": True} for name in ("unload_dependents", "force", "a")}
+    with pytest.raises(grpc.RpcError) as caught:
+        _call(channel, method, model_name="digits", parameters=parameters)
+    assert caught.value.details() == "parameters a, force are not offered"
+
+
 def test_bytes_that_are_no_message_are_the_callers_fault(channel: grpc.Channel) -> None:
     call = channel.unary_unary(f"/{SERVICE}/ModelInfer")
     for junk in (b"\xff" * 50, b"\x0a\x03abc", b"\x2a\x00"):

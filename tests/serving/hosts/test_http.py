@@ -216,6 +216,18 @@ def _wrong(**changes: Any) -> dict[str, Any]:
             400,
             "config are not offered",
         ),
+        (
+            "/v2/repository/models/digits/unload",
+            {"json": {"parameters": {"unload_dependents": True, "force": 1, "a": 1}}},
+            400,
+            "^parameters a, force are not offered$",
+        ),
+        (
+            "/v2/repository/models/digits/unload",
+            {"json": {"parameters": ["force"]}},
+            400,
+            "request: parameters must be an object",
+        ),
     ],
 )
 def test_a_wrong_request_is_one_clear_error(
