@@ -14,7 +14,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["cpu_info", "cpu_instructions", "cpu_name", "thread_limit", "usable_cpus"]
+__all__ = ["cpu_info", "cpu_instructions", "cpu_name", "cpu_quota", "thread_limit", "usable_cpus"]
 
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "sve")
 _INFO = Path("/proc/cpuinfo")
@@ -27,7 +27,13 @@ _Reader = Callable[[Path], float | None]
 
 def usable_cpus() -> int:
     """Return how many CPUs this process may keep busy, at least 1."""
-    return min((_affinity(), *_quotas(_PROC, _GROUPS), *_environment(os.environ)))
+    limits, quota = [_affinity(), *_environment(os.environ)], cpu_quota()
+    return min(limits if quota is None else [*limits, max(1, int(quota))])
+
+
+def cpu_quota() -> float | None:
+    """Return the CPUs that the control groups around this process allow, or None without a limit."""
+    return min(_quotas(_PROC, _GROUPS), default=None)
 
 
 def cpu_info() -> dict[str, str]:
@@ -69,7 +75,7 @@ def _environment(environment: Mapping[str, str]) -> Iterator[int]:
         yield int(word[:9])
 
 
-def _quotas(proc: Path, groups: Path) -> Iterator[int]:
+def _quotas(proc: Path, groups: Path) -> Iterator[float]:
     """Yield the CPUs that every control group around this process allows.
 
     Args:
@@ -91,13 +97,13 @@ def _quotas(proc: Path, groups: Path) -> Iterator[int]:
                 yield from _allowed(root, path, _version_1)
 
 
-def _allowed(root: Path, path: str, read: _Reader) -> Iterator[int]:
+def _allowed(root: Path, path: str, read: _Reader) -> Iterator[float]:
     """Yield the limits of a group and of those it lies in; in a container its path may lie outside what is mounted."""
     parts = [part for part in path.split("/") if part not in ("", "..")]
     for depth in range(len(parts), -1, -1):
         quota = _read(root.joinpath(*parts[:depth]), read)
         if quota is not None:
-            yield max(1, int(quota))
+            yield quota
 
 
 def _read(group: Path, read: _Reader) -> float | None:

@@ -15,6 +15,7 @@ from repmlp_deploy.cli.doctor import doctor_command
 from repmlp_deploy.cli.shared import capabilities
 from repmlp_deploy.cli.shared.capabilities import EXTRAS_FOR, describe_cpu, find_capabilities, find_extras
 from repmlp_deploy.errors import EXTRAS
+from repmlp_deploy.runtime import cpus
 from support.commands import ends_with
 from support.openvino_bundle import with_openvino
 
@@ -54,6 +55,26 @@ def test_the_table_fits_and_names_the_processor(capsys: pytest.CaptureFixture[st
     assert "this machine can" in out
     assert all(f" {name} " in out for name in EXTRAS_FOR)
     assert "to add one, here timm: pip install" in out
+
+
+@pytest.mark.parametrize(
+    ("groups", "files"),
+    [
+        ("0::/pods/box\n", {"pods/cpu.max": "150000 100000", "pods/box/cpu.max": "max 100000"}),
+        ("4:cpu,cpuacct:/box\n", {"cpu/box/cpu.cfs_quota_us": "150000", "cpu/box/cpu.cfs_period_us": "100000"}),
+    ],
+)
+def test_a_quota_of_any_group_around_the_process_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, str]
+) -> None:
+    (tmp_path / "self").write_text(groups)
+    for name, text in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(cpus, "_PROC", tmp_path / "self")
+    monkeypatch.setattr(cpus, "_GROUPS", tmp_path / "cgroup")
+    assert describe_cpu()["cpu_quota"] == 1.5
 
 
 def test_the_artifacts_of_a_bundle_are_measured(

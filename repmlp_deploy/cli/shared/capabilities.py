@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from repmlp_deploy.errors import RepMLPError, installation_of, optional_imports
-from repmlp_deploy.runtime.cpus import cpu_instructions, cpu_name, usable_cpus
+from repmlp_deploy.runtime.cpus import cpu_instructions, cpu_name, cpu_quota, usable_cpus
 from repmlp_deploy.runtime.tensorrt.driver import find_gpus
 
 __all__ = ["EXTRAS_FOR", "Capability", "Extra", "describe_cpu", "find_capabilities", "find_extras"]
@@ -136,11 +136,12 @@ def find_capabilities() -> list[Capability]:
 
 def describe_cpu() -> dict[str, Any]:
     """Return the processor, the cores this process may use, and the instruction sets that runtimes profit from."""
+    quota = cpu_quota()
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "cores_allowed": usable_cpus(),
-        "cpu_quota": _cpu_quota(),
+        "cpu_quota": None if quota is None else round(quota, 2),
         "instructions": cpu_instructions(),
     }
 
@@ -221,18 +222,3 @@ _CHECKS: dict[str, Callable[[], str]] = {
     "benchmark": _report,
 }
 """What may be done, to a function that returns how, or raises why not."""
-
-
-def _cpu_quota() -> float | None:
-    """Return the processors that a container may use, or None without a limit."""
-    words = _read(Path("/sys/fs/cgroup/cpu.max")).split()
-    if len(words) == 2 and words[0].isdigit():  # noqa: PLR2004 - quota and period
-        return round(int(words[0]) / int(words[1]), 2)
-    return None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
