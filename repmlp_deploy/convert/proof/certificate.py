@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -228,10 +229,12 @@ def recertify(
         options: device and threads.
 
     Raises:
-        BundleError: a file is not what was certified.
+        BundleError: a file is not what was certified, or the bundle has no such artifact.
         MissingDependency, MissingDevice: the one artifact that was asked for cannot run here.
         VerificationError: an output has another shape or is not finite.
     """
+    if artifact_format is not None:
+        bundle.artifact(artifact_format)
     for entry in bundle.files():
         bundle.read(entry)
     names = [spec.name for spec in bundle.manifest.outputs]
@@ -251,8 +254,6 @@ def recertify(
                 raise
             notes.append(f"{name} was not run: {error}")
             continue
-        hops += certifier.measure(f"{name} on {runner.device}", runner.run_all, entry.precision, name)
-        runner.close()
-    if artifact_format is not None:
-        bundle.artifact(artifact_format)
+        with closing(runner):
+            hops += certifier.measure(f"{name} on {runner.device}", runner.run_all, entry.precision, name)
     return hops, notes

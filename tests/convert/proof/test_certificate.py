@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from repmlp_deploy.bundle import Hop, Probe, Verdict
-from repmlp_deploy.convert.proof.certificate import Certifier
-from repmlp_deploy.errors import VerificationError
+from repmlp_deploy.bundle import Bundle, Hop, Probe, Verdict
+from repmlp_deploy.convert.proof.certificate import Certifier, recertify
+from repmlp_deploy.errors import BundleError, DeviceError, VerificationError
+from repmlp_deploy.runtime.onnx.runner import OnnxRunner
 
 SIZES = np.array([1.0, 1e-3, 10.0, 1.0, 1.0])
 """Largest output of each sample."""
@@ -119,3 +122,28 @@ def test_lines_of_older_bundles_are_read() -> None:
     old = {"name": "merged", "batch": 1, "max_abs": 1e-7, "mean_abs": 1e-8, "max_rel": 1e-7, "between": None}
     hop = Hop.model_validate({**old, "cosine": 1.0, "top1": 1.0, "floor": 1e-7, "allowed": 8e-7, "passed": True})
     assert (hop.ratio, hop.margin, hop.sample) == (None, None, None)
+
+
+def test_a_runner_that_fails_is_closed(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[OnnxRunner] = []
+
+    def failing(*_: object) -> list[np.ndarray]:
+        raise DeviceError("too little memory")
+
+    def noted(self: OnnxRunner) -> None:
+        closed.append(self)
+
+    monkeypatch.setattr(OnnxRunner, "run_all", failing)
+    monkeypatch.setattr(OnnxRunner, "close", noted)
+    with pytest.raises(DeviceError, match="too little memory"):
+        recertify(Bundle.load(bundle_folder), "onnx")
+    assert len(closed) == 1
+
+
+def test_an_artifact_that_is_not_there_is_refused_before_any_file_is_read(
+    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.load(bundle_folder)
+    monkeypatch.setattr(Bundle, "read", lambda *_: pytest.fail("a file was read"))
+    with pytest.raises(BundleError, match="trt"):
+        recertify(bundle, "trt")
