@@ -81,11 +81,25 @@ class Graphs:
     about: Mapping[str, Any] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
 
+    def need_fp32(self) -> bytes:
+        """Return the float32 graph, for a format whose entry says `needs="fp32"`."""
+        return _needed(self.fp32, "fp32")
+
+    def need_lowered(self) -> bytes:
+        """Return the lowered graph, for a format whose entry says `needs="lowered"`."""
+        return _needed(self.lowered, "lowered")
+
     @property
     def lowered_sha256(self) -> str | None:
         """The digest of `lowered` if it is known already: computing it twice takes a second."""
         same = self.lowered is not None and self.lowered is self.fp32
         return list(self.digests.values())[-1] if same else None
+
+
+def _needed(graph: bytes | None, need: str) -> bytes:
+    if graph is None:
+        raise AssertionError(f'no format has needs="{need}" in FORMATS, so this graph was not made')
+    return graph
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,9 +24,10 @@ def check(name: str, request: Request) -> None:
 
 
 def build(name: str, job: Job, source: Graphs) -> Step[Artifact]:
-    model = onnx.load_from_string(source.fp32)
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    graph = source.need_fp32()
+    model = onnx.load_from_string(graph)
+    arrays: dict[str, Any] = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    hops = job.certifier.require(name, onnx_run(source.fp32))
+    hops = job.certifier.require(name, onnx_run(graph))
     return Step(Artifact.of(f"model.{name}.npz", buffer.getvalue(), "fp32", {"constants": len(arrays)}), tuple(hops))

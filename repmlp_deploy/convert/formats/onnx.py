@@ -27,10 +27,9 @@ def check(name: str, request: Request) -> None:
 
 def build(name: str, job: Job, source: Graphs) -> Step[Artifact]:
     """Return the lowered graph as `model.onnx`."""
-    if source.lowered is None:
-        raise AssertionError(f"{name} asks for the lowered graph in FORMATS")
-    made = Artifact.of("model.onnx", source.lowered, job.request.precision, source.about, sha256=source.lowered_sha256)
-    return Step(made)
+    del name
+    graph, precision = source.need_lowered(), job.request.precision
+    return Step(Artifact.of("model.onnx", graph, precision, source.about, sha256=source.lowered_sha256))
 
 
 def candidates(job: Job, graph: bytes, samples: Calibration) -> _Candidates:

@@ -30,12 +30,10 @@ def build(name: str, job: Job, source: Graphs) -> Step[Artifact]:
     Raises:
         VerificationError: it differs from the trained network.
     """
-    if source.fp32 is None:
-        raise AssertionError(f"{name} asks for the float32 graph in FORMATS")
     request = job.request
     with job.clock(name):
         ir = build_ir(
-            source.fp32,
+            source.need_fp32(),
             precision=request.precision,
             batch=request.batch,
             inputs=job.interface.shapes(),

@@ -76,10 +76,11 @@ def artifact_within(name: str, job: Job, source: Graphs, goal: Goal) -> Step[Art
     Raises:
         VerificationError: it does not even with every block but one in float32.
     """
-    if source.fp32 is None or job.samples is None:
-        raise AssertionError("the blocks are those of the float32 graph, and Request.check asks for samples")
-    candidates = FORMATS[name].candidates(job, source.fp32, job.samples)
-    return _Meeting(name, job, candidates, goal, onnx.load_from_string(source.fp32)).step()
+    if job.samples is None:
+        raise AssertionError("Request.check asks for samples")
+    graph = source.need_fp32()
+    candidates = FORMATS[name].candidates(job, graph, job.samples)
+    return _Meeting(name, job, candidates, goal, onnx.load_from_string(graph)).step()
 
 
 @dataclass(frozen=True)

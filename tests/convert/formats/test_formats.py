@@ -15,7 +15,7 @@ from repmlp_deploy.cli import export as export_cli
 from repmlp_deploy.cli.shared.engine_options import Reach, Tuning, read_engine_options
 from repmlp_deploy.convert.engine_options import EngineOptions
 from repmlp_deploy.convert.formats import FORMATS, Format, formats_that_need, parse_formats, require_engine
-from repmlp_deploy.convert.job import Job
+from repmlp_deploy.convert.job import Graphs, Job
 from repmlp_deploy.errors import InputError, VerificationError
 from support.commands import ends_with
 
@@ -76,6 +76,15 @@ def test_a_format_gets_what_it_needs(digits_checkpoint: Path, tmp_path: Path) ->
     assert asked == [("checkpoint",), ("torch",), ("openvino",), ("onnx", "trt", "trt-rtx")]
     bundle = export(digits_checkpoint, formats="checkpoint", out=tmp_path / "out")
     assert not bundle.manifest.provenance["graphs"], "a format that needs no graph makes none"
+
+
+def test_a_graph_that_no_entry_asks_for_is_a_mistake_in_the_table() -> None:
+    graphs = Graphs(b"float32", b"lowered")
+    assert (graphs.need_fp32(), graphs.need_lowered()) == (b"float32", b"lowered")
+    with pytest.raises(AssertionError, match='no format has needs="fp32" in FORMATS'):
+        Graphs(None, b"lowered").need_fp32()
+    with pytest.raises(AssertionError, match='no format has needs="lowered" in FORMATS'):
+        Graphs(b"float32", None).need_lowered()
 
 
 def test_a_second_trace_records_no_row_twice(
