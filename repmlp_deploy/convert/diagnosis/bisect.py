@@ -19,6 +19,7 @@ from onnx import numpy_helper
 from repmlp_deploy.convert.diagnosis.blame import Blame
 from repmlp_deploy.convert.diagnosis.places import place_of
 from repmlp_deploy.convert.diagnosis.values import Anchor, Arrays, Trace, Values, first_difference
+from repmlp_deploy.convert.graph.lowering.names import parameter_of
 from repmlp_deploy.convert.graph.lowering.pointwise import channels_last_values, with_bias_added
 from repmlp_deploy.convert.graph.nodes import modules_around
 from repmlp_deploy.convert.graph.proto import serialize_model
@@ -31,8 +32,6 @@ from repmlp_deploy.runtime.runner import RunnerOptions
 __all__ = ["Compute", "GraphValues", "blame_graph", "compute_in_onnx_runtime"]
 
 _PASSED_ON = ("Cast", "DequantizeLinear", "Identity")  # a weight after these is still the weight
-_TYPES = "|".join(entry.onnx_type.lower() for entry in PRECISIONS.values())
-_SUFFIXES = re.compile(f"_({_TYPES})$")  # of weights in a lower precision
 
 Compute = Callable[[bytes, Arrays, Sequence[str]], list[NDArray[Any]]]
 """From a graph, its inputs and names of values, some of them further outputs of the graph, to these values."""
@@ -80,7 +79,7 @@ class GraphValues(Values):
         self.model = onnx.load_model_from_string(data)
         self.end = len(self.model.graph.node)
         self._compute = compute
-        self._weights = {_SUFFIXES.sub("", tensor.name): tensor for tensor in self.model.graph.initializer}
+        self._weights = {parameter_of(tensor.name): tensor for tensor in self.model.graph.initializer}
         self._outputs = [value.name for value in self.model.graph.output]
         self._read: dict[int, list[str]] = {}
         quantized = PRECISIONS[precision].lowering == "quantize"
@@ -89,7 +88,7 @@ class GraphValues(Values):
 
     def _find_anchors(self) -> list[Anchor]:
         """Return the last value of every module and the value of every node that reads a weight, in order."""
-        passed = {tensor.name: _SUFFIXES.sub("", tensor.name) for tensor in self.model.graph.initializer}
+        passed = {tensor.name: parameter_of(tensor.name) for tensor in self.model.graph.initializer}
         found: dict[str, Anchor] = {}
         biased = with_bias_added(self.model.graph)
         for i, node in enumerate(self.model.graph.node):

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmlp_deploy.card import Preprocessing
+from repmlp_deploy.convert.graph.lowering.names import parameter_of
 from repmlp_deploy.errors import MissingDependency
 
 try:
@@ -93,7 +94,7 @@ def level_weights(
         how: see `with_level_input`.
     """
     name = graph.graph.input[0].name
-    constants = {tensor.name: _parameter(tensor.name) for tensor in graph.graph.initializer}
+    constants = {tensor.name: parameter_of(tensor.name) for tensor in graph.graph.initializer}
     given = {f"{name}_centre": np.asarray([_CENTRE], np.float32)}
     for kind, values in (("mean", how.mean), ("std", how.std)):
         given[f"{name}_{kind}"] = np.asarray(values, np.float32)[:, None, None]
@@ -115,11 +116,6 @@ def level_weights(
 def _bias_of(weight: str) -> str:
     """Return the name of the bias that a convolution without one gets."""
     return f"{weight}_level_bias"
-
-
-def _parameter(name: str) -> str:
-    """Return the name of a weight without the type that a lower precision adds."""
-    return name.removesuffix("_float16").removesuffix("_bfloat16")
 
 
 def _first_convolution(graph: onnx.GraphProto, name: str) -> NodeProto | None:

@@ -8,9 +8,9 @@ may use its weight without calling it.
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 
+from repmlp_deploy.convert.graph.lowering.names import parameter_of
 from repmlp_deploy.convert.graph.lowering.patterns import module_and_parents
 from repmlp_deploy.convert.graph.proto import SCOPES
 from repmlp_deploy.errors import MissingDependency
@@ -21,9 +21,6 @@ except ImportError:
     raise MissingDependency("onnx", "rtx") from None
 
 __all__ = ["module_of", "modules_around", "name_by_module", "names_of", "node_modules", "scopes_of"]
-
-
-_TYPE = re.compile(r"_b?float16$")  # what a cast appends to the name of a weight
 
 
 def scopes_of(node: onnx.NodeProto) -> list[str]:
@@ -43,7 +40,7 @@ def modules_around(node: onnx.NodeProto) -> list[str]:
 
 def module_of(node: onnx.NodeProto) -> str:
     """Return the module of a node by the weight it reads, or by its innermost scope; empty if neither says one."""
-    for name in (_TYPE.sub("", read) for read in node.input[1:]):
+    for name in map(parameter_of, node.input[1:]):
         if name.endswith((".weight", ".bias")):
             return str(name.rpartition(".")[0])
         if "." in name:

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from repmlp_deploy.convert.graph.lowering.names import parameter_of
 from repmlp_deploy.convert.graph.nodes import module_of
 from repmlp_deploy.convert.graph.proto import serialize_model
 from repmlp_deploy.errors import CheckpointError, InputError, MissingDependency
+from repmlp_deploy.precision import PRECISIONS, Precision
 
 try:
     import onnx
@@ -26,10 +28,6 @@ except ImportError:
     raise MissingDependency("onnx", "export") from None
 
 __all__ = ["named_weights", "with_named_weights"]
-
-_QUANTIZED = (TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
-_FLOATS = {TensorProto.FLOAT: "", TensorProto.FLOAT16: "_float16", TensorProto.BFLOAT16: "_bfloat16"}
-"""Type of an initializer to the suffix after the name of its parameter."""
 
 
 def named_weights(
@@ -46,14 +44,16 @@ def named_weights(
         CheckpointError: it is of another architecture: a weight is missing, unused or of another shape.
         InputError: the graph is in 8 bits: its scales were measured with one checkpoint.
     """
-    if any(t.data_type in _QUANTIZED for t in graph.graph.initializer):
+    kinds = [_precision_of(tensor) for tensor in graph.graph.initializer]
+    if any(kind is not None and kind.lowering == "quantize" for kind in kinds):
         raise InputError("8-bit graphs hold scales that were measured with one checkpoint: export the new one instead")
     found: dict[str, NDArray[Any]] = {}
     unused, slopes = set(state), _slopes(graph)
-    for tensor in graph.graph.initializer:
-        if tensor.data_type not in _FLOATS:
+    for tensor, kind in zip(graph.graph.initializer, kinds, strict=True):
+        if kind is None:
             continue
-        parameter = slopes.get(tensor.name) or tensor.name.removesuffix(_FLOATS[tensor.data_type])
+        named = tensor.name if kind.lowering == "none" else parameter_of(tensor.name)
+        parameter = slopes.get(tensor.name) or named
         if parameter not in state:
             raise CheckpointError(f"{name} is of another architecture: it has no {parameter}, which the graph reads")
         value = state[parameter]
@@ -64,7 +64,7 @@ def named_weights(
                 f"{name} is of another architecture: {parameter} has shape {value.shape}; "
                 f"the graph has {tuple(tensor.dims)}"
             )
-        found[tensor.name] = _in_type(value, tensor, name)
+        found[tensor.name] = _in_type(value, tensor, kind, name)
         unused.discard(parameter)
     if unused:
         raise CheckpointError(f"{name} is of another architecture: the graph reads no {min(unused)}")
@@ -89,9 +89,16 @@ def with_named_weights(graph: onnx.ModelProto, weights: Mapping[str, NDArray[Any
     return serialize_model(result)
 
 
-def _in_type(value: NDArray[np.float32], tensor: TensorProto, name: str) -> NDArray[Any]:
+def _precision_of(tensor: TensorProto) -> Precision | None:
+    """Return the first precision whose weights have the type of an initializer; None for indices and the like."""
+    kind = TensorProto.DataType.Name(tensor.data_type)
+    return next((entry for entry in PRECISIONS.values() if entry.onnx_type == kind), None)
+
+
+def _in_type(value: NDArray[np.float32], tensor: TensorProto, kind: Precision, name: str) -> NDArray[Any]:
     with np.errstate(over="ignore"):
         low = value.astype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
     if not np.isfinite(low.astype(np.float32)).all():
-        raise CheckpointError(f"{name}: {tensor.name} holds {float(np.abs(value).max()):.3g}, beyond float16's 65504")
+        end = f"{kind.element}'s {kind.largest:g}"
+        raise CheckpointError(f"{name}: {tensor.name} holds {float(np.abs(value).max()):.3g}, beyond {end}")
     return low

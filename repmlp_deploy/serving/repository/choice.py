@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from repmlp_deploy.bundle import ArtifactEntry, Bundle, TensorSpec
 from repmlp_deploy.errors import BundleError, InputError, VerificationError
+from repmlp_deploy.precision import PRECISIONS
 
-__all__ = ["Choice", "ImageStep", "Layout", "Packed"]
+__all__ = ["Choice", "ImageStep", "Layout", "Packed", "computes_in"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LONGEST_NAME = 128
@@ -124,3 +125,9 @@ class Layout:
 
     server: str
     pack: Callable[[Choice], Packed]
+
+
+def computes_in(precision: str) -> str:
+    """Return the type that OpenVINO must compute in for the artifact to be what was verified."""
+    names = PRECISIONS[precision].openvino if precision in PRECISIONS else None
+    return "f32" if names is None else names.computes

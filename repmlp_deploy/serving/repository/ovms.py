@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 from repmlp_deploy.errors import InputError
-from repmlp_deploy.serving.repository.choice import Choice, Packed
+from repmlp_deploy.serving.repository.choice import Choice, Packed, computes_in
 
 __all__ = ["pack"]
 
@@ -36,14 +36,9 @@ def pack(choice: Choice) -> Packed:
         "name": choice.model,
         "base_path": f"{_MOUNTED}/{choice.model}",
         "batch_size": size,
-        "plugin_config": {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _computes_in(entry.precision)},
+        "plugin_config": {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": computes_in(entry.precision)},
     }
     listed = {"model_config_list": [{"config": config}]}
     files["config.json"] = (json.dumps(listed, indent=2) + "\n").encode()
     unchecked = (f"that the repository is mounted at {_MOUNTED}", f"that this server reads {name} models")
     return Packed(files, choice.model, str(choice.version), unchecked)
-
-
-def _computes_in(precision: str) -> str:
-    """Return the type that OpenVINO must compute in for the artifact to be what was verified."""
-    return "bf16" if precision == "bf16" else "f32"

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from repmlp_deploy.bundle import Manifest, TensorSpec
 from repmlp_deploy.errors import InputError
-from repmlp_deploy.serving.repository.choice import Choice, ImageStep, Packed
+from repmlp_deploy.serving.repository.choice import Choice, ImageStep, Packed, computes_in
 
 __all__ = ["pack"]
 
@@ -61,8 +61,11 @@ def pack(choice: Choice) -> Packed:
     unchecked = [f"that this Triton has the {_BACKENDS[name]} backend"]
     if name == "trt":
         unchecked.append("that the plan was built for this GPU and this release of TensorRT")
-    if entry.precision == "bf16" and name == "openvino":
-        unchecked.append("that the backend computes in bf16: the file holds float32, and bf16 is a hint of our runner")
+    kind = computes_in(entry.precision)
+    if kind != "f32" and name == "openvino":
+        unchecked.append(
+            f"that the backend computes in {kind}: the file holds float32, and {kind} is a hint of our runner"
+        )
     placed = {f"{choice.model}/{path}": data for path, data in files.items()}
     if choice.images is not None:
         placed |= _ensemble(choice, choice.images, limit)

@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from repmlp_deploy.bundle import TensorSpec
 from repmlp_deploy.cli.pack import pack_command
 from repmlp_deploy.cli.shared.console import run_command
 from repmlp_deploy.errors import BundleError, InputError, VerificationError
+from repmlp_deploy.precision import PRECISIONS, OpenVinoNames
 from repmlp_deploy.serving.repository import LAYOUTS, Choice, ImageStep, find_layout, write_packed, writing
 from support.vendors.packages import unpacked
 
@@ -199,6 +201,18 @@ def test_openvinos_server_gets_the_batch_sizes_and_the_type_to_compute_in(both: 
     )
     assert config["plugin_config"]["INFERENCE_PRECISION_HINT"] == "f32"
     assert sorted(path.name for path in (tmp_path / "repmlp-digits" / "1").iterdir()) == ["model.bin", "model.xml"]
+
+
+def test_the_type_to_compute_in_is_that_of_the_table(both: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = LAYOUTS["triton"].pack(Choice(both, "openvino"))
+    assert not [line for line in packed.unchecked if "computes in" in line]
+    entry = replace(PRECISIONS["fp32"], openvino=OpenVinoNames(stored=None, computes="f16"))
+    monkeypatch.setitem(PRECISIONS, "fp32", entry)
+    packed = LAYOUTS["ovms"].pack(Choice(both, "openvino"))
+    (listed,) = json.loads(packed.files["config.json"])["model_config_list"]
+    assert listed["config"]["plugin_config"]["INFERENCE_PRECISION_HINT"] == "f16"
+    said = "that the backend computes in f16: the file holds float32, and f16 is a hint of our runner"
+    assert said in LAYOUTS["triton"].pack(Choice(both, "openvino")).unchecked
 
 
 def test_kserve_gets_a_service_that_names_the_storage(both: Bundle, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from repmlp_deploy.convert.graph.lowering.lowered import BY_PATTERN, Kept, Lowered, rebuild
+from repmlp_deploy.convert.graph.lowering.names import lowered_name
 from repmlp_deploy.convert.graph.nodes import module_of
 from repmlp_deploy.convert.graph.proto import large_weights, without_weights
 from repmlp_deploy.errors import MissingDependency, VerificationError
@@ -69,7 +70,7 @@ class _Casting:
         if wanted == TensorProto.FLOAT:
             self.weights[tensor.name] = tensor
             return str(tensor.name)
-        name = f"{tensor.name}_{TensorProto.DataType.Name(wanted).lower()}"
+        name = lowered_name(tensor.name, self.precision.onnx_type)
         if name not in self.weights:
             self.weights[name] = _in_type(tensor, name, self.precision)
         return name

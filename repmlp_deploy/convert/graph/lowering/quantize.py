@@ -40,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmlp_deploy.convert.graph.lowering.lowered import BY_PATTERN, PRODUCTS, Kept, Lowered, is_product, rebuild
+from repmlp_deploy.convert.graph.lowering.names import lowered_name
 from repmlp_deploy.convert.graph.lowering.pointwise import with_pointwise_products
 from repmlp_deploy.convert.graph.nodes import module_of
 from repmlp_deploy.errors import InputError, MissingDependency
@@ -223,7 +224,7 @@ class _Quantizing:
     def _weight(self, node: NodeProto) -> str:
         """Return the name of a product's dequantized weights."""
         name = node.input[1]
-        result, stored = f"{name}_dequantized", f"{name}_{TensorProto.DataType.Name(self._kind).lower()}"
+        result, stored = f"{name}_dequantized", lowered_name(name, TensorProto.DataType.Name(self._kind))
         if stored in self.tensors:
             return self._copied_weight(name, stored, node.output[0])
         values = numpy_helper.to_array(self._weights[name])
