@@ -10,8 +10,8 @@ Every sample has a floor of its own: an error on a quiet one cannot hide behind 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from repmlp_deploy.precision import PRECISIONS, Tolerance
 __all__ = [
     "TOLERANCES",
     "Comparison",
+    "Figures",
     "Tolerance",
     "allowed_error",
     "compare",
@@ -74,6 +75,17 @@ _FEW_OUTPUTS = 3  # the largest of fewer may be small by chance
 _FLOOR_EPS = 4.0  # a floor below 4 units in the last place of the largest output was luck, not precision
 
 
+class Figures(TypedDict):
+    """The attributes of a `Comparison`; `between` is None where it is undefined."""
+
+    max_abs: float
+    mean_abs: float
+    max_rel: float
+    between: float | None
+    cosine: float
+    top1: float | None
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The distance of an output (N, …) from its reference.
@@ -96,9 +108,16 @@ class Comparison:
     cosine: float
     top1: float | None
 
-    def as_dict(self) -> dict[str, float | None]:
+    def as_dict(self) -> Figures:
         """Return the figures under their names, with None for an undefined one."""
-        return {k: None if v is None or np.isnan(v) else float(v) for k, v in asdict(self).items()}
+        return {
+            "max_abs": float(self.max_abs),
+            "mean_abs": float(self.mean_abs),
+            "max_rel": float(self.max_rel),
+            "between": None if np.isnan(self.between) else float(self.between),
+            "cosine": float(self.cosine),
+            "top1": None if self.top1 is None else float(self.top1),
+        }
 
 
 def compare(output: Array, reference: Array, *, classes: bool = True) -> Comparison:

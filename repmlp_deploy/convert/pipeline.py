@@ -123,11 +123,35 @@ def export(  # noqa: PLR0913 - one per command-line option
     """
     profiles = (batch,) if isinstance(batch, BatchRange) else parse_profiles(batch)
     options = with_profiles(engine or EngineOptions(), profiles if len(profiles) > 1 else ())
-    low = LowPrecision(precision, calibration, calibration_method, tuple(keep_fp32), sensitivity, max_drop)
-    request = Request(parse_formats(formats), graph, whole_range(profiles), options, low, opset, merge, input)
-    said = description or Description()
+    low = LowPrecision(
+        precision=precision,
+        calibration=calibration,
+        asked_method=calibration_method,
+        keep_fp32=tuple(keep_fp32),
+        sensitivity=sensitivity,
+        max_drop=max_drop,
+    )
+    request = Request(
+        formats=parse_formats(formats),
+        graph=graph,
+        batch=whole_range(profiles),
+        engine=options,
+        low=low,
+        asked_opset=opset,
+        merge=merge,
+        input=input,
+    )
     own = SourceRequest(
-        module, example_input, card, weights, state_key, tuple(ignore), input_size, said, allow_merged, model
+        module=module,
+        example_input=example_input,
+        card=card,
+        weights=weights,
+        state_key=state_key,
+        ignore=tuple(ignore),
+        input_size=input_size,
+        described=description or Description(),
+        allow_merged=allow_merged,
+        model=model,
     )
     clock = _Clock(progress)
     request.check()

@@ -173,35 +173,39 @@ def compare_weights(name: str, stored: nn.Module, precise: nn.Module) -> Hop:
         raise VerificationError(f"{name}: {key} has values that are not finite, or its float64 twin has them")
     result = compare(*(values.numpy() for values in rows), classes=False)
     allowed = allowed_error("weights", floor)
-    return Hop.model_validate(
-        {
-            "name": name,
-            "kind": "weights",
-            "precision": "fp32",
-            "batch": None,
-            **result.as_dict(),
-            "floor": floor,
-            "allowed": allowed,
-            "passed": result.max_abs <= allowed,
-            "ratio": result.max_abs / floor if floor > 0 else None,
-            "margin": margin_of(result, floor=floor, precision="weights"),
-            "note": f"farthest: {key}, row {row}",
-        }
+    return Hop(
+        name=name,
+        kind="weights",
+        precision="fp32",
+        batch=None,
+        **result.as_dict(),
+        floor=floor,
+        allowed=allowed,
+        passed=result.max_abs <= allowed,
+        ratio=result.max_abs / floor if floor > 0 else None,
+        margin=margin_of(result, floor=floor, precision="weights"),
+        note=f"farthest: {key}, row {row}",
     )
 
 
 def _no_weights(name: str) -> Hop:
     """Return the row of a network without any weight."""
-    zero = {"max_abs": 0.0, "mean_abs": 0.0, "max_rel": 0.0, "between": None, "cosine": 1.0, "top1": None}
-    about = {
-        "floor": 0.0,
-        "allowed": 0.0,
-        "passed": True,
-        "ratio": None,
-        "margin": None,
-        "note": "there are no weights",
-    }
-    return Hop.model_validate({"name": name, "kind": "weights", "precision": "fp32", "batch": None, **zero, **about})
+    return Hop(
+        name=name,
+        kind="weights",
+        precision="fp32",
+        batch=None,
+        max_abs=0.0,
+        mean_abs=0.0,
+        max_rel=0.0,
+        between=None,
+        cosine=1.0,
+        top1=None,
+        floor=0.0,
+        allowed=0.0,
+        passed=True,
+        note="there are no weights",
+    )
 
 
 def _floats(network: nn.Module) -> dict[str, Tensor]:

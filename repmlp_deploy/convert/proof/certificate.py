@@ -193,20 +193,18 @@ class Certifier:
         worst = int(np.argmax(errors / floors))
         floor = float(floors[worst])
         result = replace(result, max_abs=float(errors[worst]))
-        return Hop.model_validate(
-            {
-                "name": name + self._suffixes[index],
-                "kind": "output",
-                "precision": precision,
-                "batch": len(output),
-                **result.as_dict(),
-                "floor": floor,
-                "allowed": allowed_error(precision, floor),
-                "passed": is_close(result, floor=floor, precision=precision),
-                "ratio": result.max_abs / floor,
-                "margin": margin_of(result, floor=floor, precision=precision),
-                "sample": int(rows[worst]),
-            }
+        return Hop(
+            name=name + self._suffixes[index],
+            kind="output",
+            precision=precision,
+            batch=len(output),
+            **result.as_dict(),
+            floor=floor,
+            allowed=allowed_error(precision, floor),
+            passed=is_close(result, floor=floor, precision=precision),
+            ratio=result.max_abs / floor,
+            margin=margin_of(result, floor=floor, precision=precision),
+            sample=int(rows[worst]),
         )
 
 
