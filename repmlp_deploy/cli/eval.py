@@ -168,8 +168,7 @@ class _Origin:
         def run(batch: Any) -> Any:
             batch = normalised(batch, how) if how.input == "uint8" else batch
             with torch.no_grad():
-                outputs = run_network(network, batch)
-            return np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, np.float32)
+                return np.asarray(run_network(network, batch)[0], np.float32)
 
         return run
 

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
@@ -268,8 +267,7 @@ def _goal(job: Job, made: Assembly, labelled: OpenLabelled) -> Goal:
 
     def trained(batch: NDArray[Any]) -> NDArray[Any]:
         batch = normalised(batch, how) if how.input == "uint8" else batch
-        outputs = run_network(job.trained.network, batch)
-        return outputs if isinstance(outputs, np.ndarray) else outputs[0]
+        return run_network(job.trained.network, batch)[0]
 
     return set_goal(job.request.low.max_drop or 0.0, labelled(manifest, files), trained, job)
 

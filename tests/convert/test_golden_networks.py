@@ -51,7 +51,7 @@ def test_golden_networks(name: str) -> None:
     assert sum(p.numel() for p in trained.parameters()) == case.about["parameters"]
     x, golden = case.input(), case.output()
     double = copy.deepcopy(trained).double()
-    assert_matches_golden(run_network(double, x.astype(np.float64)), golden, atol=1e-10)
+    assert_matches_golden(run_network(double, x.astype(np.float64))[0], golden, atol=1e-10)
     del double
     if name not in EXPORTED:
         return

@@ -93,14 +93,14 @@ def _walk(  # noqa: PLR0913 - the values that meet here
     form, references = make()  # made here, so that nobody else holds it
     for step in steps:
         form = step.transform(form)
-        hops += certifier.require_outputs(f"{step.name}, {how}", _several(run_network(form, *inputs)), references)
+        hops += certifier.require_outputs(f"{step.name}, {how}", run_network(form, *inputs), references)
         if weights:
             hops += certifier.require_passed([compare_weights(f"{step.name} weights", step.stored, form)])
     return hops
 
 
 @torch.no_grad()
-def redraw_statistics(network: nn.Module, inputs: Sequence[NDArray[Any]], seed: int = SEED) -> list[NDArray[Any]]:
+def redraw_statistics(network: nn.Module, inputs: Sequence[NDArray[Any]], seed: int = SEED) -> tuple[NDArray[Any], ...]:
     """Draw the statistics of every BatchNorm anew, in place, and run: the outputs.
 
     With m and s the mean and deviation of the map that reaches it, a BatchNorm gets μ ~ m + s·N(0, 1/4),
@@ -143,7 +143,7 @@ def redraw_statistics(network: nn.Module, inputs: Sequence[NDArray[Any]], seed: 
     norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
     handles = [bn.register_forward_pre_hook(draw) for bn in norms]
     try:
-        return _several(run_network(network, *inputs))
+        return run_network(network, *inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -251,7 +251,3 @@ def _largest_error(key: str, weight: Tensor, twin: Tensor) -> tuple[float, str, 
     ratios = torch.where(errors == 0, 0.0, errors / floors).nan_to_num(nan=torch.inf)
     row = int(ratios.argmax())
     return float(ratios[row]), key, row, float(floors[row])
-
-
-def _several(answer: NDArray[Any] | tuple[NDArray[Any], ...]) -> list[NDArray[Any]]:
-    return [answer] if isinstance(answer, np.ndarray) else list(answer)

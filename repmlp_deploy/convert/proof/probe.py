@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from repmlp_deploy.bundle import Probe
 from repmlp_deploy.card import data_root
@@ -96,10 +96,10 @@ def _impulse(shape: Sequence[int]) -> NDArray[np.float64]:
 
 
 @torch.no_grad()
-def run_network(network: nn.Module, *inputs: NDArray[Any]) -> NDArray[Any] | tuple[NDArray[Any], ...]:
-    """Run the network on a batch and return its output as numpy, or its outputs if it has several."""
+def run_network(network: nn.Module, *inputs: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    """Run the network on a batch and return its outputs as numpy, in the order of `flatten_outputs`."""
     answer = network(*(torch.from_numpy(np.ascontiguousarray(value)) for value in inputs))
-    return answer.numpy() if isinstance(answer, Tensor) else tuple(x.numpy() for x in flatten_outputs(answer).values())
+    return tuple(x.numpy() for x in flatten_outputs(answer).values())
 
 
 def record_probe(trained: nn.Module, *inputs: NDArray[Any]) -> Probe:
@@ -112,7 +112,7 @@ def record_probe(trained: nn.Module, *inputs: NDArray[Any]) -> Probe:
     """
     precise = [value.astype(np.float64) if np.issubdtype(value.dtype, np.floating) else value for value in inputs]
     try:
-        references = _several(run_network(in_double(trained), *precise))
+        references = run_network(in_double(trained), *precise)
     except Exception as error:  # noqa: BLE001 - a user's code raises anything
         where = f"in float64 on {len(inputs[0])} samples, which the proof needs"
         remedy = (
@@ -122,7 +122,7 @@ def record_probe(trained: nn.Module, *inputs: NDArray[Any]) -> Probe:
         raise InputError(f"the network does not run {where}: {kind_and_line(error)}; {remedy}") from None
     _require_rows(references, len(inputs[0]))
     with PlainSums():
-        rounded = _several(run_network(trained, *inputs))
+        rounded = run_network(trained, *inputs)
     answers = [
         (reference.astype(np.float64), float32.astype(np.float32))
         for reference, float32 in zip(references, rounded, strict=True)
@@ -138,7 +138,3 @@ def _require_rows(outputs: Sequence[NDArray[Any]], samples: int) -> None:
                 f"an output has shape {output.shape} for {samples} samples; expected ({samples}, …): what a network "
                 "answers to a sample must not depend on the others"
             )
-
-
-def _several(answer: NDArray[Any] | tuple[NDArray[Any], ...]) -> tuple[NDArray[Any], ...]:
-    return answer if isinstance(answer, tuple) else (answer,)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
 
-from repmlp_deploy.convert.proof.probe import KINDS, probe_like
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from repmlp_deploy.convert.proof.probe import KINDS, probe_like, run_network
 
 IMAGE = np.zeros((1, 3, 20, 28), np.float32)
 
@@ -46,3 +51,15 @@ def test_an_example_says_how_large_values_are() -> None:
     inputs = probe_like(example)
     assert abs(inputs.mean() - example.mean()) < 1
     assert abs(inputs.std() - example.std()) < 1
+
+
+@pytest.mark.parametrize("kind", [lambda x: x, lambda x: (x,), lambda x: {"scores": x}, lambda x: [None, {"a": x}]])
+def test_a_network_gives_a_tuple_of_outputs_however_it_returns_them(kind: Callable[[torch.Tensor], object]) -> None:
+    class Network(nn.Module):
+        def forward(self, x: torch.Tensor) -> object:
+            return kind(x)
+
+    x = np.ones((2, 3), np.float32)
+    outputs = run_network(Network(), x)
+    assert isinstance(outputs, tuple)
+    assert [np.array_equal(output, x) for output in outputs] == [True]
