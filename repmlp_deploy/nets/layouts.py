@@ -24,6 +24,8 @@ class Layout:
         anchor: a key that every state dict of this layout has.
         renames: (theirs, ours), applied in order; reversed, they give back the file's names.
         without: no key begins with this; it tells apart two layouts with the same anchor.
+        merged: the end of our key that only merged networks have.
+        trained: the end of our key that only networks with branches have.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Layout:
     anchor: str
     renames: tuple[tuple[str, str], ...] = ()
     without: str = ""
+    merged: str = "fc3.bias"
+    trained: str = "fc3_bn.weight"
 
     def ours(self, key: str) -> str:
         """Return what our network calls `key`."""

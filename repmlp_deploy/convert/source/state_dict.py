@@ -47,7 +47,7 @@ class StateDict:
         layout: whose names the file uses.
         container: the path of keys to it in the file, joined by dots; `""` for the file itself.
         prefix: what every key began with.
-        merged: whether the branches are merged into FC3 already.
+        merged: whether the branches are merged already.
         others: the paths of further weights in the same file.
         keys: our key to the file's.
         notes: what a reader of the report should know.
@@ -120,8 +120,8 @@ def find_state_dict(
             raise CheckpointError(f"{name} has two keys for one weight: {ours[renamed]} and {key}")
         ours[renamed] = key
     tensors = {renamed: _checked(selected.found[key], key, name) for renamed, key in ours.items()}
-    merged = [ours[key] for key in tensors if key.endswith("fc3.bias")]
-    trained = [ours[key] for key in tensors if key.endswith("fc3_bn.weight")]
+    merged = [ours[key] for key in tensors if key.endswith(layout.merged)]
+    trained = [ours[key] for key in tensors if key.endswith(layout.trained)]
     if merged and trained:
         raise CheckpointError(f"{name} is half merged: it has {merged[0]} and {trained[0]}")
     notes = (*selected.notes, *_said_of(left_out))

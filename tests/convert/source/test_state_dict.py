@@ -5,10 +5,11 @@ import torch
 
 from repmlp_deploy.bundle import hash_file
 from repmlp_deploy.card import data_root, load_card
+from repmlp_deploy.convert.source import state_dict
 from repmlp_deploy.convert.source.loading import infer_card, load_network
-from repmlp_deploy.convert.source.state_dict import find_state_dict, own_state_dict, to_layout
+from repmlp_deploy.convert.source.state_dict import StateDict, find_state_dict, own_state_dict, to_layout
 from repmlp_deploy.errors import CheckpointError, InputError
-from repmlp_deploy.nets.layouts import LAYOUTS
+from repmlp_deploy.nets.layouts import LAYOUTS, Layout
 from support.golden_cases import GoldenCase
 
 State = dict[str, torch.Tensor]
@@ -40,6 +41,20 @@ def test_a_state_dict_is_found_in_every_layout(kind: str, digits_state: State) -
     assert not found.merged
     assert list(found.tensors) == list(digits_state)
     assert all(torch.equal(found.tensors[key], digits_state[key]) for key in digits_state)
+
+
+def test_the_layout_says_what_only_merged_networks_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family need not have an FC3."""
+    layout = Layout("own", "toy", "stem.weight", merged="point.bias", trained="point_bn.weight")
+    monkeypatch.setattr(state_dict, "LAYOUTS", (*LAYOUTS, layout))
+
+    def found(*keys: str) -> StateDict:
+        return find_state_dict({key: torch.ones(2) for key in ("stem.weight", *keys)})
+
+    assert found("blocks.0.point.weight", "blocks.0.point.bias").merged
+    assert not found("blocks.0.point.weight", "blocks.0.point_bn.weight", "fc3.bias").merged
+    with pytest.raises(CheckpointError, match=r"half merged: it has blocks.1.point.bias and blocks.0.point_bn.weight"):
+        found("blocks.0.point_bn.weight", "blocks.1.point.bias")
 
 
 def test_mmpretrain_names_become_ours_and_theirs_again() -> None:
