@@ -37,7 +37,6 @@ COVERED_BY = {
     "repmlp_deploy.convert.formats.tensorrt.artifact": "convert/formats/tensorrt/test_build.py",
     "repmlp_deploy.convert.formats.tensorrt.versions": "vendors/test_tensorrt_bindings.py",
     "repmlp_deploy.convert.formats.torch_program": "convert/test_pipeline.py",
-    "repmlp_deploy.convert.graph.lowering.cast": "convert/graph/lowering/test_lower.py",
     "repmlp_deploy.convert.graph.lowering.lowered": "convert/graph/lowering/test_lower.py",
     "repmlp_deploy.convert.graph.lowering.patterns": "convert/graph/lowering/test_lower.py",
     "repmlp_deploy.convert.graph.lowering.quantize": "convert/graph/lowering/test_lower.py",

@@ -193,7 +193,7 @@ def test_an_evaluation_on_a_full_disk_ends_in_one_line(kit: Kit, warm: WarmProce
     ]
     script = f"""
 import sys
-from repmlp_deploy.cli import entry
+from repmlp_deploy.cli.shared import entry
 from repmlp_deploy.evaluation import loop
 
 loop._SAVE_SECONDS = 0  # else it is saved every few seconds

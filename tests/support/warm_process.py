@@ -213,7 +213,7 @@ def _run(wanted: dict[str, Any]) -> int:
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
     sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding=encoding, buffering=1) for number in (1, 2))
     sys.argv = ["repmlp", *wanted["arguments"]]
-    from repmlp_deploy.cli import entry
+    from repmlp_deploy.cli.shared import entry
 
     code = 0
     try:

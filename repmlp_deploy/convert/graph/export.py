@@ -42,7 +42,7 @@ _TALKATIVE = ("torch", "onnxscript", "onnx_ir")
 _OPERATOR = re.compile(r"target=torch\.ops\.([\w.]+)")
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _BULKY = ("conv1d", "conv3d", "conv_transpose")  # without a bias, they become a dozen nodes for it
-_SEQUENCES = ("chunk", "split", "unbind", "unsafe_chunk", "unsafe_split")  # become sequences, which TensorRT does not take
+_SEQUENCES = ("chunk", "split", "unbind", "unsafe_chunk", "unsafe_split")  # which TensorRT does not take
 _TRACED_BATCH = 2  # 0 and 1 would be specialised
 TRACED = BatchRange(min=_TRACED_BATCH, opt=_TRACED_BATCH, max=_TRACED_BATCH)
 """The fixed batch to trace with where the batch is to be made symbolic afterwards."""
