@@ -224,7 +224,9 @@ class Served:
         missing = self.manifest.batch.min - len(inputs[0])
         if missing > 0:
             inputs = [np.concatenate([values, np.repeat(values[-1:], missing, axis=0)]) for values in inputs]
-        outputs = self.runner.run_all(*(np.ascontiguousarray(values) for values in inputs))
+        # with the type named: an array may hold its bytes in the other order
+        arrays = (np.ascontiguousarray(v, spec.dtype) for v, spec in zip(inputs, self.manifest.inputs, strict=True))
+        outputs = self.runner.run_all(*arrays)
         return [output[: len(output) - missing] for output in outputs] if missing > 0 else outputs
 
 

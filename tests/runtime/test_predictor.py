@@ -105,6 +105,12 @@ def test_inputs_are_left_alone_and_outputs_are_the_callers(predictor: Predictor)
     np.testing.assert_array_equal(predictor.logits(x[::-1])[::-1], predictor.logits(x[::-1].copy())[::-1])
 
 
+def test_numbers_may_have_their_bytes_in_the_other_order(predictor: Predictor) -> None:
+    """As those of a FITS or an old `.npy` file; their bits were taken for other numbers."""
+    x = batch_of(3)
+    np.testing.assert_array_equal(predictor.logits(x.astype(">f4")), predictor.logits(x.astype("<f4")))
+
+
 @pytest.mark.parametrize(
     ("batch", "said"),
     [
