@@ -18,6 +18,7 @@ Every message is one line: what, got, expected, remedy.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,17 +127,25 @@ class MissingDependency(RepMLPError, ImportError):  # noqa: N818 - the contract'
     Args:
         package: what could not be imported.
         extra: the extra of this project that brings it; None for a package that another package needs.
-        reason: why an installed package could not be imported.
+        reason: why an installed package could not be imported; by default what the import said that failed just now.
         remedy: what helps, if that is not to install the extra.
     """
 
     exit_code = 4
 
     def __init__(self, package: str, extra: str | None, reason: str = "", remedy: str = "") -> None:
+        reason = reason or _failed_import()
         what = f"{package} cannot be imported ({reason})" if reason else f"{package} is not installed"
         super().__init__(f"{what}: {remedy or installation_of(extra)}")
         self.package = package
         self.extra = extra
+
+
+def _failed_import() -> str:
+    """Return why the import failed that is being handled; empty if there is none, or the package is not there."""
+    error = sys.exception()
+    said = isinstance(error, ImportError) and not isinstance(error, ModuleNotFoundError | RepMLPError)
+    return " ".join(str(error).split()) if said else ""
 
 
 def installation_of(extra: str | None) -> str:

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,7 @@ def test_a_bundle_runs_without_torch(bundle: repmlp_deploy.Bundle) -> None:
     """The digits samples are predicted and the probe passes with torch and onnx not importable."""
     script = f"""
 import sys
+from pathlib import Path
 sys.modules.update(dict.fromkeys(("torch", "onnx", "tensorrt_rtx", "openvino")))
 from pathlib import Path
 from repmlp_deploy import Predictor
@@ -85,4 +87,16 @@ def test_a_missing_runtime_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.delitem(sys.modules, "repmlp_deploy.runtime.onnx.runner")
     with pytest.raises(MissingDependency, match=r'onnxruntime is not installed: pip install "repmlp-deploy\[cpu\]"'):
+        importlib.import_module("repmlp_deploy.runtime.onnx.runner")
+
+
+def test_a_runtime_that_is_there_and_fails_to_load_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from repmlp_deploy.errors import MissingDependency
+
+    why = "libcudart.so.12: cannot open shared object file"
+    (tmp_path / "onnxruntime.py").write_text(f"raise ImportError({why!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("onnxruntime", "repmlp_deploy.runtime.onnx.runner"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(MissingDependency, match=rf"onnxruntime cannot be imported \({why}\): pip install"):
         importlib.import_module("repmlp_deploy.runtime.onnx.runner")
