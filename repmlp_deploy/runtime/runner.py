@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import Bundle
-from repmlp_deploy.errors import InputError
+from repmlp_deploy.errors import InputError, MissingDependency
 
 __all__ = ["RUNNERS", "THROUGHPUT", "EngineSettings", "Runner", "RunnerOptions", "open_named", "stream_count"]
 
@@ -94,9 +94,18 @@ class Entry:
     packages: tuple[str, ...] = ()
 
     def open(self, bundle: Bundle, options: RunnerOptions) -> Runner:
-        """Return the runner of a bundle's artifact."""
+        """Return the runner of a bundle's artifact.
+
+        Raises:
+            KeyboardInterrupt: it came while the runtime was imported, which made a failed import of it.
+        """
         module, _, name = self.opens.partition(":")
-        make: Callable[[Bundle, RunnerOptions], Runner] = getattr(import_module(module), name)
+        try:
+            make: Callable[[Bundle, RunnerOptions], Runner] = getattr(import_module(module), name)
+        except MissingDependency as error:
+            if _is_interruption(error):  # else another artifact would run instead
+                raise KeyboardInterrupt from error
+            raise
         return make(bundle, options)
 
     def versions(self) -> str:
@@ -110,6 +119,13 @@ class Entry:
             except PackageNotFoundError:
                 continue
         return ", ".join(found)
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Return whether an error came of an interrupt, which a library's import turned into something else."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 RUNNERS = {

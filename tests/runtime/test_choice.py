@@ -270,3 +270,16 @@ def test_other_numbers_of_streams_are_refused(bundle: Bundle, streams: object) -
 def test_streams_are_for_cpus(bundle: Bundle) -> None:
     with pytest.raises(InputError, match=r"on cuda is EngineSettings\(workers="):
         Predictor(bundle, format="onnx", device="cuda", streams=2)
+
+
+def test_an_interruption_while_a_runtime_loads_makes_no_other_one_run(
+    both: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Compiled modules make a failed import of it, which is no missing package."""
+    fails = "try:\n    raise KeyboardInterrupt\nexcept BaseException as error:\n    raise ImportError from error\n"
+    (tmp_path / "openvino.py").write_text(fails)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("openvino", "repmlp_deploy.runtime.openvino.runner"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        Predictor(both)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
+from typing import ParamSpec
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -20,6 +21,8 @@ from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.text import printable
 
 __all__ = ["PHASES", "Phases", "counting", "progress", "spoken"]
+
+_P = ParamSpec("_P")
 
 PHASES = ("load", "probe", "merge", "trace", "artifacts", "save")
 """The first step of every phase, in their order. What comes between belongs to the phase that has begun."""
@@ -53,10 +56,10 @@ def progress(
         yield _stoppable(lambda _step: None)
     elif console.is_terminal:
         with console.status("starting") as status:
-            yield _stoppable(lambda step: status.update(_Line(step, left)))
+            yield _stoppable(lambda step: status.update(_Line(printable(step), left)))
     else:
         stream = sys.stderr
-        yield _stoppable(lambda step: print(f"... {step}", file=stream, flush=True))
+        yield _stoppable(lambda step: print(f"... {printable(step)}", file=stream, flush=True))
 
 
 class _Line:
@@ -71,10 +74,12 @@ class _Line:
         return Text(said, no_wrap=True, overflow="ellipsis")
 
 
-def _stoppable(show: Callable[[str], None]) -> Callable[[str], None]:
-    def step(name: str) -> None:
+def _stoppable(show: Callable[_P, None]) -> Callable[_P, None]:
+    """Return `show` so that it first raises an interruption that a library swallowed."""
+
+    def step(*about: _P.args, **more: _P.kwargs) -> None:
         raise_if_stopped()
-        show(printable(name))
+        show(*about, **more)
 
     return step
 
@@ -160,14 +165,18 @@ def counting() -> Iterator[Callable[[int, int, str], None]]:
     """
     console = Console(file=sys.stderr)
     if is_quiet():
-        yield lambda _done, _total, _what: None
+        yield _stoppable(lambda _done, _total, _what: None)
     elif console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Bar(*columns, console=console, transient=True) as bar:
             task = bar.add_task("reading", total=None)
-            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=printable(what))
+
+            def show(done: int, total: int, what: str) -> None:
+                bar.update(task, completed=done, total=total, description=printable(what))
+
+            yield _stoppable(show)
     else:
-        yield _Lines()
+        yield _stoppable(_Lines())
 
 
 class _Lines:

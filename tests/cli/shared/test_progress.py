@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import signal
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from repmlp_deploy import export
+from repmlp_deploy.cli.shared import process
 from repmlp_deploy.cli.shared import progress as module
 from repmlp_deploy.cli.shared.console import run_command
 from repmlp_deploy.cli.shared.progress import PHASES, Phases, _shares, counting, progress, spoken
@@ -180,6 +182,23 @@ def test_elsewhere_a_line_comes_every_half_minute(
     with pytest.raises(SystemExit):
         run_command(work, words)
     assert capsys.readouterr().err.splitlines() == lines
+
+
+@pytest.mark.parametrize("words", [[], ["--quiet"]])
+def test_an_interruption_that_a_library_swallowed_ends_what_is_counted(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        with counting() as count:
+            monkeypatch.setattr(process, "_received", [signal.SIGINT])
+            count(1, 2, "")
+            sys.stdout.write("went on")
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(work, words)
+    assert ended.value.code == 130
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "error: interrupted\n")
 
 
 def test_a_pipe_gets_no_control_characters_and_no_estimate(capsys: pytest.CaptureFixture[str]) -> None:
