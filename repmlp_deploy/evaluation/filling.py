@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from repmlp_deploy.bundle import Manifest
 from repmlp_deploy.card import Preprocessing
-from repmlp_deploy.errors import ImageError, InputError
+from repmlp_deploy.errors import ImageError, InputError, OutputError
 from repmlp_deploy.evaluation.sources import Item, Source
 from repmlp_deploy.evaluation.tables import result_schema, write_table
 from repmlp_deploy.files import put_file
@@ -110,6 +110,7 @@ def fill_parts(
 
     Raises:
         InputError: the bundle is not that of the parts, or the source has fewer images than it had.
+        OutputError: a part cannot be written.
     """
     if bundle_digest(predictor.manifest) != parts.bundle:
         raise InputError("the bundle changed during the run; run again with --fresh")
@@ -120,13 +121,21 @@ def fill_parts(
     for read in _batches(source, parts, missing, predictor.manifest.preprocessing, threads):
         rows += _answered(predictor, read, parts)
         if len(rows) == parts.images_of(waiting[0]):
-            partial = parts.folder / f"{uuid.uuid4().hex}.new"
-            write_table(rows, schema, partial)
-            put_file(partial, parts.path(waiting[0]))
+            _write(rows, schema, parts.path(waiting[0]))
             yield waiting.popleft(), sum(row["error"] is not None for row in rows)
             rows = []
     if waiting:
         raise InputError(f"the images changed during the run: {parts.count} were expected; pass --fresh")
+
+
+def _write(rows: Sequence[Row], schema: Any, path: Path) -> None:
+    """Write a part, whole or not at all."""
+    partial = path.with_name(f"{uuid.uuid4().hex}.new")
+    try:
+        write_table(rows, schema, partial)
+        put_file(partial, path)
+    except OSError as error:  # here: it may be raised in a process of its own
+        raise OutputError(f"{path.parent} cannot be written: {error.strerror or error}") from None
 
 
 def _batches(

@@ -110,7 +110,7 @@ def map_images(  # noqa: PLR0913 - what to run, on what, to where, and how
             errors = merge_tables([parts.path(i) for i in parts.numbers()], schema, merged)
             put_file(merged, out)
             _discard(folder)
-    except InputError:
+    except (InputError, OutputError):
         raise
     except OSError as error:
         raise OutputError(f"--out {out} cannot be written: {error.strerror or error}") from None

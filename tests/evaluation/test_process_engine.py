@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from repmlp_deploy import Bundle, Predictor
-from repmlp_deploy.errors import DeviceError, InputError
+from repmlp_deploy.errors import DeviceError, InputError, OutputError
 from repmlp_deploy.evaluation import mapping, process_engine
 from repmlp_deploy.evaluation.mapping import map_images
 from repmlp_deploy.evaluation.process_engine import Processes
@@ -109,6 +109,20 @@ def test_processes_that_always_die_end_the_run(predictor: Predictor, tmp_path: P
     deadly = Source(COUNT, "deadly", os._exit)  # what is to yield images ends the process
     with pytest.raises(DeviceError, match="2 processes died in a row"):
         map_images(predictor, deadly, tmp_path / "out.parquet", engine=Processes(count=2))
+    assert not workers()
+
+
+def test_a_part_that_cannot_be_written_is_the_outputs_fault(images: Path, predictor: Predictor, tmp_path: Path):
+    """As on a full disk: here a folder comes to have the name of the last part."""
+    last = tmp_path / "out.parquet.parts" / f"{COUNT - PART:012d}.parquet"
+    with pytest.raises(OutputError, match=r"out\.parquet\.parts cannot be written: Is a directory"):
+        map_images(
+            predictor,
+            open_source(str(images)),
+            tmp_path / "out.parquet",
+            progress=lambda *_: last.mkdir(exist_ok=True),
+            engine=Processes(count=2),
+        )
     assert not workers()
 
 
