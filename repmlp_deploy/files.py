@@ -34,6 +34,7 @@ __all__ = [
     "remove_abandoned",
     "replace_file",
     "take_place",
+    "write_named",
     "write_new",
 ]
 
@@ -132,6 +133,18 @@ def replace_file(path: Path, *pieces: bytes, durable: bool = False) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_named(path: Path, content: bytes) -> None:
+    """Write a file that a user named: a device or a pipe, such as /dev/stdout, gets the content, and a link stays one.
+
+    Raises:
+        OSError: it cannot be written; the old content of a file is untouched.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+    else:
+        replace_file(Path(os.path.realpath(path)), content)
 
 
 def put_file(written: Path, target: Path) -> None:

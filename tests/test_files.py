@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from repmlp_deploy.card import read_labels
 from repmlp_deploy.convert.formats.tensorrt.timing_cache import default_timing_cache
 from repmlp_deploy.evaluation.loop import state_folder
 from repmlp_deploy.evaluation.remote import RemoteStore
-from repmlp_deploy.files import cache_folder, read_json, read_text, read_toml, replace_file
+from repmlp_deploy.files import cache_folder, read_json, read_text, read_toml, replace_file, write_named
 
 
 def test_a_reader_sees_the_old_content_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +29,22 @@ def test_a_reader_sees_the_old_content_or_the_new(tmp_path: Path, monkeypatch: p
         replace_file(path, b"newer")
     assert path.read_bytes() == b"new"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no named pipes")
+def test_what_a_user_names_stays_a_pipe_or_a_link(tmp_path: Path) -> None:
+    """`--engine-report /dev/stdout`: as root, a rename would put a file in the place of the device."""
+    pipe, link, target = (tmp_path / name for name in ("pipe", "link", "target"))
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_named(pipe, b"said")
+    assert os.read(reader, 10) == b"said"
+    os.close(reader)
+    assert pipe.is_fifo()
+    link.symlink_to(target)
+    for content in (b"new", b"newer"):
+        write_named(link, content)
+        assert (link.is_symlink(), target.read_bytes()) == (True, content)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from repmlp_deploy.cli.shared.console import (
 )
 from repmlp_deploy.cli.shared.progress import progress
 from repmlp_deploy.errors import InputError, OutputError, VerificationError
-from repmlp_deploy.files import replace_file
+from repmlp_deploy.files import write_named
 from repmlp_deploy.precision import PRECISIONS
 from repmlp_deploy.text import escape_document
 
@@ -223,9 +223,6 @@ def _check_outputs(outputs: dict[str, Path | None]) -> None:
 
 def _write(path: Path, text: str) -> None:
     try:
-        if path.exists() and not path.is_file():  # a pipe or a device
-            path.write_text(escape_document(text), encoding="utf-8")
-        else:
-            replace_file(path, escape_document(text).encode())
+        write_named(path, escape_document(text).encode())
     except OSError as error:
         raise OutputError(f"could not write {path}: {error.strerror or error}") from None

@@ -14,7 +14,7 @@ from repmlp_deploy.cli.shared.console import print_json, print_line, run_command
 from repmlp_deploy.cli.shared.progress import progress
 from repmlp_deploy.convert.proof.certificate import recertify
 from repmlp_deploy.errors import InputError, MissingDevice, OutputError, VerificationError
-from repmlp_deploy.files import replace_file
+from repmlp_deploy.files import write_named
 from repmlp_deploy.reading import require_file
 from repmlp_deploy.runtime.runner import RunnerOptions
 
@@ -120,7 +120,7 @@ def _write_engine_report(bundle: Bundle, path: Path, artifact: str | None, *, as
 
     text = engine_report(bundle, artifact)
     try:
-        replace_file(path, text.encode())
+        write_named(path, text.encode())
     except OSError as error:
         raise OutputError(f"could not write {path}: {error.strerror or error}") from None
     if as_json:

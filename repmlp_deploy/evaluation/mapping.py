@@ -94,8 +94,9 @@ def map_images(  # noqa: PLR0913 - what to run, on what, to where, and how
     schema = result_schema(manifest.task, job)
     if is_uri(out):
         raise OutputError(f"--out {out} is a URI; expected a file of this machine: copy it to the store afterwards")
-    if out.is_dir():
-        raise OutputError(f"--out {out} is a folder; expected the name of a parquet file")
+    if out.exists() and not out.is_file():
+        kind = "a folder" if out.is_dir() else "no regular file"
+        raise OutputError(f"--out {out} is {kind}; expected the name of a parquet file")
     folder = out.with_name(f"{out.name}.parts")
     parts = Parts(folder, job, digest, source.count, size, top, batch)
     try:

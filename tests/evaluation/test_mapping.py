@@ -471,6 +471,9 @@ def test_the_batch_is_part_of_the_job_and_a_folder_is_no_output(images, predicto
     out, source = tmp_path / "out.parquet", open_source(str(images))
     with pytest.raises(OutputError, match="is a folder; expected the name of a parquet file"):
         map_images(predictor, source, tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="is no regular file; expected the name of a parquet file"):
+        map_images(predictor, source, tmp_path / "pipe", fresh=True)  # as root, /dev/null became a parquet file
     map_images(predictor, source, out, batch=2)
     with pytest.raises(InputError, match="other options: pass --fresh"):
         map_images(predictor, source, out, batch=4)

@@ -207,6 +207,9 @@ def test_the_command_writes_the_script_and_says_how_to_run_it(
     assert verify(bundle.folder, "--engine-report", path) == 0
     assert f"python {path} {bundle.folder}" in " ".join(capsys.readouterr().out.split("`"))
     assert path.read_text() == engine_report(bundle)
+    (tmp_path / "link").symlink_to(path)
+    assert verify(bundle.folder, "--engine-report", tmp_path / "link") == 0
+    assert (tmp_path / "link").is_symlink()
     assert verify(bundle.folder, "--engine-report", tmp_path / "no" / "compare.py") == 5
     assert verify(bundle.folder, "--engine-report", path, "--format", "onnx") == 2
     assert "--format onnx: unknown; expected one of trt, trt-rtx" in capsys.readouterr().err

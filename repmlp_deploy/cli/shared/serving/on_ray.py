@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from repmlp_deploy.cli.shared.console import print_line, typer
 from repmlp_deploy.errors import InputError, OutputError, optional_imports
-from repmlp_deploy.files import replace_file
+from repmlp_deploy.files import write_named
 from repmlp_deploy.text import printable
 
 __all__ = [
@@ -122,7 +122,7 @@ class RayServing:
 
         content = deploy_file(settings, scale, *proxy_options(*address, settings.timeout))
         try:
-            replace_file(path, yaml.safe_dump(content, sort_keys=False).encode())
+            write_named(path, yaml.safe_dump(content, sort_keys=False).encode())
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
         print_line(f"{path}: written; on the cluster, run `serve deploy {quote(str(path))}`")
