@@ -104,7 +104,7 @@ def test_a_failed_call_gives_its_request_back(served: Bundle) -> None:
     runner = OpenVinoRunner(served, RunnerOptions(threads=1))
 
     class Failing:
-        def infer(self, *_: object, **__: object) -> None:
+        def start_async(self, *_: object, **__: object) -> None:
             raise RuntimeError("out of memory")
 
     waiting = runner._model._requests
@@ -114,6 +114,7 @@ def test_a_failed_call_gives_its_request_back(served: Bundle) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         runner.run(INPUTS[:1])
     assert waiting.qsize() == count
+    assert waiting.get() is None  # a call that was interrupted may still run in the old one
 
 
 @pytest.mark.parametrize("name", ["model.xml", "model.bin"])
