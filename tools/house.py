@@ -29,7 +29,6 @@ COVERED_BY = {
     "repmlp_deploy.convert.source.card_file": "convert/source/test_description.py",
     "repmlp_deploy.cli.shared.engine_report": "convert/formats/tensorrt/test_build.py",
     "repmlp_deploy.cli.shared.export_options": "cli/test_commands.py",
-    "repmlp_deploy.cli.shared.process": "cli/test_commands.py",
     "repmlp_deploy.convert.assembly": "convert/test_pipeline.py",
     "repmlp_deploy.convert.capture": "convert/graph/test_onnx_steps.py",
     "repmlp_deploy.convert.formats.checkpoint": "convert/formats/test_checkpoint_format.py",
