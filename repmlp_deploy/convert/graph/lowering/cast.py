@@ -130,16 +130,17 @@ class _Signature:
     @classmethod
     def of(cls, node: NodeProto, opset: int, precision: Precision) -> _Signature:
         """Return the signature of a node's operator."""
+        element = precision.onnx_type.lower()  # as schemas write it
         if not onnx.defs.has(node.op_type, opset, node.domain):
-            return cls((), (), precision.element)
+            return cls((), (), element)
         schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
         allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
 
         def described(parameters: Sequence[onnx.defs.OpSchema.FormalParameter]) -> tuple[tuple[str, bool], ...]:
             names = [p.type_str for p in parameters]
-            return tuple((n, any(f"({precision.element})" in kind for kind in allowed.get(n, (n,)))) for n in names)
+            return tuple((n, any(f"({element})" in kind for kind in allowed.get(n, (n,)))) for n in names)
 
-        return cls(described(schema.inputs), described(schema.outputs), precision.element)
+        return cls(described(schema.inputs), described(schema.outputs), element)
 
     def takes(self, i: int) -> bool:
         """Return whether an input may have the low type."""

@@ -86,7 +86,7 @@ def test_a_graph_in_a_quantized_type_gets_none(monkeypatch: pytest.MonkeyPatch) 
     made.graph.initializer.append(numpy_helper.from_array(np.zeros(3, np.int16), "codes"))
     named_weights(STATE, made)
     monkeypatch.setitem(PRECISIONS, "toy", replace(TOY, name="toy", onnx_type="INT16", lowering="quantize"))
-    with pytest.raises(InputError, match="hold scales that were measured of one checkpoint"):
+    with pytest.raises(InputError, match="hold scales that were measured with one checkpoint"):
         named_weights(STATE, made)
 
 
