@@ -118,6 +118,7 @@ def _ties(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
     return found
 
 
+@torch.inference_mode(mode=False)  # in it, tensors do not count the writes
 @torch.no_grad()
 def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Module, Interface]:
     """Return `network` as a function from tensors by position to tensors, and how it is called.
@@ -135,6 +136,7 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
     keywords = tuple(example_input) if isinstance(example_input, Mapping) else ()
     examples = _tensors(example_input)
     passed = tuple(x.clone() for x in examples)
+    versions = [x._version for x in passed]  # noqa: SLF001 - of PyTorch: it counts the writes, also those of equal values
     answer, outputs = _answers(network, keywords, passed)
     if not outputs:
         raise InputError(f"{called} returns no tensor")
@@ -149,7 +151,7 @@ def describe_interface(network: nn.Module, example_input: Any) -> tuple[nn.Modul
     _require_same(called, outputs, _answers(network, keywords, tuple(x.clone() for x in examples))[1])
     inputs = keywords or _parameter_names(network, len(examples))
     names = _output_names(tuple(outputs), inputs)
-    writes = any(x._version for x in passed)  # noqa: SLF001 - of PyTorch: it counts the writes, also those of equal values
+    writes = versions != [x._version for x in passed]  # noqa: SLF001 - as above
     plain = isinstance(answer, Tensor) and not (keywords or writes) and len(examples) == 1 and _names_its_input(network)
     shapes = [value.shape for value in outputs.values()]
     classes = shapes[0][1] if len(shapes) == 1 and len(shapes[0]) > 1 else None
@@ -171,10 +173,10 @@ def _require_same(called: str, outputs: Mapping[str, Tensor], repeated: Mapping[
     for name, value in outputs.items():
         again = repeated.get(name)
         noise = _REPEATED * float(value.abs().nan_to_num().max()) if value.numel() else 0.0
-        if again is None or not torch.allclose(value, again, rtol=0, atol=noise, equal_nan=True):
+        if again is None or again.shape != value.shape or not torch.allclose(value, again, rtol=0, atol=noise, equal_nan=True):
             raise InputError(
-                f"{called}: {name} is another for the same inputs: dropout, noise or what is kept between calls must "
-                "be switched off in forward, where .eval() does not do it"
+                f"{called}: {name} differs between two calls with the same inputs: switch off dropout, noise and state "
+                "kept between calls in forward, where .eval() does not do it"
             )
 
 

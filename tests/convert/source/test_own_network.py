@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,6 +134,15 @@ def test_a_network_that_writes_into_its_input_is_exported(tmp_path: Path) -> Non
     with Predictor(bundle, check=True) as predictor, torch.no_grad():
         found = predictor.run(x=images.numpy().copy())["output"]
         np.testing.assert_allclose(found, network(images).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [Normalises, lambda: nn.Conv2d(3, 4, 3)], ids=["writes", "reads"])
+def test_a_network_is_described_in_inference_mode_as_elsewhere(make: Callable[[], nn.Module]) -> None:
+    network, example = make().eval(), torch.ones(1, 3, 8, 8)
+    usual, _ = describe_interface(network, example)
+    with torch.inference_mode():
+        found, _ = describe_interface(network, torch.ones(1, 3, 8, 8))
+    assert type(found) is type(usual)
 
 
 class Repeats(nn.Module):
