@@ -16,9 +16,10 @@ from torch import Tensor
 from repmlp_deploy.convert.source.checkpoint import Placeholder
 from repmlp_deploy.errors import CheckpointError, InputError
 
-__all__ = ["Selected", "is_averaged", "select_weights"]
+__all__ = ["Selected", "is_averaged", "plain_key", "select_weights"]
 
 _DEEPEST = 3
+_WRAPPERS = ("module", "_orig_mod")
 _MODEL_NAMES = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "module")
 _EMA = re.compile(r"(^|_)(ema|averaged|swa)(_|$)")
 
@@ -109,6 +110,11 @@ def is_averaged(path: Sequence[str]) -> bool:
     return any(_EMA.search(part) for part in path)
 
 
+def plain_key(key: str) -> str:
+    """Return a key without the parts that wrappers of networks add."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
 @dataclass(frozen=True)
 class _Place:
     """A state dict in a file: `model` or `ema`, the path to it, and what it holds."""
@@ -130,9 +136,8 @@ class _Place:
 
     def is_alike(self, other: _Place) -> bool:
         """Return whether only the order in the file speaks for one of two places."""
-        alike = self.kind == other.kind and self.path.count(".") == other.path.count(".")
-        unknown = self.rank == other.rank == len(_MODEL_NAMES)
-        return alike and unknown and self.found.keys() == other.found.keys()
+        alike = self.kind == other.kind and self.path.count(".") == other.path.count(".") and self.rank == other.rank
+        return alike and {plain_key(str(key)) for key in self.found} == {plain_key(str(key)) for key in other.found}
 
     def swapped(self) -> _Place:
         return _Place("model" if self.kind == "ema" else "ema", self.path, self.found)

@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from repmlp_deploy.convert.source.checkpoint import OddTensor, Placeholder
-from repmlp_deploy.convert.source.containers import is_averaged, select_weights
+from repmlp_deploy.convert.source.containers import is_averaged, plain_key, select_weights
 from repmlp_deploy.convert.source.other_families import recognise_family
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.layouts import LAYOUTS, OWN, Layout, odd_layer_number
 
 __all__ = ["StateDict", "find_state_dict", "own_state_dict", "to_layout"]
 
-_WRAPPERS = ("module", "_orig_mod")
 _BOOKKEEPING = ("n_averaged", "total_ops", "total_params")
 """Last parts of keys that wrappers and profilers write beside the weights."""
 _MMENGINE_COUNTER = "steps"
@@ -199,7 +198,7 @@ def _plain_keys(
         counters.clear()
     for key in found:
         parts = key.split(".")
-        bare = ".".join(part for part in parts if not wrapped or part not in _WRAPPERS)
+        bare = plain_key(key) if wrapped else key
         if key not in keep and (parts[-1] in _BOOKKEEPING or _MMCV_EMA.match(bare)):
             continue
         if any(fnmatch.fnmatchcase(key, pattern) for pattern in ignore) or key in counters:
@@ -274,9 +273,15 @@ def _one_prefix(starts: Collection[str], keys: Mapping[str, str], name: str) -> 
         begins = [keys[next(key for key in keys if key.startswith(start))] for start in usual]
         raise CheckpointError(
             f"{name} has keys of {len(usual)} such networks, as {begins[0]} and {begins[1]}: leave out the others, "
-            f"such as --ignore '{usual[1]}*'"
+            f"such as --ignore '{_file_prefix(usual[1], begins[1])}*'"
         )
     return usual[0]
+
+
+def _file_prefix(prefix: str, key: str) -> str:
+    """Return what the file's `key` begins with instead of `prefix`: wrappers may have added parts."""
+    ends = (place + 1 for place, letter in enumerate(key) if letter == ".")
+    return prefix if key.startswith(prefix) else next(key[:end] for end in ends if plain_key(key[:end]) == prefix)
 
 
 def _common_prefix(keys: Mapping[str, str], layout: Layout, prefix: str) -> str:

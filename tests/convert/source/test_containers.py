@@ -89,3 +89,12 @@ def test_a_choice_between_two_of_the_same_weights_is_left_to_the_user() -> None:
     assert select_weights(content, "ema", "x.pth").path == "ema_student"
     assert select_weights({"best": STATE, "state_dict": STATE}, None, "x.pth").path == "state_dict"
     assert select_weights({"best": STATE, "other": {"w": torch.ones(9)}}, None, "x.pth").path == "best"
+
+
+@pytest.mark.parametrize("path", ["student", "student.model"])
+def test_wrappers_and_names_inside_do_not_decide_between_two(path: str) -> None:
+    inner = {"student": {f"module.{key}": value for key, value in STATE.items()}, "teacher": STATE}
+    content = {name: {"model": state} if "." in path else state for name, state in inner.items()}
+    with pytest.raises(CheckpointError, match=f"under {path} and .*: say which with --state-key"):
+        select_weights(content, None, "x.pth")
+    assert select_weights(content, None, "x.pth", path).found is inner["student"]

@@ -324,13 +324,18 @@ def test_averaged_weights_under_another_prefix_are_left_out(own: bool, averaged:
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["family", "own"])
-def test_a_choice_between_two_prefixes_is_left_to_the_user(own: bool, digits_state: State) -> None:
-    content = _beside(digits_state, "student.", "teacher.")
+@pytest.mark.parametrize(("student", "teacher"), [("student.", "teacher."), ("module.b.q.", "module.b._orig_mod.t.")])
+def test_a_choice_between_two_prefixes_is_left_to_the_user(
+    own: bool, student: str, teacher: str, digits_state: State
+) -> None:
+    content = _beside(digits_state, student, teacher)
     given = (content, digits_state.keys()) if own else (content,)
     read = own_state_dict if own else find_state_dict
-    with pytest.raises(CheckpointError, match=r"has keys of 2 such networks, .* such as --ignore 'teacher\.\*'"):
+    with pytest.raises(CheckpointError, match=r"has keys of 2 such networks, .* such as --ignore '") as refused:
         read(*given)
-    assert read(*given, ignore=["student.*"]).prefix == "teacher."
+    pattern = str(refused.value).split("'")[1]
+    assert pattern == f"{teacher}*"
+    assert read(*given, ignore=[pattern]).keys["head.bias"] == f"{student}head.bias"
 
 
 def test_an_own_part_called_module_keeps_its_name() -> None:
