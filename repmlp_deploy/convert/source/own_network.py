@@ -172,12 +172,16 @@ def _require_same(called: str, outputs: Mapping[str, Tensor], repeated: Mapping[
     """Raise if the same inputs got other outputs the second time."""
     for name, value in outputs.items():
         again = repeated.get(name)
-        noise = _REPEATED * float(value.abs().nan_to_num().max()) if value.numel() else 0.0
-        if again is None or again.shape != value.shape or not torch.allclose(value, again, rtol=0, atol=noise, equal_nan=True):
+        if again is None or again.shape != value.shape or not _is_close(value, again):
             raise InputError(
                 f"{called}: {name} differs between two calls with the same inputs: switch off dropout, noise and state "
                 "kept between calls in forward, where .eval() does not do it"
             )
+
+
+def _is_close(value: Tensor, again: Tensor) -> bool:
+    noise = _REPEATED * float(value.abs().nan_to_num().max()) if value.numel() else 0.0
+    return torch.allclose(value, again, rtol=0, atol=noise, equal_nan=True)
 
 
 def inputs_as_passed(network: nn.Module, inputs: Mapping[str, Tensor], *, by_name: bool | None) -> Any:
