@@ -7,7 +7,7 @@ the network itself, whatever its parts are called.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from repmlp_deploy.errors import InputError
@@ -56,12 +56,13 @@ _BRANCHED = (
     ("RepVGG of timm", r"conv_kxk\.conv\.weight", _TIMM),
 )
 """Name, the end of a key that every block with branches has, remedy; the special ones first."""
+_FUSED = r"fused_conv\.bias"
 _MERGED = (
     ("UniRepLKNet", r"lk_origin\.bias"),
     ("FastViT", r"token_mixer\.reparam_conv\.bias"),
     ("RepLKNet", r"lkb_reparam\.bias"),
     ("diverse branch blocks (DBB)", r"dbb_reparam\.bias"),
-    ("ACNet", r"fused_conv\.bias"),
+    ("ACNet", _FUSED),
     ("RepVGG or RepConv", r"rbr_reparam\.bias"),
     ("MobileOne or RepVGG", r"reparam_conv\.bias"),
 )
@@ -75,9 +76,11 @@ def recognise_family(keys: Iterable[str]) -> OtherFamily | None:
         blocks = len(_blocks(given, end))
         if blocks:
             return OtherFamily(name, blocks, 0, remedy)
-    normed = {key[:place] for key in given if key.endswith(".running_mean") for place in _dots(key)}
+    normed = _around(key for key in given if key.endswith(".running_mean"))
+    fuller = _around(key for key in given if ".fused_conv." not in f".{key}")
     for name, end in _MERGED:
-        merged = len(_blocks(given, end) - normed)  # beside a BatchNorm, a block has branches of names unknown here
+        # Beside a BatchNorm, a block has branches of names unknown here; and many networks have a fused_conv.
+        merged = len(_blocks(given, end) - (normed | fuller if end == _FUSED else normed))
         if merged:
             return OtherFamily(name, 0, merged, "its branches are gone: give the training-time checkpoint")
     return None
@@ -111,5 +114,7 @@ def _blocks(keys: Iterable[str], end: str) -> set[str]:
     return {match[1] or "" for match in map(pattern.fullmatch, keys) if match}
 
 
-def _dots(key: str) -> Iterator[int]:
-    return (place for place, letter in enumerate(key) if letter == ".")
+def _around(keys: Iterable[str]) -> set[str]:
+    """Return the names of the modules with any of the keys in them; the network's own is empty."""
+    parts = (key.split(".") for key in keys)
+    return {".".join(names[:depth]) for names in parts for depth in range(len(names))}

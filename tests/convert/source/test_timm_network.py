@@ -347,7 +347,13 @@ def test_a_network_that_is_merged_already_is_refused_unless_that_is_allowed(
 def test_a_block_with_other_branches_beside_its_merged_convolution_is_not_merged() -> None:
     names = ("rbr_reparam.bias", "branch_3x3.conv.weight", "branch_3x3.bn.running_mean")
     assert recognise_family(f"stage1.0.{name}" for name in names) is None
+    assert recognise_family(["rbr_reparam.bias", "norm.running_mean"]) is None
     assert recognise_family(["conv1.weight", "fc.bias"]) is None
+
+
+@pytest.mark.parametrize(("beside", "said"), [("b.norm.weight", "None"), ("c.weight", "ACNet, 1 merged blocks")])
+def test_a_convolution_that_fuses_maps_is_no_merged_block(beside: str, said: str) -> None:
+    assert str(recognise_family(["a.b.fused_conv.weight", "a.b.fused_conv.bias", f"a.{beside}"])) == said
 
 
 def test_a_file_of_another_family_is_refused_with_the_way_in(tmp_path: Path) -> None:
