@@ -182,7 +182,7 @@ def _product(node: fx.Node, values: Values) -> Reading | None:
 def _quotient(node: fx.Node, values: Values) -> Reading | None:
     if not values.is_constant(node.args[1]) or node.kwargs:
         return None
-    return _scaled(node, node.all_input_nodes[0], 1 / torch.as_tensor(values.constant(node.args[1])).double())
+    return _scaled(node, node.all_input_nodes[0], 1 / _as_tensor(values.constant(node.args[1])).double())
 
 
 def _scaled(node: fx.Node, x: fx.Node, factors: Any) -> Reading | None:
@@ -218,7 +218,7 @@ def _sum(node: fx.Node, values: Values, sign: int) -> Reading | None:
 
 def _per_channel(node: fx.Node, x: fx.Node, constant: Any) -> tuple[Tensor, int | None] | None:
     """Return (values per channel, axis) of a constant that broadcasts along one axis of x, else None."""
-    shape, constant = sizes(node), torch.as_tensor(constant)
+    shape, constant = sizes(node), _as_tensor(constant)
     if shape is None or sizes(x) != shape or constant.is_complex() or constant.dtype == torch.bool:
         return None
     constant = constant.double()
@@ -229,6 +229,11 @@ def _per_channel(node: fx.Node, x: fx.Node, constant: Any) -> tuple[Tensor, int 
     if len(wide) != 1 or wide[0] < 1 or constant.numel() != shape[wide[0]]:
         return None
     return constant.flatten(), wide[0]
+
+
+def _as_tensor(constant: Any) -> Tensor:
+    """Return a constant as a tensor: a number as in Python, which is float64, and not in PyTorch's default type."""
+    return torch.as_tensor(constant, dtype=torch.float64 if isinstance(constant, float) else None)
 
 
 def _per_place(node: fx.Node, term: fx.Node, values: Values) -> Tensor | None:

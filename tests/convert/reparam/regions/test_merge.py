@@ -83,6 +83,24 @@ def test_padding_by_name_is_merged(options: dict[str, Any]) -> None:
     assert _distance(merged.value(x), network(x)) <= 1e-14
 
 
+class Scaled(nn.Module):
+    """A convolution of an image that is normalised by numbers that float32 does not hold, beside a tenth of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv((x - 0.485) / 0.229 + 0.1)
+        return x + 0.1 * self.conv(x)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_numbers_that_float32_does_not_hold_are_merged(kind: torch.dtype) -> None:
+    network, x = Scaled().eval().to(kind), torch.randn(2, 4, 5, 5, dtype=kind)
+    torch.testing.assert_close(merge_regions(network, [x]).value(x), network(x))
+
+
 @pytest.mark.parametrize(
     ("convolution", "norm", "shape"),
     [

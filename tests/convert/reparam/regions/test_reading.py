@@ -40,6 +40,8 @@ def _read(function: Callable[[Tensor], Tensor]) -> list[Reading | None]:
         (lambda x: x * 2, (1, 1), 2.0),
         (lambda x: 2 * x, (1, 1), 2.0),
         (lambda x: x / 2, (1, 1), 0.5),
+        (lambda x: x * 0.1, (1, 1), 0.1),
+        (lambda x: x / 0.3, (1, 1), 1 / 0.3),
         (lambda x: x * FACTORS[:, None, None], (1, 1), 1.0),
         (lambda x: F.avg_pool2d(x, 2), (2, 2), 0.25),
         (lambda x: F.avg_pool2d(x, (2, 1), divisor_override=4), (2, 1), 0.25),
@@ -52,7 +54,7 @@ def test_affine_operators_are_read(function: Callable[[Tensor], Tensor], taps: t
     *_, reading = _read(function)
     assert isinstance(reading, Affine)
     assert reading.map.taps == taps
-    assert float(reading.map.kernel[0, 0, 0, 0]) == pytest.approx(scaled)
+    assert float(reading.map.kernel[0, 0, 0, 0]) == pytest.approx(scaled, rel=1e-14)
     assert reading.bias is None
 
 
