@@ -169,8 +169,11 @@ def _refuse_other_kinds(path: Path, head: bytes) -> None:
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{path} is a web page, not weights: download the file itself")
-    if _PART.search(path.name) or (text.startswith(b"{") and b'"weight_map"' in text):
-        raise CheckpointError(f"{path} is a part, or the index, of a checkpoint in several files: join them into one")
+    if text.startswith(b"{") and b'"weight_map"' in text:
+        raise CheckpointError(f"{path} is the index of a checkpoint in several files: join them into one")
+    if _PART.search(path.name):
+        said = "is named as a part of a checkpoint in several files: join them into one, or rename it if it is whole"
+        raise CheckpointError(f"{path} {said}")
     if head.startswith(_GZIP) or head[_TAR_AT:].startswith(b"ustar"):
         kind = "gzip file" if head.startswith(_GZIP) else "tar archive"
         raise CheckpointError(f"{path} is a {kind}: unpack it, and give the weights file in it")

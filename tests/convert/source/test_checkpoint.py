@@ -76,10 +76,11 @@ def test_packages_and_parts_are_named(tmp_path: Path, saved: Path) -> None:
     assert "is a tar archive: unpack it" in refusal(tmp_path / "x.tar")
     index = {"metadata": {"total_size": 12000}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    assert "several files: join them into one" in refusal(tmp_path / "model.safetensors.index.json")
+    assert "is the index of a checkpoint in several files" in refusal(tmp_path / "model.safetensors.index.json")
     for name in ("model-00001-of-00002.safetensors", "model-00001-of-00001.safetensors"):
         save_file({"a": torch.ones(3000)}, tmp_path / name)
-    assert "several files: join them into one" in refusal(tmp_path / "model-00001-of-00002.safetensors")
+    said = "is named as a part of a checkpoint in several files: join them into one, or rename it if it is whole"
+    assert said in refusal(tmp_path / "model-00001-of-00002.safetensors")
     assert read_checkpoint(tmp_path / "model-00001-of-00001.safetensors").content.keys() == {"a"}
 
 
