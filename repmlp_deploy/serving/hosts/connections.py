@@ -22,6 +22,7 @@ with optional_imports():
 __all__ = ["limited_connections"]
 
 _HEADER_BYTES = 1 << 16
+_TOO_LARGE = (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"the request's header has more than {_HEADER_BYTES} bytes")
 _PIPELINED = 64  # requests that wait behind the one that is answered
 
 
@@ -59,7 +60,7 @@ class _Limited(HttpToolsProtocol):
         header_seconds: between the first byte of a request, or the connection's start, and the end of the header.
         beyond: whether too many connections were open when this one was opened.
         unread: bytes that arrived since the last header or part of a body was complete.
-        fault: what else than HTTP is wrong with a request; or nothing.
+        fault: the status and the reason with which a request is refused though it is HTTP.
     """
 
     most: int
@@ -72,7 +73,8 @@ class _Limited(HttpToolsProtocol):
         self.app = self._limited
         self.parser = _Parser(self)
         self.waiting: asyncio.TimerHandle | None = None
-        self.beyond, self.unread, self.fault = False, 0, ""
+        self.beyond, self.unread = False, 0
+        self.fault: tuple[HTTPStatus, str] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -83,8 +85,7 @@ class _Limited(HttpToolsProtocol):
         self.unread += len(data)
         super().data_received(data)
         if self.unread > _HEADER_BYTES and not self.transport.is_closing():
-            said = f"the request's header has more than {_HEADER_BYTES} bytes"
-            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, said)
+            self._refuse(*_TOO_LARGE)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
         else:
@@ -96,13 +97,14 @@ class _Limited(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self.unread = 0
-        if len(self.pipeline) >= _PIPELINED:
-            self.fault = f"more than {_PIPELINED} requests of one connection wait"
-            raise ConnectionError(self.fault)  # the parser ends, and `send_400_response` is called
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > _HEADER_BYTES:
+            self.fault = _TOO_LARGE  # its end came with the bytes that are too many
+        elif len(self.pipeline) >= _PIPELINED:
+            self.fault = (HTTPStatus.BAD_REQUEST, f"more than {_PIPELINED} requests of one connection wait")
+        if self.fault is not None or self.parser.get_method() == b"CONNECT":
+            raise ConnectionError  # the parser ends, and `send_400_response` is called
         if not self.parser.should_upgrade():
             super().on_headers_complete()
-        elif self.parser.get_method() == b"CONNECT":
-            raise ConnectionError(self.fault)
 
     def on_body(self, body: bytes) -> None:
         self.unread = 0
@@ -120,7 +122,7 @@ class _Limited(HttpToolsProtocol):
         return b"\r\n".join([*lines, b"", b""])
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(HTTPStatus.BAD_REQUEST, self.fault or msg)
+        self._refuse(*(self.fault or (HTTPStatus.BAD_REQUEST, msg)))
 
     def _wait_for_header(self) -> None:
         if self.waiting is None:

@@ -164,11 +164,13 @@ def test_a_header_that_does_not_end_is_refused(start: bytes, port: int) -> None:
         pytest.fail("a megabyte was taken")
 
 
-def test_a_large_header_is_refused_with_its_limit(port: int) -> None:
+@pytest.mark.parametrize("pause", [0, HEADER_SECONDS / 8], ids=["in one piece", "in two"])
+@pytest.mark.parametrize("end", [b"", b"\r\n\r\n"], ids=["open", "ended"])
+def test_a_large_header_is_refused_with_its_limit(end: bytes, pause: float, port: int) -> None:
     with _connected(port) as connection:
         connection.sendall(REQUEST[:-2] + b"A: ")
-        time.sleep(HEADER_SECONDS / 8)
-        connection.sendall(b"a" * 65_537)
+        time.sleep(pause)
+        connection.sendall(b"a" * 65_537 + end)
         status, answer = _all_of(connection)
     assert status == b"HTTP/1.1 431 Request Header Fields Too Large"
     assert answer == {"error": "the request's header has more than 65536 bytes"}
