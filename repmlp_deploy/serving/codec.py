@@ -57,7 +57,7 @@ def parse_json(body: bytes | memoryview) -> dict[str, Any]:
     text = bytes(body)
     if text.count(b"[") + text.count(b"{") > _MAX_LISTS:
         raise BadRequest(
-            f"the body has more than {_MAX_LISTS} lists and objects; send data as one list, or as raw bytes"
+            f"the body has more than {_MAX_LISTS} lists and objects; send data as one flat list, or as raw bytes"
         )
     try:
         data = pydantic_core.from_json(text, allow_inf_nan=False, cache_strings="keys")

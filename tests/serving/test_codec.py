@@ -218,5 +218,5 @@ def test_a_million_nested_lists_are_no_work() -> None:
 @pytest.mark.parametrize("small", [b"[]", b"[1]", b"{}"])
 def test_a_body_of_many_small_lists_is_not_read(small: bytes) -> None:
     body = b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [' + small
-    with pytest.raises(BadRequest, match="more than 2097152 lists and objects; send data as one list"):
+    with pytest.raises(BadRequest, match="more than 2097152 lists and objects; send data as one flat list"):
         decode_request(body + (b"," + small) * (1 << 21) + b"]}]}", None)

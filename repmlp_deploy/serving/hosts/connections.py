@@ -100,7 +100,7 @@ class _Limited(HttpToolsProtocol):
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > _HEADER_BYTES:
             self.fault = _TOO_LARGE  # its end came with the bytes that are too many
         elif len(self.pipeline) >= _PIPELINED:
-            self.fault = (HTTPStatus.BAD_REQUEST, f"more than {_PIPELINED} requests of one connection wait")
+            self.fault = (HTTPStatus.BAD_REQUEST, f"more than {_PIPELINED} requests of this connection wait")
         if self.fault is not None or self.parser.get_method() == b"CONNECT":
             raise ConnectionError  # the parser ends, and `send_400_response` is called
         if not self.parser.should_upgrade():

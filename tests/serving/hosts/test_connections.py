@@ -191,4 +191,4 @@ def test_one_connection_sends_few_requests_ahead(port: int) -> None:
         connection.sendall(REQUEST * 66)
         status, answer = _all_of(connection)
     assert status == b"HTTP/1.1 400 Bad Request"
-    assert answer == {"error": "more than 64 requests of one connection wait"}
+    assert answer == {"error": "more than 64 requests of this connection wait"}
