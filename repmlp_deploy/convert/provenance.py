@@ -43,7 +43,7 @@ def describe_provenance(trained: Trained, seconds: Mapping[str, float]) -> dict[
             "container": trained.state.container,
             "ignored": list(trained.state.ignored),
             "prefix": trained.state.prefix,
-            "merged": trained.state.merged,
+            "merged": trained.merged or trained.state.merged,
         }
     if trained.model is not None:
         source["model"] = trained.model

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from repmlp_deploy import Bundle, Predictor, VerificationError, export, get_model
 from repmlp_deploy.card import ModelCard, Preprocessing, Resize
 from repmlp_deploy.convert import transform
+from repmlp_deploy.convert.reparam.merge import merge_branches
 from repmlp_deploy.convert.source.own_network import describe_interface, fill_own_network, make_own_network, unwrapped
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.blocks.repmlp2022 import RepMLPBlock
@@ -101,6 +102,16 @@ def test_the_graph_answers_what_the_network_does(exported: Bundle, segmenter: nn
     answers = session.run(OUTPUTS, {key: value.numpy() for key, value in inputs.items()})
     for answer, expected in zip(answers, flatten_outputs(segmenter(**inputs)).values(), strict=True):
         np.testing.assert_allclose(answer, expected.numpy(), atol=1e-5)
+
+
+def test_a_network_of_merged_blocks_is_recorded_as_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no summary calls the bundle equal to the trained network."""
+    network = merge_branches(_make(Scorer))
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    monkeypatch.setattr("support.own_networks.make_merged", lambda: network, raising=False)
+    given = {"module": "support.own_networks:make_merged", "example_input": Scorer.example_input}
+    result = export(tmp_path / "x.pth", **given, formats="onnx", allow_merged=True, out=tmp_path / "out")
+    assert result.manifest.origin.checkpoint.merged
 
 
 def test_the_merged_checkpoint_has_the_networks_own_names(exported: Bundle, segmenter: nn.Module) -> None:
