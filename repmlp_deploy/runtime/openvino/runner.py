@@ -192,9 +192,8 @@ class CompiledIR:
             yield request
             given_back = request
         finally:
-            self._requests.put(
-                given_back
-            )  # what an interrupted call leaves may still run: the next caller gets another
+            # what an interrupted call leaves may still run: the next caller gets another
+            self._requests.put(given_back)
 
 
 def layer_info(node: Any, key: str) -> str:
@@ -229,6 +228,7 @@ def _settings(precision: str, options: RunnerOptions) -> dict[str, Any]:
         "INFERENCE_PRECISION_HINT": COMPUTES_IN[precision],
         "PERFORMANCE_HINT": "LATENCY" if options.streams == 1 else "THROUGHPUT",
         "NUM_STREAMS": options.streams,
+        "ENABLE_CPU_PINNING": False,  # by default every process with one thread pins it to the same core
     }
     threads = options.threads * options.streams if options.threads is not None else thread_limit()
     if threads is not None:

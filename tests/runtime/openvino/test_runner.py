@@ -100,6 +100,14 @@ def test_another_shape_or_type_is_refused(served: Bundle) -> None:
             runner.run(wrong)
 
 
+@pytest.mark.parametrize("streams", [1, 2])
+def test_no_thread_is_tied_to_a_processor(served: Bundle, streams: int) -> None:
+    """Each of several processes would tie its only thread to the same one."""
+    runner = OpenVinoRunner(served, RunnerOptions(threads=1, streams=streams))
+    runner.run(INPUTS)
+    assert runner._model.compiled.get_property("ENABLE_CPU_PINNING") is False
+
+
 def test_a_failed_call_gives_its_request_back(served: Bundle) -> None:
     runner = OpenVinoRunner(served, RunnerOptions(threads=1))
 
