@@ -7,7 +7,8 @@ the network itself, whatever its parts are called.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from repmlp_deploy.errors import InputError
@@ -73,14 +74,15 @@ def recognise_family(keys: Iterable[str]) -> OtherFamily | None:
     """Return the family whose names are among the keys of a state dict; None if there is none."""
     given = list(keys)
     for name, end, remedy in _BRANCHED:
-        blocks = len(_blocks(given, end))
-        if blocks:
-            return OtherFamily(name, blocks, 0, remedy)
-    normed = _around(key for key in given if key.endswith(".running_mean"))
-    fuller = _around(key for key in given if ".fused_conv." not in f".{key}")
+        branched = len(_blocks(given, end))
+        if branched:
+            return OtherFamily(name, branched, 0, remedy)
+    normed = sorted(key for key in given if key.endswith(".running_mean"))
+    fuller = sorted(key for key in given if ".fused_conv." not in f".{key}")
     for name, end in _MERGED:
+        blocks = _blocks(given, end)
         # Beside a BatchNorm, a block has branches of names unknown here; and many networks have a fused_conv.
-        merged = len(_blocks(given, end) - (normed | fuller if end == _FUSED else normed))
+        merged = sum(not (_has(block, normed) or (end == _FUSED and _has(block, fuller))) for block in blocks)
         if merged:
             return OtherFamily(name, 0, merged, "its branches are gone: give the training-time checkpoint")
     return None
@@ -114,7 +116,8 @@ def _blocks(keys: Iterable[str], end: str) -> set[str]:
     return {match[1] or "" for match in map(pattern.fullmatch, keys) if match}
 
 
-def _around(keys: Iterable[str]) -> set[str]:
-    """Return the names of the modules with any of the keys in them; the network's own is empty."""
-    parts = (key.split(".") for key in keys)
-    return {".".join(names[:depth]) for names in parts for depth in range(len(names))}
+def _has(block: str, ordered: Sequence[str]) -> bool:
+    """Return whether a module has one of the keys, which are sorted; the network itself is the empty name."""
+    start = f"{block}." if block else ""
+    place = bisect_left(ordered, start)
+    return place < len(ordered) and ordered[place].startswith(start)
