@@ -93,6 +93,7 @@ EXTRAS: Mapping[str, str] = MappingProxyType(
         "mlperf_loadgen": "bench",
         "nncf": "export",
         "onnx": "export",
+        "onnx_ir": "export",
         "onnxruntime": "cpu",
         "onnxruntime_ep_nv_tensorrt_rtx": "ort-rtx",
         "onnxscript": "export",
