@@ -296,7 +296,7 @@ def _targets(settings: Settings, folder: Path) -> list[Target]:
                 str(settings.ckpt),
                 folder / name,
                 notes=notes,
-                model=settings.model,
+                model=trained.model,
                 input_name=interface.inputs[0],
             )
         ]

@@ -11,7 +11,7 @@ from repmlp_deploy.cli.shared import export_options as asked
 from repmlp_deploy.cli.shared.bundle_report import print_details, print_sensitivity, print_summary
 from repmlp_deploy.cli.shared.console import print_json, print_line, print_table, print_warnings, run_command, typer
 from repmlp_deploy.convert.options import parse_size
-from repmlp_deploy.errors import CheckpointError, InputError
+from repmlp_deploy.errors import CheckpointError, InputError, MissingDependency
 from repmlp_deploy.reading import is_folder
 
 __all__ = ["main"]
@@ -98,33 +98,27 @@ def _describe(
 
     Raises:
         CheckpointError: it is of no family that is known, and nothing says what makes its network.
+        MissingDependency: what makes the network needs a package that is not installed.
     """
     # these load torch
+    from repmlp_deploy.convert.rework.describe import describe_trained  # noqa: PLC0415
     from repmlp_deploy.convert.source.card_file import write_card_file  # noqa: PLC0415
     from repmlp_deploy.convert.source.description import Description  # noqa: PLC0415
-    from repmlp_deploy.convert.source.trained import (  # noqa: PLC0415
-        SourceRequest,
-        describe_checkpoint,
-        load_own,
-        take_trained,
-    )
+    from repmlp_deploy.convert.source.opening import open_source  # noqa: PLC0415
+    from repmlp_deploy.convert.source.trained import SourceRequest  # noqa: PLC0415
 
     said = SourceRequest(**choices, described=Description(**description), allow_merged=True)
     is_own = said.module is not None or said.model is not None
     try:
-        trained = load_own(path, said) if is_own else take_trained(path, said)
-    except CheckpointError:
+        trained = open_source(path, said)
+    except (CheckpointError, MissingDependency):
         found = None if is_own or write_card is not None else _of_another_family(path, said.weights, said.state_key)
         if found is None:
             raise
         return found
     if write_card is not None:
         write_card_file(trained.card, write_card, [warning.partition(". Say ")[0] for warning in trained.warnings])
-    if not is_own:
-        return describe_checkpoint(trained)
-    from repmlp_deploy.convert.rework.describe import describe_network  # noqa: PLC0415
-
-    return describe_network(trained)
+    return describe_trained(trained)
 
 
 def _of_another_family(path: Path, weights: str | None, state_key: str | None) -> dict[str, Any] | None:

@@ -32,8 +32,9 @@ from repmlp_deploy.convert.proof.certificate import Certifier, batch_sizes
 from repmlp_deploy.convert.proof.probe import probe_like, record_probe, run_network
 from repmlp_deploy.convert.request import LowPrecision, Request
 from repmlp_deploy.convert.source.description import Description
+from repmlp_deploy.convert.source.opening import open_source
 from repmlp_deploy.convert.source.own_network import Interface
-from repmlp_deploy.convert.source.trained import SourceRequest, Trained, find_interface, load_own, take_trained
+from repmlp_deploy.convert.source.trained import SourceRequest, Trained, find_interface
 from repmlp_deploy.convert.step import Tell
 from repmlp_deploy.convert.target.accuracy import OpenLabelled, require_one_class_per_image
 from repmlp_deploy.convert.target.meeting import Goal, artifact_within, set_goal
@@ -86,7 +87,8 @@ def export(  # noqa: PLR0913 - one per command-line option
     Args:
         model_or_checkpoint: a weights file; a network of `get_model`; or, with `example_input`, any module.
         module: `package.module:factory` of the network that the weights file is for, if it is no family's.
-        model: `timm:NAME[,key=value…]`, the network of timm that the weights file is for; needs the extra `timm`.
+        model: `timm:NAME[,key=value…]`, the network of timm that the weights file is for, if names and shapes do not
+            tell it; needs the extra `timm`.
         example_input: a tensor, or several by position or name, whose first axis is the batch.
         card: see `load_trained`; for a network of your own, what it says of images, labels and the name.
         formats: of `FORMATS`, as a sequence or comma-separated.
@@ -250,9 +252,7 @@ def _loaded(source: nn.Module | str | Path, own: SourceRequest, clock: _Clock) -
             f"got a {type(source).__name__}; expected a network, a torch.nn.Module, or the path of a weights file"
         )
     with clock.step("load"):
-        if own.module is not None or own.model is not None or own.example_input is not None:
-            return load_own(source, own)
-        return take_trained(source, own)
+        return open_source(source, own)
 
 
 def _goal(job: Job, made: Assembly, labelled: OpenLabelled) -> Goal:

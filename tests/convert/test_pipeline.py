@@ -182,7 +182,7 @@ def test_nothing_holds_the_checkpoints_tensors_once_the_network_is_traced(
     """A name for the loaded network that outlives `without_weights` costs a copy of all weights until the end."""
     tensors: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
-    take, trace = pipeline.take_trained, pipeline.trace_for
+    take, trace = pipeline.open_source, pipeline.trace_for
 
     def recorded(*arguments: object, **options: object) -> object:
         trained = take(*arguments, **options)
@@ -193,7 +193,7 @@ def test_nothing_holds_the_checkpoints_tensors_once_the_network_is_traced(
         alive.append(sum(tensor() is not None for tensor in tensors))
         return trace(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "take_trained", recorded)
+    monkeypatch.setattr(pipeline, "open_source", recorded)
     monkeypatch.setattr(pipeline, "trace_for", counted)
     export(digits_checkpoint, out=tmp_path / "out")
     assert len(tensors) > 100

@@ -16,7 +16,8 @@ from repmlp_deploy.bench.subjects.cuda import CudaNetwork
 from repmlp_deploy.bench.subjects.table import Job, OpenedSubject
 from repmlp_deploy.card import ModelCard
 from repmlp_deploy.convert.reparam.merge import upstream_form
-from repmlp_deploy.convert.source.trained import SourceRequest, Trained, load_own, load_trained
+from repmlp_deploy.convert.source.opening import open_source
+from repmlp_deploy.convert.source.trained import SourceRequest, Trained
 from repmlp_deploy.convert.transform import transform_and_prove
 from repmlp_deploy.errors import InputError
 
@@ -51,13 +52,11 @@ def open_trained(
     Args:
         checkpoint: the file.
         card: what the network is.
-        model: `timm:NAME[,…]`, for a network of timm.
+        model: `timm:NAME[,…]`, for a network of timm; by default names and shapes tell the network.
         allow_merged: see `load_trained`.
     """
-    if model is None:
-        return load_trained(checkpoint, card, allow_merged=allow_merged)
     size = None if card is None else card.input_size
-    return load_own(checkpoint, SourceRequest(card=card, input_size=size, model=model, allow_merged=allow_merged))
+    return open_source(checkpoint, SourceRequest(card=card, input_size=size, model=model, allow_merged=allow_merged))
 
 
 def open_network(job: Job) -> OpenedSubject:

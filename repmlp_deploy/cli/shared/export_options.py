@@ -17,7 +17,10 @@ Module = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option(metavar="timm:NAME[,KEY=VALUE…]", help="The network of timm that the weights are for."),
+    typer.Option(
+        metavar="timm:NAME[,KEY=VALUE…]",
+        help="The network of timm that the weights are for, if names and shapes do not tell it.",
+    ),
 ]
 Card = Annotated[str | None, typer.Option(help="Card in models/ or path of one; default: inferred.")]
 InputSize = Annotated[str | None, typer.Option(metavar="HxW", help="Input size, if keys and shapes do not tell it.")]

@@ -1,4 +1,4 @@
-"""Describe a checkpoint of another family: what its names say, and what could be merged in its network."""
+"""Describe a checkpoint: its architecture, or what its names say and what could be merged in its network."""
 
 from __future__ import annotations
 
@@ -14,14 +14,41 @@ from repmlp_deploy.convert.source.other_families import recognise_family
 from repmlp_deploy.convert.source.trained import Trained, find_interface
 from repmlp_deploy.errors import RepMLPError
 from repmlp_deploy.nets.blocks.algebra import BatchNorm
+from repmlp_deploy.nets.families import card_spec
 from repmlp_deploy.nets.foreign import adopt_blocks
 
-__all__ = ["describe_names", "describe_network"]
+__all__ = ["describe_names", "describe_trained"]
 
 _UNKNOWN = "none that is known by its names"
 
 
-def describe_network(trained: Trained) -> dict[str, Any]:
+def describe_trained(trained: Trained) -> dict[str, Any]:
+    """Describe a network and its weights file for people."""
+    return _describe_family(trained) if trained.interface is None else _describe_network(trained)
+
+
+def _describe_family(trained: Trained) -> dict[str, Any]:
+    """Describe a network of a family: file, layout, architecture, parameters."""
+    if trained.checkpoint is None or trained.state is None:
+        raise AssertionError("a file that was loaded has both")
+    return {
+        "kind": "checkpoint",
+        "sha256": trained.checkpoint.sha256,
+        "layout": trained.state.layout.name,
+        "container": trained.state.container,
+        "prefix": trained.state.prefix,
+        "also holds": list(trained.state.others),
+        "state": "merged" if trained.merged else "trained",
+        "card": trained.card.name,
+        "family": trained.card.family,
+        **card_spec(trained.card).model_dump(mode="json"),
+        "parameters": sum(parameter.numel() for parameter in trained.network.parameters()),
+        "warnings": list(trained.warnings),
+        "notes": list(trained.notes),
+    }
+
+
+def _describe_network(trained: Trained) -> dict[str, Any]:
     """Describe a network of no family: its recognised family, its hooks, and what merging by structure would do."""
     network, state, checkpoint = trained.network, trained.state, trained.checkpoint
     blocks = adopt_blocks(network, confirm=False)

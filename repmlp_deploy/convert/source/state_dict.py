@@ -23,11 +23,12 @@ from torch import Tensor
 
 from repmlp_deploy.convert.source.checkpoint import OddTensor, Placeholder
 from repmlp_deploy.convert.source.containers import is_averaged, plain_key, select_weights
-from repmlp_deploy.convert.source.other_families import recognise_family
+from repmlp_deploy.convert.source.other_families import OtherFamily, recognise_family
+from repmlp_deploy.convert.source.other_families.naming import rename_weights
 from repmlp_deploy.errors import CheckpointError, InputError
 from repmlp_deploy.nets.layouts import LAYOUTS, OWN, Layout, odd_layer_number
 
-__all__ = ["StateDict", "find_state_dict", "own_state_dict", "to_layout"]
+__all__ = ["StateDict", "find_other_family", "find_state_dict", "own_state_dict", "to_layout"]
 
 _BOOKKEEPING = ("n_averaged", "total_ops", "total_params")
 """Last parts of keys that wrappers and profilers write beside the weights."""
@@ -135,6 +136,7 @@ def own_state_dict(  # noqa: PLR0913 - each says something else about the file
     weights: str | None = None,
     state_key: str | None = None,
     ignore: Sequence[str] = (),
+    rename: bool = False,
     name: str = "checkpoint",
 ) -> StateDict:
     """Return the state dict of a network of the user's own, under its names, every tensor checked.
@@ -145,6 +147,7 @@ def own_state_dict(  # noqa: PLR0913 - each says something else about the file
         weights: see `find_state_dict`.
         state_key: see `find_state_dict`.
         ignore: see `find_state_dict`.
+        rename: the network is timm's, so names of another implementation become timm's. They are not kept.
         name: what messages call the file.
 
     Raises:
@@ -154,18 +157,56 @@ def own_state_dict(  # noqa: PLR0913 - each says something else about the file
     selected = select_weights(content, weights, name, state_key)
     wrapped = not any(key in expected for key in selected.found)
     keys = _plain_keys(selected.found, ignore, name, keep=expected, wrapped=wrapped)
+    renamed = rename_weights(keys) if rename else None
+    if renamed is not None:
+        keys = _renamed(keys, renamed.names, name)
     off, on = _own_prefix(keys, expected, name)
     ours: dict[str, str] = {}
     left_out = []
     for plain, key in keys.items():
-        renamed = on + plain.removeprefix(off)
         if off and not plain.startswith(off):
             left_out.append(key)
         else:
-            ours[renamed] = key
-    tensors = {renamed: _checked(selected.found[key], key, name, integers=True) for renamed, key in ours.items()}
+            ours[on + plain.removeprefix(off)] = key
+    tensors = {own: _checked(selected.found[key], key, name, integers=True) for own, key in ours.items()}
     notes = (*selected.notes, *_said_of(left_out))
+    if renamed is not None:
+        off, ours = "", {own: own for own in ours}
+        notes = (*notes, f"the weights have the names of {renamed.whose}; timm's take their place")
     return StateDict(tensors, OWN, selected.path, off, False, selected.others, ours, notes, tuple(ignore))
+
+
+def find_other_family(
+    content: Any,
+    *,
+    weights: str | None = None,
+    state_key: str | None = None,
+    ignore: Sequence[str] = (),
+    name: str = "checkpoint",
+) -> tuple[OtherFamily, dict[str, tuple[int, ...]]] | None:
+    """Return the other family of the state dict, and timm's key to shape; None for RepMLP and for what is not known.
+
+    Args:
+        content: see `find_state_dict`.
+        weights: see `find_state_dict`.
+        state_key: see `find_state_dict`.
+        ignore: see `find_state_dict`.
+        name: see `find_state_dict`.
+
+    Raises:
+        CheckpointError: there is no state dict.
+        InputError: a pattern of `ignore` matches nothing.
+    """
+    selected = select_weights(content, weights, name, state_key)
+    keys = _plain_keys(selected.found, ignore, name)
+    other = None if _best_layout(keys) is not None else recognise_family(keys)
+    if other is None:
+        return None
+    renamed = rename_weights(keys)
+    if renamed is not None:
+        keys = _renamed(keys, renamed.names, name)
+    values = ((key, selected.found[original]) for key, original in keys.items())
+    return other, {key: tuple(value.shape) for key, value in values if isinstance(value, Tensor)}
 
 
 def to_layout(tensors: Mapping[str, Tensor], origin: StateDict) -> dict[str, Any]:
@@ -209,8 +250,23 @@ def _plain_keys(
     return plain
 
 
-def _recognise(keys: Mapping[str, str], name: str) -> tuple[Layout, str]:
-    """Return the layout whose anchor is among the keys, and what stands before it."""
+def _renamed(keys: Mapping[str, str], names: Mapping[str, str], name: str) -> dict[str, str]:
+    """Return the keys under other names, each with the file's own.
+
+    Raises:
+        CheckpointError: two keys get one name.
+    """
+    renamed: dict[str, str] = {}
+    for plain, key in keys.items():
+        other = names.get(plain, plain)
+        if other in renamed:
+            raise CheckpointError(f"{name} has two keys for one weight: {renamed[other]} and {key}")
+        renamed[other] = key
+    return renamed
+
+
+def _best_layout(keys: Mapping[str, str]) -> tuple[Layout, list[str]] | None:
+    """Return the layout whose anchor is among the keys, and what may stand before it."""
     best: tuple[int, Layout, list[str]] | None = None
     for layout in LAYOUTS:
         ends = (key for key in keys if key == layout.anchor or key.endswith(f".{layout.anchor}"))
@@ -220,8 +276,14 @@ def _recognise(keys: Mapping[str, str], name: str) -> tuple[Layout, str]:
         fitting = max((sum(k.startswith(prefix) for k in keys) for prefix in starts), default=0)
         if fitting and (best is None or (fitting, -min(map(len, starts))) > (best[0], -min(map(len, best[2])))):
             best = (fitting, layout, starts)
+    return None if best is None else best[1:]
+
+
+def _recognise(keys: Mapping[str, str], name: str) -> tuple[Layout, str]:
+    """Return the layout whose anchor is among the keys, and what stands before it."""
+    best = _best_layout(keys)
     if best is not None:
-        return best[1], _one_prefix(best[2], keys, name)
+        return best[0], _one_prefix(best[1], keys, name)
     blocks = next((original for key, original in keys.items() if key.endswith("fc3.weight")), None)
     if blocks is not None:
         anchors = dict.fromkeys(layout.anchor for layout in LAYOUTS)

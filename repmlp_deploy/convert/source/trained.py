@@ -32,12 +32,11 @@ from repmlp_deploy.nets.foreign import has_branches, holds_blocks
 from repmlp_deploy.runtime.tasks import find_task
 
 if TYPE_CHECKING:
-    from repmlp_deploy.convert.source.timm_network import TimmNetwork
+    from repmlp_deploy.convert.source.other_families.timm_network import TimmNetwork
 
 __all__ = [
     "SourceRequest",
     "Trained",
-    "describe_checkpoint",
     "find_interface",
     "load_own",
     "load_trained",
@@ -170,27 +169,6 @@ def _notes_on_file(checkpoint: Checkpoint, state: StateDict) -> list[str]:
     return notes
 
 
-def describe_checkpoint(trained: Trained) -> dict[str, Any]:
-    """Describe a checkpoint for people: file, layout, architecture, parameters."""
-    if trained.checkpoint is None or trained.state is None:
-        raise AssertionError("a file that was loaded has both")
-    return {
-        "kind": "checkpoint",
-        "sha256": trained.checkpoint.sha256,
-        "layout": trained.state.layout.name,
-        "container": trained.state.container,
-        "prefix": trained.state.prefix,
-        "also holds": list(trained.state.others),
-        "state": "merged" if trained.merged else "trained",
-        "card": trained.card.name,
-        "family": trained.card.family,
-        **card_spec(trained.card).model_dump(mode="json"),
-        "parameters": sum(parameter.numel() for parameter in trained.network.parameters()),
-        "warnings": list(trained.warnings),
-        "notes": list(trained.notes),
-    }
-
-
 def find_interface(trained: Trained) -> Interface:
     """Return how the network is called: its inputs, its outputs and examples."""
     if trained.interface is not None:
@@ -232,7 +210,7 @@ class SourceRequest:
     example_for: Callable[[nn.Module], Any] | None = None
 
 
-def take_trained(source: nn.Module | str | Path, said: SourceRequest) -> Trained:
+def take_trained(source: nn.Module | str | Path | Checkpoint, said: SourceRequest) -> Trained:
     """Take a network of a family, from a file or from memory.
 
     Raises:
@@ -285,6 +263,7 @@ def load_own(source: nn.Module | str | Path | Checkpoint, said: SourceRequest) -
             weights=said.weights,
             state_key=said.state_key,
             ignore=said.ignore,
+            rename=said.model is not None,
             name=str(checkpoint.path),
         )
         merging = notes_on_merged(state.tensors, str(checkpoint.path), allow_merged=said.allow_merged)
@@ -319,7 +298,7 @@ def _network_for(source: nn.Module | str | Path, said: SourceRequest) -> tuple[n
     if said.model is not None:
         # timm, for its networks alone
         parse_model(said.model)  # before timm is asked for
-        from repmlp_deploy.convert.source.timm_network import make_timm_network  # noqa: PLC0415
+        from repmlp_deploy.convert.source.other_families.timm_network import make_timm_network  # noqa: PLC0415
 
         made = make_timm_network(said.model, said.input_size)
         return made.network, made

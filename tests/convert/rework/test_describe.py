@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from repmlp_deploy.cli import inspect as inspect_cli
-from repmlp_deploy.convert.rework.describe import describe_names, describe_network
+from repmlp_deploy.convert.rework.describe import describe_names, describe_trained
 from repmlp_deploy.convert.source.trained import SourceRequest, load_own
 from support.commands import ends_with
 from support.standins import STANDINS
@@ -55,7 +55,7 @@ def test_a_network_tells_what_could_be_merged(saved: Path, capsys: pytest.Captur
 
 def test_a_network_of_timm_says_its_name(tmp_path: Path) -> None:
     torch.save(trained_timm("test_byobnet").state_dict(), tmp_path / "x.pth")
-    found = describe_network(
+    found = describe_trained(
         load_own(tmp_path / "x.pth", SourceRequest(model="timm:test_byobnet", input_size=(32, 32)))
     )
     assert found["family"] == "none that is known by its names"

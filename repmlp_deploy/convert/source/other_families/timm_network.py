@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,12 @@ except RuntimeError as error:  # a torchvision for another PyTorch cannot regist
     remedy = f"install the torchvision that belongs to PyTorch {torch.__version__}, from the same place as PyTorch"
     raise MissingDependency("torchvision", "timm", first_line(error), remedy) from None
 
-__all__ = ["TimmNetwork", "make_timm_network"]
+__all__ = ["TimmNetwork", "fitting_models", "make_timm_network"]
 
 _LEVELS = 255.0
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 _IMAGENET_CLASSES = 1000
+_COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,55 @@ def make_timm_network(model: str, input_size: tuple[int, int] | None = None) -> 
     classes = getattr(network, "num_classes", None)
     preprocessing, labels = _preprocessing(about, size, channels), _labels(about, classes)
     return TimmNetwork(name, network.eval(), size, channels, preprocessing, labels)
+
+
+def fitting_models(shapes: Mapping[str, Sequence[int]], pattern: str) -> list[str]:
+    """Return the networks of timm whose weights have these names and shapes, as `timm:NAME[,key=value…]`.
+
+    Networks are built without memory for weights, each with as many classes and channels as the shapes say.
+
+    Args:
+        shapes: key under timm's name to shape; what begins every key is taken off.
+        pattern: of the names that are tried, as in a shell.
+    """
+    given = {key: tuple(shape) for key, shape in shapes.items() if not key.endswith(_COUNTER)}
+    found = (_fitting_model(name, given) for name in timm.list_models(pattern))
+    return [model for model in found if model is not None]
+
+
+def _fitting_model(name: str, given: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return `timm:NAME[,key=value…]` if the weights of this network are the given ones, else None."""
+    about = timm.get_pretrained_cfg(name)
+    head = about.classifier if isinstance(about.classifier, str) else next(iter(about.classifier or ()), "")
+    outputs = _shape_of(f"{head}.weight", given)
+    arguments = {"num_classes": outputs[0] if outputs else 0}
+    network = _without_memory(name, arguments)
+    first = next((key for key, module in network.named_modules() if isinstance(module, nn.Conv2d)), "")
+    begins = f"{first}.weight"
+    kernel = _shape_of(begins, given)
+    if len(kernel) > 1 and kernel[1] != network.get_submodule(first).in_channels:
+        arguments["in_chans"] = kernel[1]
+        network = _without_memory(name, arguments)
+    expected = {key: tuple(x.shape) for key, x in network.state_dict().items() if not key.endswith(_COUNTER)}
+    starts = (key.removesuffix(begins) for key in given if key.endswith(f".{begins}"))
+    start = "" if begins in given else next(starts, "")
+    if {key.removeprefix(start): shape for key, shape in given.items() if key.startswith(start)} != expected:
+        return None
+    if arguments["num_classes"] == about.num_classes:
+        del arguments["num_classes"]
+    return ",".join([f"timm:{name}", *(f"{key}={value}" for key, value in arguments.items())])
+
+
+def _shape_of(name: str, given: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of a weight, whatever its key begins with; empty if there is none."""
+    return next((shape for key, shape in given.items() if key == name or key.endswith(f".{name}")), ())
+
+
+def _without_memory(name: str, arguments: Mapping[str, int]) -> nn.Module:
+    """Return a network of timm whose weights have shapes alone."""
+    with captured_output("timm"), torch.device("meta"):
+        network: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+    return network
 
 
 def _near(name: str) -> str:

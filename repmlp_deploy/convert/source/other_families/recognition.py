@@ -25,38 +25,42 @@ class OtherFamily:
         blocks: how many blocks with branches the checkpoint has; 0 if it is merged already.
         merged: how many blocks are merged already.
         remedy: what to pass to export it.
+        timm: the pattern, as in a shell, of the names that timm gives to networks of this family; empty if it has none.
     """
 
     name: str
     blocks: int
     merged: int
     remedy: str
+    timm: str = ""
 
     def __str__(self) -> str:
         found = f"{self.blocks} blocks with branches" if self.blocks else f"{self.merged} merged blocks"
         return f"{self.name}, {found}"
 
 
-_TIMM = "pass --model timm:NAME"
 _MODULE = "pass --module PACKAGE.MODULE:FACTORY"
+_TIMM = f"{_MODULE}, or --model timm:NAME for a network of timm"
 _BRANCHED = (
-    ("UniRepLKNet", r"origin_bn\.weight", _MODULE),
-    ("FastViT, official", r"token_mixer\.mixer\.rbr_conv\.0\.conv\.weight", _MODULE),
-    ("RepLKNet", r"lkb_origin\.conv\.weight", _MODULE),
-    ("diverse branch blocks (DBB)", r"dbb_origin\.conv\.weight", _MODULE),
-    ("ACNet", r"square_conv\.weight", _MODULE),
-    ("RepConv of YOLO", r"rbr_dense\.0\.weight", _MODULE),
-    ("MobileOne, official", r"rbr_conv\.0\.conv\.weight", _MODULE),
-    ("RepVGG, official", r"rbr_dense\.conv\.weight", _MODULE),
-    ("RepViT, official", r"token_mixer\.0\.conv\.c\.weight", _MODULE),
-    ("FastViT of timm", r"token_mixer\.mixer\.conv_kxk\.0\.conv\.weight", _TIMM),
-    ("GhostNetV3 of timm", r"primary_rpr_conv\.0\.\w+\.weight", _TIMM),
-    ("RepGhostNet of timm", r"ghost1\.fusion_bn\.0\.weight", _TIMM),
-    ("MobileOne of timm", r"conv_kxk\.0\.conv\.weight", _TIMM),
-    ("RepViT of timm", r"token_mixer\.conv\.c\.weight", _TIMM),
-    ("RepVGG of timm", r"conv_kxk\.conv\.weight", _TIMM),
+    ("UniRepLKNet", r"origin_bn\.weight", ""),
+    ("FastViT, official", r"token_mixer\.mixer\.rbr_conv\.0\.conv\.weight", "fastvit_*"),
+    ("RepLKNet", r"lkb_origin\.conv\.weight", ""),
+    ("diverse branch blocks (DBB)", r"dbb_origin\.conv\.weight", ""),
+    ("ACNet", r"square_conv\.weight", ""),
+    ("RepConv of YOLO", r"rbr_dense\.0\.weight", ""),
+    ("MobileOne, official", r"rbr_conv\.0\.conv\.weight", "mobileone_*"),
+    ("RepVGG, official", r"rbr_dense\.conv\.weight", "repvgg_*"),
+    ("MobileOne of mmpretrain", r"branch_conv_list\.0\.norm\.weight", "mobileone_*"),
+    ("RepVGG of mmpretrain", r"branch_3x3\.norm\.weight", "repvgg_*"),
+    ("RepViT, official", r"token_mixer\.0\.conv\.c\.weight", ""),
+    ("FastViT of timm", r"token_mixer\.mixer\.conv_kxk\.0\.conv\.weight", "fastvit_*"),
+    ("GhostNetV3 of timm", r"primary_rpr_conv\.0\.\w+\.weight", "ghostnetv3_*"),
+    ("RepGhostNet of timm", r"ghost1\.fusion_bn\.0\.weight", "repghostnet_*"),
+    ("MobileOne of timm", r"conv_kxk\.0\.conv\.weight", "mobileone_*"),
+    ("RepViT of timm", r"token_mixer\.conv\.c\.weight", "repvit_*"),
+    ("RepVGG of timm", r"conv_kxk\.conv\.weight", "repvgg_*"),
 )
-"""Name, the end of a key that every block with branches has, remedy; the special ones first."""
+"""Name, the end of a key that every block with branches has, timm's names of such networks; the special ones first."""
 _FUSED = r"fused_conv\.bias"
 _MERGED = (
     ("UniRepLKNet", r"lk_origin\.bias"),
@@ -65,6 +69,7 @@ _MERGED = (
     ("diverse branch blocks (DBB)", r"dbb_reparam\.bias"),
     ("ACNet", _FUSED),
     ("RepVGG or RepConv", r"rbr_reparam\.bias"),
+    ("MobileOne or RepVGG of mmpretrain", r"branch_reparam\.bias"),
     ("MobileOne or RepVGG", r"reparam_conv\.bias"),
 )
 """Name, the end of a key that every merged block has: of its convolution, whose bias the BatchNorms became."""
@@ -73,10 +78,10 @@ _MERGED = (
 def recognise_family(keys: Iterable[str]) -> OtherFamily | None:
     """Return the family whose names are among the keys of a state dict; None if there is none."""
     given = list(keys)
-    for name, end, remedy in _BRANCHED:
+    for name, end, timm in _BRANCHED:
         branched = len(_blocks(given, end))
         if branched:
-            return OtherFamily(name, branched, 0, remedy)
+            return OtherFamily(name, branched, 0, _TIMM if timm else _MODULE, timm)
     normed = sorted(key for key in given if key.endswith(".running_mean"))
     fuller = sorted(key for key in given if ".fused_conv." not in f".{key}")
     for name, end in _MERGED:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,15 +13,13 @@ import torch
 
 from repmlp_deploy import export
 from repmlp_deploy.convert.options import parse_model
-from repmlp_deploy.convert.reparam.hooks import find_hook
 from repmlp_deploy.convert.rework.derive import derive_again
-from repmlp_deploy.convert.source.other_families import recognise_family
-from repmlp_deploy.convert.source.trained import SourceRequest, load_own, load_trained
+from repmlp_deploy.convert.source.trained import SourceRequest, load_own
 from repmlp_deploy.errors import CheckpointError, InputError, MissingDependency
-from support.standins import STANDINS
 from support.timm_networks import STANDIN, trained_timm
 
-from repmlp_deploy.convert.source.timm_network import make_timm_network  # isort: skip - after timm is importable
+import timm  # isort: skip - after what makes it importable
+from repmlp_deploy.convert.source.other_families.timm_network import fitting_models, make_timm_network  # isort: skip
 
 TINY = "test_byobnet"
 
@@ -254,7 +251,7 @@ def test_without_torchvision_the_remedy_is_named(broken: str, tmp_path: Path, ch
         else fault
     )
     command = [sys.executable, "-m", "repmlp_deploy", "export", "--ckpt", str(checkpoint), "--model", f"timm:{TINY}"]
-    path = os.pathsep.join([str(folder), str(Path(__file__).parents[3])])
+    path = os.pathsep.join([str(folder), str(Path(__file__).parents[4])])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
     assert done.returncode == MissingDependency.exit_code
     assert "torchvision" in done.stderr
@@ -272,91 +269,35 @@ def test_the_stand_in_for_torchvision_stays_out_of_the_way() -> None:
     assert str(STANDIN) not in sys.path
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("repvgg_a0", "RepVGG of timm, 22 blocks with branches"),
-        ("mobileone_s0", "MobileOne of timm, 43 blocks with branches"),
-        ("fastvit_t8", "FastViT of timm, 10 blocks with branches"),
-    ],
-)
-def test_families_of_timm_are_recognised_by_their_keys(name: str, said: str) -> None:
-    assert str(recognise_family(trained_timm(name).state_dict())) == said
+def shapes_of(name: str, **arguments: object) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        network = timm.create_model(name, **arguments)
+    return {key: tuple(x.shape) for key, x in network.state_dict().items()}
 
 
 @pytest.mark.parametrize(
-    ("family", "said"),
+    ("name", "pattern", "arguments", "found"),
     [
-        ("repvgg", "RepVGG, official, 5 blocks with branches"),
-        ("dbb", "diverse branch blocks (DBB), 4 blocks with branches"),
-        ("replknet", "RepLKNet, 3 blocks with branches"),
-        ("unireplknet", "UniRepLKNet, 3 blocks with branches"),
+        ("repvgg_a1", "repvgg_*", {}, "timm:repvgg_a1"),
+        ("repvgg_b1g4", "repvgg_*", {"num_classes": 7}, "timm:repvgg_b1g4,num_classes=7"),
+        ("mobileone_s2", "mobileone_*", {"in_chans": 1}, "timm:mobileone_s2,in_chans=1"),
+        ("fastvit_sa12", "fastvit_*", {"num_classes": 10}, "timm:fastvit_sa12,num_classes=10"),
+        ("repvit_m1_1", "repvit_*", {"num_classes": 10}, "timm:repvit_m1_1,num_classes=10"),
+        ("repghostnet_058", "repghostnet_*", {}, "timm:repghostnet_058"),
+        ("ghostnetv3_050", "ghostnetv3_*", {"num_classes": 0}, "timm:ghostnetv3_050,num_classes=0"),
     ],
 )
-def test_families_without_timm_are_recognised_by_their_keys(family: str, said: str) -> None:
-    assert str(recognise_family(STANDINS[family]().state_dict())) == said
+def test_names_and_shapes_tell_the_network(name: str, pattern: str, arguments: dict[str, Any], found: str) -> None:
+    assert fitting_models(shapes_of(name, **arguments), pattern) == [found]
 
 
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        (("token_mixer.mixer.rbr_conv.0.conv.weight", "proj.0.lkb_origin.conv.weight"), "FastViT, official, 1 blocks"),
-        (("features.1.token_mixer.0.conv.c.weight",), "RepViT, official, 1 blocks with branches"),
-        (("s.lk_origin.weight", "s.lk_origin.bias"), "UniRepLKNet, 1 merged blocks"),
-        (("stage1.0.rbr_reparam.weight", "stage1.0.rbr_reparam.bias"), "RepVGG or RepConv, 1 merged blocks"),
-        (("stem.reparam_conv.bias", "s.token_mixer.reparam_conv.bias"), "FastViT, 1 merged blocks"),
-        (("stem.reparam_conv.bias", "s.0.reparam_conv.bias"), "MobileOne or RepVGG, 2 merged blocks"),
-    ],
-)
-def test_families_that_share_names_are_told_apart(keys: tuple[str, ...], said: str) -> None:
-    assert str(recognise_family(keys)).startswith(said)
+def test_what_keys_begin_with_and_counters_tell_nothing() -> None:
+    shapes = {f"model.{key}": shape for key, shape in shapes_of("repvgg_a0").items() if not key.endswith("tracked")}
+    assert fitting_models(shapes | {"loss.weight": (3,)}, "repvgg_a*") == ["timm:repvgg_a0"]
 
 
-@pytest.mark.parametrize("family", ["repvgg", "replknet", "unireplknet", "dbb"])
-def test_a_merged_checkpoint_is_told_from_a_trained_one(family: str) -> None:
-    network = STANDINS[family]()
-    for module in list(network.modules()):
-        hook = find_hook(module)
-        if hook is not None:
-            hook[1]()
-    found = recognise_family(network.state_dict())
-    assert (found.blocks, found.merged > 1) == (0, True)
-    assert "training-time checkpoint" in found.remedy
-
-
-def test_a_network_that_is_merged_already_is_refused_unless_that_is_allowed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network, x = STANDINS["repvgg"](), torch.zeros(1, 3, 16, 16)
-    for module in list(network.modules()):
-        hook = find_hook(module)
-        if hook is not None:
-            hook[1]()
-    torch.save(network.state_dict(), tmp_path / "x.pth")
-    of_file = SourceRequest(module="support.standins.repvgg:make", example_input=x)
-    for source, said in ((network, SourceRequest(example_input=x)), (tmp_path / "x.pth", of_file)):
-        with pytest.raises(InputError, match=r"is merged already \(RepVGG or RepConv, 5 merged .* --allow-merged"):
-            load_own(source, said)
-    allowed = load_own(network, SourceRequest(example_input=x, allow_merged=True))
-    assert "the reference is the merged network" in allowed.notes[0]
-    again = SourceRequest(module="test_timm_network:make_merged", example_input=x, allow_merged=True)
-    monkeypatch.setitem(sys.modules, "test_timm_network", SimpleNamespace(make_merged=lambda: network))
-    assert load_own(tmp_path / "x.pth", again).state.merged
-
-
-def test_a_block_with_other_branches_beside_its_merged_convolution_is_not_merged() -> None:
-    names = ("rbr_reparam.bias", "branch_3x3.conv.weight", "branch_3x3.bn.running_mean")
-    assert recognise_family(f"stage1.0.{name}" for name in names) is None
-    assert recognise_family(["rbr_reparam.bias", "norm.running_mean"]) is None
-    assert recognise_family(["conv1.weight", "fc.bias"]) is None
-
-
-@pytest.mark.parametrize(("beside", "said"), [("b.norm.weight", "None"), ("c.weight", "ACNet, 1 merged blocks")])
-def test_a_convolution_that_fuses_maps_is_no_merged_block(beside: str, said: str) -> None:
-    assert str(recognise_family(["a.b.fused_conv.weight", "a.b.fused_conv.bias", f"a.{beside}"])) == said
-
-
-def test_a_file_of_another_family_is_refused_with_the_way_in(tmp_path: Path) -> None:
-    torch.save(STANDINS["replknet"]().state_dict(), tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"looks like RepLKNet, 3 blocks with branches: pass --module"):
-        load_trained(tmp_path / "x.pth")
+def test_another_shape_or_another_weight_is_another_network() -> None:
+    shapes = shapes_of("repvgg_a0")
+    assert fitting_models(shapes | {"stages.3.0.conv_1x1.bn.bias": (1281,)}, "repvgg_a*") == []
+    assert fitting_models(shapes | {"stages.3.0.more.bias": (1280,)}, "repvgg_a*") == []
+    assert fitting_models({key: x for key, x in shapes.items() if "stages.3.0.conv_1x1" not in key}, "repvgg_a*") == []
