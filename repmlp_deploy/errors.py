@@ -141,6 +141,11 @@ class MissingDependency(RepMLPError, ImportError):  # noqa: N818 - the contract'
         self.package = package
         self.extra = extra
 
+    def needed_by(self, why: str) -> MissingDependency:
+        """Return this error, which says first what the package is needed for."""
+        self.msg = f"{why}: {self}"
+        return self
+
 
 def _failed_import() -> str:
     """Return why the import failed that is being handled; empty if there is none, or the package is not there."""

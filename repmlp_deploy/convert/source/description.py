@@ -117,16 +117,16 @@ def complete_card(  # noqa: PLR0913 - what each source says
         content: of the checkpoint; None for a network in memory.
         described: what the user said.
         assumed: whose preprocessing the card has, if nobody confirmed it.
-        classes: outputs of a network of no family.
-        channels: of its images.
+        classes: outputs of a user's own network; by default those of the card's family.
+        channels: of its images; likewise.
 
     Raises:
         InputError: there are labels for another number of classes, or what was said contradicts the network.
     """
     changed = described.applied(card) if described else card
     spec = card_spec(card) if card.family in FAMILIES else None
-    outputs = classes if spec is None else getattr(spec, "classes", None)
-    wanted = _checked(changed, outputs, channels if spec is None else spec.in_channels)
+    outputs = getattr(spec, "classes", None) if classes is None else classes
+    wanted = _checked(changed, outputs, channels if channels is not None or spec is None else spec.in_channels)
     notes, warnings = [], []
     names = find_class_names(content) if card.task in _NAMED else None
     if names is not None and described.labels is None:

@@ -10,7 +10,7 @@ from torch import nn
 from repmlp_deploy.convert.source.checkpoint import Checkpoint, read_checkpoint
 from repmlp_deploy.convert.source.state_dict import find_other_family
 from repmlp_deploy.convert.source.trained import SourceRequest, Trained, load_own, take_trained
-from repmlp_deploy.errors import CheckpointError
+from repmlp_deploy.errors import CheckpointError, MissingDependency
 
 __all__ = ["open_source"]
 
@@ -46,6 +46,7 @@ def _model_of_timm(checkpoint: Checkpoint, said: SourceRequest) -> str | None:
 
     Raises:
         CheckpointError: they fit none, or several.
+        MissingDependency: timm or what it needs is not installed.
     """
     name = str(checkpoint.path)
     found = find_other_family(
@@ -54,8 +55,10 @@ def _model_of_timm(checkpoint: Checkpoint, said: SourceRequest) -> str | None:
     if found is None or not found[0].timm:
         return None
     family, shapes = found
-    from repmlp_deploy.convert.source.other_families.timm_network import fitting_models  # noqa: PLC0415 - timm
-
+    try:
+        from repmlp_deploy.convert.source.other_families.timm_network import fitting_models  # noqa: PLC0415 - timm
+    except MissingDependency as error:
+        raise error.needed_by(f"{name} looks like {family}, and timm has the network") from None
     fitting = fitting_models(shapes, family.timm)
     if not fitting:
         raise CheckpointError(f"{name} looks like {family}, and fits no {family.timm} of timm: {family.remedy}")

@@ -314,6 +314,8 @@ def _own_card(
     card = said.card if said.card is not None else getattr(network, "card", None)
     if card is not None:
         found = card if isinstance(card, ModelCard) else load_card(card)
+        if made is not None and found.family in FAMILIES:
+            raise InputError(f"{made.name} is a network of timm; the card {found.name} describes a {found.family}")
         if not find_task(found.task).refusal:
             _require_size(network, interface, f"the card {found.name} for", found.input_size)
         return found, "", ()

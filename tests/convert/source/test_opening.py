@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,16 +14,22 @@ import torch
 from repmlp_deploy import export
 from repmlp_deploy.bench.subjects.pytorch import open_trained
 from repmlp_deploy.cli import inspect as inspect_cli
-from repmlp_deploy.convert.source import opening
 from repmlp_deploy.convert.source.opening import open_source
 from repmlp_deploy.convert.source.trained import SourceRequest
-from repmlp_deploy.errors import CheckpointError, MissingDependency
+from repmlp_deploy.errors import CheckpointError, InputError, MissingDependency
 from support.commands import ends_with
 from support.implementations import MM_MOBILEONE, make_mobileone, make_repvgg
 from support.standins import STANDINS
 from support.timm_networks import trained_timm
 
 from repmlp_deploy.convert.source.other_families import timm_network  # isort: skip - after timm is importable
+
+
+class _WithoutTimm(ModuleType):
+    """The module that imports timm, where timm is not installed."""
+
+    def __getattr__(self, name: str) -> object:
+        raise MissingDependency("timm", "timm")
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +85,11 @@ def test_a_family_without_timm_is_refused_with_the_way_in(tmp_path: Path) -> Non
         open_source(tmp_path / "x.pth", SourceRequest())
 
 
+def test_a_card_of_another_family_is_refused(official: Path) -> None:
+    with pytest.raises(InputError, match=r"is a network of timm; the card repmlpnet-t224 describes a repmlpnet"):
+        open_source(official, SourceRequest(card="repmlpnet-t224"))
+
+
 def test_of_several_that_fit_the_user_says_which(official: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm_network, "fitting_models", lambda *_: ["timm:a", "timm:b"])
     with pytest.raises(CheckpointError, match=r"fits timm:a and timm:b: say which with --model"):
@@ -93,11 +106,8 @@ def test_inspect_names_the_network(official: Path, capsys: pytest.CaptureFixture
 def test_inspect_tells_the_family_where_timm_is_missing(
     official: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def missing(*_: object) -> None:
-        raise MissingDependency("timm", "timm")
-
-    monkeypatch.setattr(opening, "_model_of_timm", missing)
+    monkeypatch.setitem(sys.modules, timm_network.__name__, _WithoutTimm(timm_network.__name__))
     assert ends_with(inspect_cli.inspect_command, official, "--json") == 0
     assert json.loads(capsys.readouterr().out)["family"] == "RepVGG, official, 22 blocks with branches"
-    with pytest.raises(MissingDependency, match=r"timm is not installed: pip install"):
+    with pytest.raises(MissingDependency, match=r"a0.pth looks like RepVGG, .*, and timm has the network: timm is not"):
         open_source(official, SourceRequest())

@@ -127,13 +127,16 @@ def _fitting_model(name: str, given: Mapping[str, tuple[int, ...]]) -> str | Non
     head = about.classifier if isinstance(about.classifier, str) else next(iter(about.classifier or ()), "")
     outputs = _shape_of(f"{head}.weight", given)
     arguments = {"num_classes": outputs[0] if outputs else 0}
-    network = _without_memory(name, arguments)
-    first = next((key for key, module in network.named_modules() if isinstance(module, nn.Conv2d)), "")
-    begins = f"{first}.weight"
-    kernel = _shape_of(begins, given)
-    if len(kernel) > 1 and kernel[1] != network.get_submodule(first).in_channels:
-        arguments["in_chans"] = kernel[1]
+    try:
         network = _without_memory(name, arguments)
+        first = next(key for key, module in network.named_modules() if isinstance(module, nn.Conv2d))
+        begins = f"{first}.weight"
+        kernel = _shape_of(begins, given)
+        if len(kernel) > 1 and kernel[1] != network.get_submodule(first).in_channels:
+            arguments["in_chans"] = kernel[1]
+            network = _without_memory(name, arguments)
+    except Exception:  # noqa: BLE001 - a constructor of another package raises anything, here for odd shapes
+        return None
     expected = {key: tuple(x.shape) for key, x in network.state_dict().items() if not key.endswith(_COUNTER)}
     starts = (key.removesuffix(begins) for key in given if key.endswith(f".{begins}"))
     start = "" if begins in given else next(starts, "")

@@ -301,3 +301,10 @@ def test_another_shape_or_another_weight_is_another_network() -> None:
     assert fitting_models(shapes | {"stages.3.0.conv_1x1.bn.bias": (1281,)}, "repvgg_a*") == []
     assert fitting_models(shapes | {"stages.3.0.more.bias": (1280,)}, "repvgg_a*") == []
     assert fitting_models({key: x for key, x in shapes.items() if "stages.3.0.conv_1x1" not in key}, "repvgg_a*") == []
+
+
+@pytest.mark.parametrize("odd", [(0, 1280), (1 << 62, 1280), (7, 0)])
+def test_odd_shapes_fit_nothing(odd: tuple[int, int]) -> None:
+    shapes = shapes_of("repvgg_a0")
+    assert fitting_models(shapes | {"head.fc.weight": odd}, "repvgg_a*") == []
+    assert fitting_models(shapes | {"stem.conv_kxk.conv.weight": (48, *odd, 3)}, "repvgg_a*") == []
