@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from repmlp_deploy.card import load_card
 from repmlp_deploy.convert.source.checkpoint import Checkpoint, read_checkpoint
 from repmlp_deploy.convert.source.state_dict import find_other_family
 from repmlp_deploy.convert.source.trained import SourceRequest, Trained, load_own, take_trained
@@ -33,6 +34,8 @@ def open_source(source: nn.Module | str | Path | Checkpoint, said: SourceRequest
         return load_own(source, said)
     if isinstance(source, nn.Module):
         return take_trained(source, said)
+    if isinstance(said.card, str | Path):
+        said = replace(said, card=load_card(said.card))  # before the file, which may be large
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     model = _model_of_timm(checkpoint, said)
     if model is None:
