@@ -157,9 +157,7 @@ def own_state_dict(  # noqa: PLR0913 - each says something else about the file
     selected = select_weights(content, weights, name, state_key)
     wrapped = not any(key in expected for key in selected.found)
     keys = _plain_keys(selected.found, ignore, name, keep=expected, wrapped=wrapped)
-    renamed = rename_weights(keys) if rename else None
-    if renamed is not None:
-        keys = _renamed(keys, renamed.names, name)
+    keys, whose = _under_timms_names(keys, name) if rename else (keys, "")
     off, on = _own_prefix(keys, expected, name)
     ours: dict[str, str] = {}
     left_out = []
@@ -170,9 +168,9 @@ def own_state_dict(  # noqa: PLR0913 - each says something else about the file
             ours[on + plain.removeprefix(off)] = key
     tensors = {own: _checked(selected.found[key], key, name, integers=True) for own, key in ours.items()}
     notes = (*selected.notes, *_said_of(left_out))
-    if renamed is not None:
+    if whose:
         off, ours = "", {own: own for own in ours}
-        notes = (*notes, f"the weights have the names of {renamed.whose}; timm's take their place")
+        notes = (*notes, f"the weights have the names of {whose}; timm's take their place")
     return StateDict(tensors, OWN, selected.path, off, False, selected.others, ours, notes, tuple(ignore))
 
 
@@ -202,9 +200,7 @@ def find_other_family(
     other = None if _best_layout(keys) is not None else recognise_family(keys)
     if other is None:
         return None
-    renamed = rename_weights(keys)
-    if renamed is not None:
-        keys = _renamed(keys, renamed.names, name)
+    keys, _ = _under_timms_names(keys, name)
     values = ((key, selected.found[original]) for key, original in keys.items())
     return other, {key: tuple(value.shape) for key, value in values if isinstance(value, Tensor)}
 
@@ -250,19 +246,22 @@ def _plain_keys(
     return plain
 
 
-def _renamed(keys: Mapping[str, str], names: Mapping[str, str], name: str) -> dict[str, str]:
-    """Return the keys under other names, each with the file's own.
+def _under_timms_names(keys: dict[str, str], name: str) -> tuple[dict[str, str], str]:
+    """Return the keys under timm's names, each with the file's own, and whose names they were; empty if timm's own.
 
     Raises:
         CheckpointError: two keys get one name.
     """
+    found = rename_weights(keys)
+    if found is None:
+        return keys, ""
     renamed: dict[str, str] = {}
     for plain, key in keys.items():
-        other = names.get(plain, plain)
+        other = found.names.get(plain, plain)
         if other in renamed:
             raise CheckpointError(f"{name} has two keys for one weight: {renamed[other]} and {key}")
         renamed[other] = key
-    return renamed
+    return renamed, found.whose
 
 
 def _best_layout(keys: Mapping[str, str]) -> tuple[Layout, list[str]] | None:

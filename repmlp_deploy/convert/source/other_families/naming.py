@@ -48,8 +48,18 @@ _DOWN = re.compile(r"network\.([0-9]{1,3})\.proj\.")
 _LAYER = re.compile(r"network\.([0-9]{1,3})\.(proj\.|pe\.)?")
 
 _STAGES = tuple((rf"^stage_?{n}\.", f"stages.{n - 1}.") for n in range(1, 5))
-_HEAD = (r"^linear\.", "head.fc.")
 _OF_MOBILEONE = ((r"\brbr_conv\.", "conv_kxk."), (r"\brbr_scale\.", "conv_scale."), (r"\brbr_skip\.", "identity."))
+_OF_AUTHORS = (
+    (r"^stage0\.", "stem."),
+    *_STAGES,
+    (r"\brbr_dense\.", "conv_kxk."),
+    (r"\brbr_1x1\.", "conv_1x1."),
+    (r"\brbr_identity\.", "identity."),
+    *_OF_MOBILEONE,
+    (r"\bse\.(down|reduce)\.", "attn.fc1."),
+    (r"\bse\.(up|expand)\.", "attn.fc2."),
+    (r"^linear\.", "head.fc."),
+)
 _OF_MMPRETRAIN = (
     (r"^backbone\.", ""),
     (r"^(stem|stage0)\.", "stem."),
@@ -64,32 +74,8 @@ _OF_MMPRETRAIN = (
 )
 
 NAMINGS = (
-    Naming(
-        "the official RepVGG",
-        "stage0.rbr_dense.conv.weight",
-        (
-            (r"^stage0\.", "stem."),
-            *_STAGES,
-            (r"\brbr_dense\.", "conv_kxk."),
-            (r"\brbr_1x1\.", "conv_1x1."),
-            (r"\brbr_identity\.", "identity."),
-            (r"\bse\.down\.", "attn.fc1."),
-            (r"\bse\.up\.", "attn.fc2."),
-            _HEAD,
-        ),
-    ),
-    Naming(
-        "the official MobileOne",
-        "stage0.rbr_conv.0.conv.weight",
-        (
-            (r"^stage0\.", "stem."),
-            *_STAGES,
-            *_OF_MOBILEONE,
-            (r"\bse\.reduce\.", "attn.fc1."),
-            (r"\bse\.expand\.", "attn.fc2."),
-            _HEAD,
-        ),
-    ),
+    Naming("the official RepVGG", "stage0.rbr_dense.conv.weight", _OF_AUTHORS),
+    Naming("the official MobileOne", "stage0.rbr_conv.0.conv.weight", _OF_AUTHORS),
     Naming(
         "the official FastViT",
         "patch_embed.0.rbr_conv.0.conv.weight",
