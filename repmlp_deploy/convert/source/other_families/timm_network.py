@@ -124,39 +124,26 @@ def fitting_models(shapes: Mapping[str, Sequence[int]], pattern: str) -> list[st
 def _fitting_model(name: str, given: Mapping[str, tuple[int, ...]]) -> str | None:
     """Return `timm:NAME[,key=value…]` if the weights of this network are the given ones, else None."""
     about = timm.get_pretrained_cfg(name)
-    head = about.classifier if isinstance(about.classifier, str) else next(iter(about.classifier or ()), "")
-    outputs = _shape_of(f"{head}.weight", given)
-    arguments = {"num_classes": outputs[0] if outputs else 0}
+    first, head = (f"{_first(names)}.weight" for names in (about.first_conv, about.classifier))
+    starts = (key.removesuffix(first) for key in given if key.endswith(f".{first}"))
+    start = "" if first in given else next(starts, "")
+    own = {key.removeprefix(start): shape for key, shape in given.items() if key.startswith(start)}
+    usual = {"num_classes": about.num_classes, "in_chans": about.input_size[0]}
+    found = {"num_classes": own.get(head, (0,))[0], "in_chans": own[first][1] if len(own.get(first, ())) > 1 else 0}
     try:
-        network = _without_memory(name, arguments)
-        first = next(key for key, module in network.named_modules() if isinstance(module, nn.Conv2d))
-        begins = f"{first}.weight"
-        kernel = _shape_of(begins, given)
-        if len(kernel) > 1 and kernel[1] != network.get_submodule(first).in_channels:
-            arguments["in_chans"] = kernel[1]
-            network = _without_memory(name, arguments)
+        with captured_output("timm"), torch.device("meta"):
+            network = timm.create_model(name, pretrained=False, **found)
     except Exception:  # noqa: BLE001 - a constructor of another package raises anything, here for odd shapes
         return None
     expected = {key: tuple(x.shape) for key, x in network.state_dict().items() if not key.endswith(_COUNTER)}
-    starts = (key.removesuffix(begins) for key in given if key.endswith(f".{begins}"))
-    start = "" if begins in given else next(starts, "")
-    if {key.removeprefix(start): shape for key, shape in given.items() if key.startswith(start)} != expected:
+    if own != expected:
         return None
-    if arguments["num_classes"] == about.num_classes:
-        del arguments["num_classes"]
-    return ",".join([f"timm:{name}", *(f"{key}={value}" for key, value in arguments.items())])
+    return ",".join([f"timm:{name}", *(f"{key}={value}" for key, value in found.items() if value != usual[key])])
 
 
-def _shape_of(name: str, given: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the shape of a weight, whatever its key begins with; empty if there is none."""
-    return next((shape for key, shape in given.items() if key == name or key.endswith(f".{name}")), ())
-
-
-def _without_memory(name: str, arguments: Mapping[str, int]) -> nn.Module:
-    """Return a network of timm whose weights have shapes alone."""
-    with captured_output("timm"), torch.device("meta"):
-        network: nn.Module = timm.create_model(name, pretrained=False, **arguments)
-    return network
+def _first(names: str | Sequence[str] | None) -> str:
+    """Return the name of a layer; of several, the first."""
+    return names if isinstance(names, str) else next(iter(names or ()), "")
 
 
 def _near(name: str) -> str:
