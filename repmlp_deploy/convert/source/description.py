@@ -126,7 +126,7 @@ def complete_card(  # noqa: PLR0913 - what each source says
     changed = described.applied(card) if described else card
     spec = card_spec(card) if card.family in FAMILIES else None
     outputs = getattr(spec, "classes", None) if classes is None else classes
-    wanted = _checked(changed, outputs, channels if channels is not None or spec is None else spec.in_channels)
+    wanted = _checked(changed, outputs, getattr(spec, "in_channels", None) if channels is None else channels)
     notes, warnings = [], []
     names = find_class_names(content) if card.task in _NAMED else None
     if names is not None and described.labels is None:

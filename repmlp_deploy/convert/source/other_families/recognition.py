@@ -24,15 +24,20 @@ class OtherFamily:
         name: for people.
         blocks: how many blocks with branches the checkpoint has; 0 if it is merged already.
         merged: how many blocks are merged already.
-        remedy: what to pass to export it.
         timm: the pattern, as in a shell, of the names that timm gives to networks of this family; empty if it has none.
     """
 
     name: str
     blocks: int
     merged: int
-    remedy: str
     timm: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """What to pass to export it."""
+        if not self.blocks:
+            return "its branches are gone: give the training-time checkpoint"
+        return f"{_MODULE}, or --model timm:NAME for a network of timm" if self.timm else _MODULE
 
     def __str__(self) -> str:
         found = f"{self.blocks} blocks with branches" if self.blocks else f"{self.merged} merged blocks"
@@ -40,7 +45,6 @@ class OtherFamily:
 
 
 _MODULE = "pass --module PACKAGE.MODULE:FACTORY"
-_TIMM = f"{_MODULE}, or --model timm:NAME for a network of timm"
 _BRANCHED = (
     ("UniRepLKNet", r"origin_bn\.weight", ""),
     ("FastViT, official", r"token_mixer\.mixer\.rbr_conv\.0\.conv\.weight", "fastvit_*"),
@@ -81,7 +85,7 @@ def recognise_family(keys: Iterable[str]) -> OtherFamily | None:
     for name, end, timm in _BRANCHED:
         branched = len(_blocks(given, end))
         if branched:
-            return OtherFamily(name, branched, 0, _TIMM if timm else _MODULE, timm)
+            return OtherFamily(name, branched, 0, timm)
     normed = sorted(key for key in given if key.endswith(".running_mean"))
     fuller = sorted(key for key in given if ".fused_conv." not in f".{key}")
     for name, end in _MERGED:
@@ -89,7 +93,7 @@ def recognise_family(keys: Iterable[str]) -> OtherFamily | None:
         # Beside a BatchNorm, a block has branches of names unknown here; and many networks have a fused_conv.
         merged = sum(not (_has(block, normed) or (end == _FUSED and _has(block, fuller))) for block in blocks)
         if merged:
-            return OtherFamily(name, 0, merged, "its branches are gone: give the training-time checkpoint")
+            return OtherFamily(name, 0, merged)
     return None
 
 
